@@ -1,0 +1,165 @@
+//! The trait that an in-process training job implements.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::message::Payload;
+
+/// A named training job that runs inside the worker's process.
+///
+/// ```
+/// use trainyard::{Run, Task, TaskError};
+///
+/// struct Greet;
+///
+/// #[async_trait::async_trait]
+/// impl Task for Greet {
+///     async fn run(&self, run: Run) -> Result<serde_json::Value, TaskError> {
+///         #[derive(serde::Deserialize)]
+///         struct Greeting { to: String }
+///         let greeting: Greeting = run.payload_as()?;
+///         Ok(serde_json::json!({ "said": format!("hello {}", greeting.to) }))
+///     }
+/// }
+/// ```
+#[async_trait]
+pub trait Task: Send + Sync + 'static {
+    /// Runs one attempt of a job and returns its result, any JSON value.
+    ///
+    /// Work that keeps a core busy belongs on [`tokio::task::spawn_blocking`].
+    /// When [`Run::stop_requested`] fires, return soon: what is still running
+    /// after the stop grace is dropped.
+    ///
+    /// # Errors
+    /// [`TaskError::Permanent`] for a request that can never succeed, any
+    /// other error for one that might.
+    async fn run(&self, run: Run) -> Result<Value, TaskError>;
+}
+
+/// How a task failed, which decides what happens to its message.
+#[derive(Debug, thiserror::Error)]
+pub enum TaskError {
+    /// The request can never succeed (a missing column, an unknown option):
+    /// the job is dead at once.
+    #[error("{0}")]
+    Permanent(String),
+    /// The request might succeed another time (a lost connection, a full disk).
+    #[error("{0:#}")]
+    Transient(#[from] anyhow::Error),
+}
+
+impl TaskError {
+    pub fn permanent(reason: impl Into<String>) -> Self {
+        Self::Permanent(reason.into())
+    }
+}
+
+impl From<std::io::Error> for TaskError {
+    fn from(error: std::io::Error) -> Self {
+        Self::Transient(error.into())
+    }
+}
+
+/// How far a run has come. Later reports replace earlier ones.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Progress {
+    /// Share of the work done, from 0.0 to 1.0.
+    #[serde(rename = "progress", skip_serializing_if = "Option::is_none")]
+    pub fraction: Option<f64>,
+    /// The task's own count: an iteration, an epoch, a batch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step: Option<u64>,
+    /// Named figures, such as `loss`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub metrics: BTreeMap<String, f64>,
+}
+
+/// What a task is handed for one attempt of one job.
+///
+/// Cheap to clone; a clone can go to a blocking thread.
+#[derive(Debug, Clone)]
+pub struct Run {
+    job_id: Arc<str>,
+    attempt: u32,
+    payload: Arc<Payload>,
+    progress: watch::Sender<Progress>,
+    stop: CancellationToken,
+}
+
+impl Run {
+    /// Builds a run by hand, as a test of a task does.
+    #[must_use]
+    pub fn new(
+        job_id: &str,
+        attempt: u32,
+        payload: Arc<Payload>,
+        progress: watch::Sender<Progress>,
+        stop: CancellationToken,
+    ) -> Self {
+        Self {
+            job_id: job_id.into(),
+            attempt,
+            payload,
+            progress,
+            stop,
+        }
+    }
+
+    #[must_use]
+    pub fn job_id(&self) -> &str {
+        &self.job_id
+    }
+
+    /// 1 for a job's first attempt.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        self.attempt
+    }
+
+    /// The request's JSON object, whole, `name` included.
+    #[must_use]
+    pub fn payload(&self) -> &Payload {
+        &self.payload
+    }
+
+    /// The payload as a type of the task's own.
+    ///
+    /// # Errors
+    /// [`TaskError::Permanent`], naming the field, when it does not fit.
+    pub fn payload_as<T: DeserializeOwned>(&self) -> Result<T, TaskError> {
+        serde_path_to_error::deserialize(Value::Object((*self.payload).clone())).map_err(|error| {
+            let path = error.path().to_string();
+            let reason = error.into_inner();
+            TaskError::permanent(match path.as_str() {
+                "." => format!("the payload does not fit the task: {reason}"),
+                _ => format!("the payload's `{path}` does not fit the task: {reason}"),
+            })
+        })
+    }
+
+    /// Reports how far the run has come. Never blocks; a slow reader sees only
+    /// the newest report.
+    pub fn report(&self, progress: Progress) {
+        self.progress.send_replace(progress);
+    }
+
+    /// Whether the run was asked to stop; for loops on blocking threads.
+    #[must_use]
+    pub fn should_stop(&self) -> bool {
+        self.stop.is_cancelled()
+    }
+
+    /// Completes when the run is asked to stop: cancelled, out of time, its
+    /// lease lost, or the worker shutting down.
+    pub async fn stop_requested(&self) {
+        self.stop.cancelled().await;
+    }
+}
