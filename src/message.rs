@@ -29,6 +29,9 @@ pub struct Request {
     pub payload: Payload,
 }
 
+/// Longer names are no names: they would flood logs and tables.
+const MAX_NAME_LENGTH: usize = 256;
+
 /// Why a message is not a request. Every variant is permanent: the same bytes
 /// will not decode better next time, so the message is refused at once.
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -48,6 +51,8 @@ pub enum DecodeError {
     NameNotAString { found: &'static str },
     #[error("the payload's `name` is empty")]
     EmptyName,
+    #[error("the payload's `name` is {length} bytes long; at most {MAX_NAME_LENGTH} are taken")]
+    NameTooLong { length: usize },
 }
 
 impl Request {
@@ -74,6 +79,9 @@ impl Request {
         let task = match payload.get("name") {
             None => return Err(DecodeError::NoName),
             Some(Value::String(name)) if name.is_empty() => return Err(DecodeError::EmptyName),
+            Some(Value::String(name)) if name.len() > MAX_NAME_LENGTH => {
+                return Err(DecodeError::NameTooLong { length: name.len() });
+            }
             Some(Value::String(name)) => name.clone(),
             Some(other) => {
                 return Err(DecodeError::NameNotAString {

@@ -1,0 +1,191 @@
+//! The configuration, in typed sections. Each part of the program receives
+//! only its own section.
+
+mod load;
+mod problems;
+mod timeline;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+pub use load::{ConfigError, load};
+pub use timeline::timeline;
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    pub pubsub: Pubsub,
+    pub database: Database,
+    pub worker: Worker,
+    /// By the subscription's short name, as in `projects/P/subscriptions/NAME`.
+    pub subscriptions: BTreeMap<String, Subscription>,
+    /// By the `name` that a request's payload carries.
+    pub tasks: BTreeMap<String, Task>,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Pubsub {
+    /// The Google Cloud project. Unset: `GOOGLE_CLOUD_PROJECT`.
+    pub project: Option<String>,
+    /// `host:port` of an emulator. Unset: `PUBSUB_EMULATOR_HOST`, and without
+    /// that Google Cloud itself, with Application Default Credentials.
+    pub emulator_host: Option<String>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Database {
+    /// `postgres://…` or `sqlite://PATH`.
+    pub url: String,
+    pub max_connections: u32,
+}
+
+impl Default for Database {
+    fn default() -> Self {
+        Self {
+            url: "sqlite://.trainyard/trainyard.db".to_owned(),
+            max_connections: 10,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Worker {
+    /// How many jobs run side by side in this process.
+    pub slots: usize,
+    /// How long a claim lasts without renewal: the time after which another
+    /// worker may take over from one that died.
+    #[serde(with = "humantime_serde")]
+    pub lease: Duration,
+    /// How long a stop (SIGTERM) may take in all.
+    #[serde(with = "humantime_serde")]
+    pub shutdown_grace: Duration,
+    /// How long a run may take to end once it is asked to stop; the last part
+    /// of `shutdown_grace` is kept for it.
+    #[serde(with = "humantime_serde")]
+    pub stop_grace: Duration,
+}
+
+impl Default for Worker {
+    fn default() -> Self {
+        Self {
+            slots: 1,
+            lease: Duration::from_secs(120),
+            shutdown_grace: Duration::from_secs(25),
+            stop_grace: Duration::from_secs(10),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Subscription {
+    /// The ack deadline asked for, and extended while a message is held:
+    /// how soon Pub/Sub sends it again after this worker died. 10 s to 10 min.
+    #[serde(with = "humantime_serde")]
+    pub ack_deadline: Duration,
+}
+
+impl Default for Subscription {
+    fn default() -> Self {
+        Self {
+            ack_deadline: Duration::from_secs(30),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Task {
+    /// One of the tasks that come with trainyard. Unset: the task is one that
+    /// the program embedding trainyard registers under this name.
+    pub builtin: Option<String>,
+    pub ack: AckTiming,
+    /// A run longer than this is stopped. Unset: no limit.
+    #[serde(with = "humantime_serde")]
+    pub timeout: Option<Duration>,
+}
+
+/// When a task's message is acknowledged.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AckTiming {
+    /// Once the claim, payload included, has committed. For long jobs: Pub/Sub
+    /// need not hold the message while they run.
+    BeforeRun,
+    /// Once the outcome has committed.
+    #[default]
+    AfterRun,
+}
+
+impl AckTiming {
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::BeforeRun => "before_run",
+            Self::AfterRun => "after_run",
+        }
+    }
+}
+
+impl Config {
+    /// The configuration with passwords masked, for people to read.
+    #[must_use]
+    pub fn masked(&self) -> Self {
+        let mut masked = self.clone();
+        masked.database.url = mask_password(&self.database.url);
+        masked
+    }
+}
+
+/// `postgres://user:secret@host/db?password=x` without what must not be seen.
+#[must_use]
+pub fn mask_password(url: &str) -> String {
+    let Ok(mut parsed) = url::Url::parse(url) else {
+        // Not a URL that can be taken apart, so nothing of it is safe to show.
+        return match url.split_once("://") {
+            Some((scheme, rest)) if !rest.contains(['@', '?']) => format!("{scheme}://{rest}"),
+            Some((scheme, _)) => format!("{scheme}://***"),
+            None => "***".to_owned(),
+        };
+    };
+    if parsed.password().is_some() && parsed.set_password(Some("***")).is_err() {
+        return format!("{}://***", parsed.scheme());
+    }
+    if parsed.query().is_some() {
+        let pairs: Vec<(String, String)> = parsed
+            .query_pairs()
+            .map(|(name, value)| match name.as_ref() {
+                "password" | "sslpassword" => (name.into_owned(), "***".to_owned()),
+                _ => (name.into_owned(), value.into_owned()),
+            })
+            .collect();
+        parsed.query_pairs_mut().clear().extend_pairs(pairs);
+    }
+    parsed.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_password_in_a_database_url_is_masked_wherever_it_stands() {
+        for (url, masked) in [
+            ("postgres://u:pw@h/db", "postgres://u:***@h/db"),
+            ("postgres://u@h/db", "postgres://u@h/db"),
+            (
+                "postgres://h/db?user=u&password=pw",
+                "postgres://h/db?user=u&password=***",
+            ),
+            ("sqlite://.trainyard/a.db", "sqlite://.trainyard/a.db"),
+            ("nonsense with pw", "***"),
+        ] {
+            assert_eq!(mask_password(url), masked);
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! Layers, first to last: built-in defaults, `config/default.toml`, `--config
+//! FILE`, `TRAINYARD__SECTION__KEY` in the environment.
+
+use std::env;
+use std::path::Path;
+
+use config::{Environment, File, FileFormat};
+
+use super::Config;
+use super::problems;
+
+const DEFAULT_FILE: &str = "config/default.toml";
+const ENVIRONMENT_PREFIX: &str = "TRAINYARD";
+const SEPARATOR: &str = "__";
+
+/// A configuration that cannot be used. Nothing has been started.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("the configuration file {path} does not exist; give --config the path of a TOML file")]
+    NoSuchFile { path: String },
+    #[error("the configuration cannot be read: {reason}")]
+    Unreadable { reason: String },
+    #[error("unknown configuration key `{key}`{}", suggestion(.nearest.as_deref()))]
+    UnknownKey {
+        key: String,
+        nearest: Option<String>,
+    },
+    #[error("configuration key `{key}`: {reason}")]
+    BadValue { key: String, reason: String },
+    #[error("{0}")]
+    Invalid(String),
+}
+
+fn suggestion(nearest: Option<&str>) -> String {
+    nearest.map_or_else(String::new, |name| format!("; did you mean `{name}`?"))
+}
+
+/// Loads all layers and checks them.
+///
+/// # Errors
+/// A [`ConfigError`] that names the key and says what to do.
+pub fn load(file: Option<&Path>) -> Result<Config, ConfigError> {
+    let mut layers = config::Config::builder()
+        .add_source(File::new(DEFAULT_FILE, FileFormat::Toml).required(false));
+    if let Some(path) = file {
+        if !path.exists() {
+            return Err(ConfigError::NoSuchFile {
+                path: path.display().to_string(),
+            });
+        }
+        layers = layers.add_source(File::from(path).format(FileFormat::Toml));
+    }
+    let merged = layers
+        .add_source(
+            Environment::with_prefix(ENVIRONMENT_PREFIX)
+                .prefix_separator(SEPARATOR)
+                .separator(SEPARATOR),
+        )
+        .build()
+        .map_err(|error| ConfigError::Unreadable {
+            reason: error.to_string(),
+        })?;
+    let mut config = typed(merged)?;
+    fill_from_well_known_variables(&mut config, |name| env::var(name).ok());
+    problems::check(&config)?;
+    Ok(config)
+}
+
+/// Reads a configuration from TOML text alone, as tests and `dev` do.
+///
+/// # Errors
+/// As [`load`].
+#[cfg(test)]
+pub(super) fn from_toml(text: &str) -> Result<Config, ConfigError> {
+    let merged = config::Config::builder()
+        .add_source(File::from_str(text, FileFormat::Toml))
+        .build()
+        .map_err(|error| ConfigError::Unreadable {
+            reason: error.to_string(),
+        })?;
+    let config = typed(merged)?;
+    problems::check(&config)?;
+    Ok(config)
+}
+
+fn typed(merged: config::Config) -> Result<Config, ConfigError> {
+    serde_path_to_error::deserialize(merged).map_err(|error| {
+        let path = error.path().to_string();
+        explain(&path, &error.into_inner().to_string())
+    })
+}
+
+/// Turns serde's words about a key into ours.
+fn explain(path: &str, reason: &str) -> ConfigError {
+    let Some(rest) = reason.split("unknown field `").nth(1) else {
+        // The loader repeats the key that we name ourselves.
+        let reason = reason.split(" for key `").next().unwrap_or(reason);
+        return ConfigError::BadValue {
+            key: path.to_owned(),
+            reason: reason.to_owned(),
+        };
+    };
+    let mut names = rest.split('`');
+    let unknown = names.next().unwrap_or_default();
+    let known = names.skip(1).step_by(2);
+    let section = path
+        .strip_suffix(unknown)
+        .unwrap_or(path)
+        .trim_matches('.');
+    let within = |name: &str| match section {
+        "" => name.to_owned(),
+        section => format!("{section}.{name}"),
+    };
+    ConfigError::UnknownKey {
+        key: within(unknown),
+        nearest: nearest(unknown, known).map(|name| within(&name)),
+    }
+}
+
+/// The known name most like the unknown one.
+pub(super) fn nearest<'a>(
+    unknown: &str,
+    known: impl Iterator<Item = &'a str>,
+) -> Option<String> {
+    known
+        .map(|name| (strsim::jaro_winkler(unknown, name), name))
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, name)| name.to_owned())
+}
+
+/// The variables that Google's own tools and clients go by.
+fn fill_from_well_known_variables(config: &mut Config, variable: impl Fn(&str) -> Option<String>) {
+    let set = |name: &str| variable(name).filter(|value| !value.is_empty());
+    let pubsub = &mut config.pubsub;
+    if pubsub.emulator_host.is_none() {
+        pubsub.emulator_host = set("PUBSUB_EMULATOR_HOST");
+    }
+    if pubsub.project.is_none() {
+        pubsub.project = set("GOOGLE_CLOUD_PROJECT").or_else(|| set("PUBSUB_PROJECT_ID"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::AckTiming;
+
+    #[test]
+    fn a_whole_configuration_is_read() {
+        let config = from_toml(
+            r#"
+            [pubsub]
+            project = "p"
+            [worker]
+            slots = 4
+            lease = "90s"
+            [subscriptions.heavy-task]
+            ack_deadline = "1m"
+            [tasks.train-classifier]
+            builtin = "train-classifier"
+            ack = "before_run"
+            timeout = "12h"
+            "#,
+        )
+        .unwrap();
+        assert_eq!(config.worker.slots, 4);
+        assert_eq!(config.worker.lease, Duration::from_secs(90));
+        let task = &config.tasks["train-classifier"];
+        assert_eq!(task.ack, AckTiming::BeforeRun);
+        assert_eq!(task.timeout, Some(Duration::from_secs(12 * 3600)));
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_the_nearest_known_one() {
+        for (text, key, nearest) in [
+            ("[worker]\nslot = 1", "worker.slot", "worker.slots"),
+            ("[wroker]\nslots = 1", "wroker", "worker"),
+            (
+                "[tasks.t]\ntimeot = '1h'",
+                "tasks.t.timeot",
+                "tasks.t.timeout",
+            ),
+        ] {
+            let error = from_toml(text).unwrap_err().to_string();
+            assert_eq!(
+                error,
+                format!("unknown configuration key `{key}`; did you mean `{nearest}`?")
+            );
+        }
+    }
+
+    #[test]
+    fn a_mistyped_value_is_named_by_its_key() {
+        for (text, key) in [
+            ("[worker]\nslots = 'many'", "worker.slots"),
+            ("[worker]\nlease = '2 fortnights'", "worker.lease"),
+            ("[tasks.t]\nack = 'sometime'", "tasks.t.ack"),
+        ] {
+            let error = from_toml(text).unwrap_err().to_string();
+            assert!(
+                error.starts_with(&format!("configuration key `{key}`: ")),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn googles_variables_fill_only_what_is_unset() {
+        let mut config = Config::default();
+        config.pubsub.project = Some("mine".to_owned());
+        fill_from_well_known_variables(&mut config, |name| Some(format!("from {name}")));
+        assert_eq!(config.pubsub.project.as_deref(), Some("mine"));
+        assert_eq!(
+            config.pubsub.emulator_host.as_deref(),
+            Some("from PUBSUB_EMULATOR_HOST")
+        );
+    }
+}

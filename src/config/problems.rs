@@ -1,0 +1,113 @@
+//! What a configuration can get wrong although every key and type is right.
+
+use std::time::Duration;
+
+use super::load::nearest;
+use super::{Config, ConfigError};
+use crate::tasks::BUILTIN_NAMES;
+
+/// Pub/Sub's own limits of a stream's ack deadline.
+/// <https://cloud.google.com/pubsub/docs/reference/rpc/google.pubsub.v1#streamingpullrequest>
+const ACK_DEADLINES: std::ops::RangeInclusive<Duration> =
+    Duration::from_secs(10)..=Duration::from_secs(600);
+
+/// Shorter leases would be lost to an ordinary pause of the database.
+const SHORTEST_LEASE: Duration = Duration::from_secs(2);
+
+/// Refuses what cannot work, naming the key and what to set instead.
+///
+/// # Errors
+/// The first problem found.
+pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
+    check_database(config)?;
+    check_worker(config)?;
+    for (name, subscription) in &config.subscriptions {
+        if !ACK_DEADLINES.contains(&subscription.ack_deadline) {
+            return bad(
+                &format!("subscriptions.{name}.ack_deadline"),
+                "Pub/Sub takes 10s to 10m",
+            );
+        }
+    }
+    for (name, task) in &config.tasks {
+        let Some(builtin) = &task.builtin else {
+            continue;
+        };
+        if !BUILTIN_NAMES.contains(&builtin.as_str()) {
+            let known = nearest(builtin, BUILTIN_NAMES.iter().copied()).unwrap_or_default();
+            return bad(
+                &format!("tasks.{name}.builtin"),
+                &format!("there is no built-in task `{builtin}`; did you mean `{known}`?"),
+            );
+        }
+    }
+    Ok(())
+}
+
+fn check_database(config: &Config) -> Result<(), ConfigError> {
+    let url = &config.database.url;
+    let known = ["postgres://", "postgresql://", "sqlite:"];
+    if !known.iter().any(|scheme| url.starts_with(scheme)) {
+        return bad(
+            "database.url",
+            "it must begin with postgres:// or sqlite://",
+        );
+    }
+    if config.database.max_connections == 0 {
+        return bad("database.max_connections", "at least 1 is needed");
+    }
+    Ok(())
+}
+
+fn check_worker(config: &Config) -> Result<(), ConfigError> {
+    let worker = &config.worker;
+    if !(1..=10_000).contains(&worker.slots) {
+        return bad("worker.slots", "it must be between 1 and 10000");
+    }
+    if worker.lease < SHORTEST_LEASE {
+        return bad("worker.lease", "it must be at least 2s");
+    }
+    if worker.stop_grace > worker.shutdown_grace {
+        return bad(
+            "worker.stop_grace",
+            "it is a part of worker.shutdown_grace and cannot be longer than that",
+        );
+    }
+    Ok(())
+}
+
+fn bad(key: &str, reason: &str) -> Result<(), ConfigError> {
+    Err(ConfigError::BadValue {
+        key: key.to_owned(),
+        reason: reason.to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::load::from_toml;
+
+    #[test]
+    fn each_impossible_value_is_named_by_its_key() {
+        for (text, key) in [
+            ("[database]\nurl = 'mysql://h/d'", "database.url"),
+            ("[database]\nmax_connections = 0", "database.max_connections"),
+            ("[worker]\nslots = 0", "worker.slots"),
+            ("[worker]\nlease = '1s'", "worker.lease"),
+            ("[worker]\nstop_grace = '1h'", "worker.stop_grace"),
+            (
+                "[subscriptions.s]\nack_deadline = '1s'",
+                "subscriptions.s.ack_deadline",
+            ),
+            ("[tasks.t]\nbuiltin = 'train-clasifier'", "tasks.t.builtin"),
+        ] {
+            let error = from_toml(text).unwrap_err().to_string();
+            assert!(error.contains(&format!("`{key}`")), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_defaults_have_no_problems() {
+        from_toml("").unwrap();
+    }
+}

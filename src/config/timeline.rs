@@ -1,0 +1,51 @@
+//! What happens when, per task, for `config check`.
+
+use std::fmt::Write;
+
+use super::{AckTiming, Config, Task};
+
+/// A few lines per task: when its message is acked, how long its lease lasts
+/// without renewal, when it is stopped.
+#[must_use]
+pub fn timeline(config: &Config) -> String {
+    let mut text = String::new();
+    for (name, task) in &config.tasks {
+        write_task(&mut text, config, name, task);
+    }
+    text
+}
+
+fn write_task(text: &mut String, config: &Config, name: &str, task: &Task) {
+    let worker = &config.worker;
+    let lease = humantime::format_duration(worker.lease);
+    let acked = match task.ack {
+        AckTiming::BeforeRun => "once the claim has committed, before the run",
+        AckTiming::AfterRun => "once the outcome has committed, after the run",
+    };
+    let limit = task.timeout.map_or_else(
+        || "no timeout; a run ends when the task does".to_owned(),
+        |timeout| {
+            format!(
+                "after {} the run is asked to stop",
+                humantime::format_duration(timeout)
+            )
+        },
+    );
+    let lines = [
+        ("claim", format!("a lease of {lease}, held by the worker")),
+        ("ack", format!("{acked} (ack = \"{}\")", task.ack.as_str())),
+        ("timeout", limit),
+        (
+            "stop",
+            format!(
+                "a run that is asked to stop has {} to end",
+                humantime::format_duration(worker.stop_grace)
+            ),
+        ),
+    ];
+    // Writing to a String cannot fail.
+    let _ = writeln!(text, "{name}");
+    for (label, line) in lines {
+        let _ = writeln!(text, "  {label:<8} {line}");
+    }
+}

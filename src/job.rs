@@ -1,0 +1,240 @@
+//! One message's requested run of a task: its key, its fence, its state.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::message::Message;
+
+/// What the guard deduplicates on: unique per subscription and message, so two
+/// subscriptions of one topic each run the message (fan-out).
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct JobKey {
+    pub subscription: Arc<str>,
+    pub key: Arc<str>,
+}
+
+impl JobKey {
+    #[must_use]
+    pub fn new(subscription: &str, key: &str) -> Self {
+        Self {
+            subscription: subscription.into(),
+            key: key.into(),
+        }
+    }
+
+    /// The key of a message that is deduplicated by its message id.
+    ///
+    /// The publish time is part of it: a broker that restarts its ids (Google's
+    /// emulator begins at 1 each time) reuses an id for another message, and
+    /// that one has another publish time. A redelivery has the same.
+    #[must_use]
+    pub fn of_message_id(subscription: &str, message: &Message) -> Self {
+        let published = message.publish_time.timestamp_micros();
+        Self::new(subscription, &format!("{}@{published}", message.id))
+    }
+}
+
+impl fmt::Display for JobKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.subscription, self.key)
+    }
+}
+
+/// Carried by every write of a run. A write whose fence is no longer the
+/// stored one changes nothing, so a stale worker can do no harm.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Fence {
+    pub key: JobKey,
+    /// Grows with every claim of the job, never shrinks.
+    pub attempt: u32,
+    /// Drawn anew for every claim.
+    pub token: Uuid,
+}
+
+/// A delivery's wish to run: what the store needs to insert the job's row.
+#[derive(Debug, Clone)]
+pub struct ClaimRequest {
+    pub key: JobKey,
+    /// The id the job gets if this claim is its first.
+    pub job_id: Uuid,
+    /// The lease token the run gets if the claim is acquired.
+    pub token: Uuid,
+    pub task: String,
+    pub message: Message,
+}
+
+/// The guard's answer to a delivery.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Claim {
+    /// The job is this worker's to run, under this fence, until its lease ends.
+    Acquired(Acquired),
+    /// The job has ended; the delivery is a duplicate.
+    AlreadyFinished(FinalState),
+    /// Another run holds the job; by then (this process's clock) its lease
+    /// ends unless it is renewed.
+    HeldUntil(Instant),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Acquired {
+    pub fence: Fence,
+    pub job_id: Uuid,
+    /// Taken just before the claim was sent: the lease cannot have begun
+    /// earlier, so counting from here is safe whatever the clocks say.
+    pub claimed_at: Instant,
+}
+
+/// How a job can end. A job ends once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinalState {
+    Succeeded,
+    /// It failed for good, or its message was refused; the reason is on record.
+    Dead,
+    Cancelled,
+}
+
+impl FinalState {
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Succeeded => "succeeded",
+            Self::Dead => "dead",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// A job's state as people see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobState {
+    /// A worker holds its lease.
+    Running,
+    /// Unfinished, and no worker holds its lease.
+    Waiting,
+    Succeeded,
+    Dead,
+    Cancelled,
+}
+
+impl JobState {
+    pub const NAMES: [&str; 5] = ["running", "waiting", "succeeded", "dead", "cancelled"];
+
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Waiting => "waiting",
+            Self::Succeeded => "succeeded",
+            Self::Dead => "dead",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+impl fmt::Display for JobState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+impl FromStr for JobState {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "running" => Ok(Self::Running),
+            "waiting" => Ok(Self::Waiting),
+            "succeeded" => Ok(Self::Succeeded),
+            "dead" => Ok(Self::Dead),
+            "cancelled" => Ok(Self::Cancelled),
+            _ => Err(format!(
+                "there is no state `{name}`; the states are {}",
+                Self::NAMES.join(", ")
+            )),
+        }
+    }
+}
+
+/// A job as the store tells it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Job {
+    pub id: Uuid,
+    pub subscription: String,
+    pub key: String,
+    pub message_id: String,
+    pub publish_time: DateTime<Utc>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ordering_key: Option<String>,
+    /// None when the message named no task that could be read.
+    pub task: Option<String>,
+    pub state: JobState,
+    /// Executions begun, less those that a worker's own shutdown interrupted.
+    pub attempts: u32,
+    /// Deliveries that the guard did not let through.
+    pub duplicates: u32,
+    /// The worker that runs it, or that ran it last.
+    pub worker: Option<String>,
+    pub received_at: DateTime<Utc>,
+    /// When its latest attempt began.
+    pub started_at: Option<DateTime<Utc>>,
+    pub finished_at: Option<DateTime<Utc>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub result: Option<serde_json::Value>,
+    /// The message's data; only where one job is asked for.
+    #[serde(skip)]
+    pub payload: Option<Bytes>,
+}
+
+/// Which jobs to list; an unset field lets every job through.
+#[derive(Debug, Clone, Default)]
+pub struct JobFilter {
+    pub state: Option<JobState>,
+    pub task: Option<String>,
+    /// At most this many, newest first.
+    pub limit: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(id: &str, micros: i64) -> Message {
+        Message {
+            id: id.to_owned(),
+            publish_time: DateTime::from_timestamp_micros(micros).unwrap(),
+            data: Bytes::new(),
+            attributes: Default::default(),
+            ordering_key: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_redelivery_has_the_key_of_the_first_delivery() {
+        let first = JobKey::of_message_id("s", &message("1", 5));
+        assert_eq!(first, JobKey::of_message_id("s", &message("1", 5)));
+    }
+
+    #[test]
+    fn a_reused_message_id_with_another_publish_time_is_a_new_key() {
+        let first = JobKey::of_message_id("s", &message("1", 5));
+        assert_ne!(first, JobKey::of_message_id("s", &message("1", 6)));
+    }
+
+    #[test]
+    fn every_state_reads_back_from_its_name() {
+        for name in JobState::NAMES {
+            assert_eq!(name.parse::<JobState>().unwrap().as_str(), name);
+        }
+    }
+}

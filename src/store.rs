@@ -1,0 +1,224 @@
+//! The tables: what is written about jobs, and under which conditions.
+//!
+//! Every method is one whole transaction; none is open while a task runs.
+//! Lease times are read off the database's clock only.
+
+mod postgres;
+mod sqlite;
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use uuid::Uuid;
+
+use crate::job::{Claim, ClaimRequest, Fence, FinalState, Job, JobFilter, JobKey, JobState};
+use crate::message::Message;
+use crate::outcome::Ending;
+
+pub use postgres::PostgresStore;
+pub use sqlite::SqliteStore;
+
+/// Why the tables could not be read or written. In every case but
+/// `AnswerUnknown` nothing was changed, so the message is as it was before.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The database cannot be reached or refuses to work now. The message is
+    /// kept unacknowledged; the same call may succeed later.
+    #[error("the database is not available: {0}")]
+    Unavailable(#[source] sqlx::Error),
+    /// The database turned the statement down. The message is kept
+    /// unacknowledged; somebody has to look.
+    #[error("the database refused a statement: {0}")]
+    Refused(#[source] sqlx::Error),
+    /// A row holds what this version cannot read. The message is kept
+    /// unacknowledged.
+    #[error("a stored row cannot be read: {0}")]
+    Unreadable(String),
+}
+
+/// Why the schema cannot be used. Nothing has been claimed yet.
+#[derive(Debug, thiserror::Error)]
+pub enum SchemaError {
+    #[error(
+        "the database has no trainyard tables; run `trainyard migrate`, or start with `--migrate`"
+    )]
+    Missing,
+    #[error(
+        "the database's schema is {behind} migration(s) behind this version; run `trainyard migrate`, or start with `--migrate`"
+    )]
+    Old { behind: usize },
+    #[error("a migration failed: {0}")]
+    Migration(#[from] sqlx::migrate::MigrateError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<sqlx::Error> for SchemaError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Store(error.into())
+    }
+}
+
+/// Who claims, and for how long.
+#[derive(Debug, Clone)]
+pub struct ClaimTerms {
+    pub worker: Arc<str>,
+    pub lease: Duration,
+}
+
+/// A message that is not run at all, and why.
+#[derive(Debug, Clone)]
+pub struct Refusal {
+    pub key: JobKey,
+    pub job_id: Uuid,
+    /// None when the message named no task that could be read.
+    pub task: Option<String>,
+    pub message: Message,
+    pub reason: String,
+    pub worker: Arc<str>,
+}
+
+/// What a held delivery finds when it looks again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    Finished(FinalState),
+    /// Some run holds the job for this much longer, unless it renews.
+    Held(Duration),
+    /// Unfinished, and nobody's: a delivery may claim it now.
+    Free,
+}
+
+/// The tables behind the guard, the same on every database.
+#[async_trait]
+pub trait Store: Send + Sync + 'static {
+    /// Applies all outstanding migrations and returns how many there were.
+    async fn migrate(&self) -> Result<usize, SchemaError>;
+
+    /// Errs unless every migration this version knows has been applied.
+    /// Newer ones are fine: old and new workers run side by side.
+    async fn check_schema(&self) -> Result<(), SchemaError>;
+
+    /// Answers each request in order. A key's first claim inserts its row; a
+    /// later one takes over only what nobody holds or whose lease has ended.
+    /// Of any number of concurrent claims of one key at most one is acquired.
+    /// What is not acquired counts as a duplicate.
+    async fn claim(
+        &self,
+        requests: &[ClaimRequest],
+        terms: &ClaimTerms,
+    ) -> Result<Vec<Claim>, StoreError>;
+
+    /// How a job stands, without claiming it or counting a duplicate.
+    async fn look(&self, key: &JobKey) -> Result<Standing, StoreError>;
+
+    /// Extends the leases whose fence still holds, from the database's now,
+    /// and returns for each fence whether it was one of them.
+    async fn renew(&self, fences: &[Fence], lease: Duration) -> Result<Vec<bool>, StoreError>;
+
+    /// Ends the job if the fence still holds. Returns whether this run ended
+    /// it, also when an earlier call did and only its answer was lost.
+    async fn finish(&self, fence: &Fence, ending: &Ending) -> Result<bool, StoreError>;
+
+    /// Gives the claim back if the fence still holds, at no cost of an
+    /// attempt. Returns whether it did.
+    async fn release(&self, fence: &Fence) -> Result<bool, StoreError>;
+
+    /// Records a message that will never run. Returns false, and counts a
+    /// duplicate, where its key is on record already.
+    async fn refuse(&self, refusal: &Refusal) -> Result<bool, StoreError>;
+
+    /// Jobs, newest first.
+    async fn jobs(&self, filter: &JobFilter) -> Result<Vec<Job>, StoreError>;
+
+    /// One job with its payload.
+    async fn job(&self, id: Uuid) -> Result<Option<Job>, StoreError>;
+}
+
+/// Opens the store that the URL names. A missing SQLite file is created.
+///
+/// # Errors
+/// [`StoreError::Unavailable`] when the database cannot be reached.
+pub async fn open(url: &str, max_connections: u32) -> Result<Arc<dyn Store>, StoreError> {
+    if url.starts_with("sqlite:") {
+        return Ok(Arc::new(SqliteStore::open(url).await?));
+    }
+    Ok(Arc::new(PostgresStore::open(url, max_connections).await?))
+}
+
+impl From<sqlx::Error> for StoreError {
+    fn from(error: sqlx::Error) -> Self {
+        match &error {
+            sqlx::Error::Io(_)
+            | sqlx::Error::Tls(_)
+            | sqlx::Error::PoolTimedOut
+            | sqlx::Error::PoolClosed
+            | sqlx::Error::WorkerCrashed
+            | sqlx::Error::Protocol(_) => Self::Unavailable(error),
+            sqlx::Error::Database(refusal) if is_passing(refusal.code().as_deref()) => {
+                Self::Unavailable(error)
+            }
+            sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) => {
+                Self::Unreadable(error.to_string())
+            }
+            _ => Self::Refused(error),
+        }
+    }
+}
+
+/// Postgres's classes of errors that pass: connection exceptions (08),
+/// transaction rollbacks (40), insufficient resources (53), operator
+/// intervention (57), lock timeouts (55P03); SQLite's busy (5) and locked (6).
+/// <https://www.postgresql.org/docs/current/errcodes-appendix.html>
+fn is_passing(code: Option<&str>) -> bool {
+    code.is_some_and(|code| {
+        ["08", "40", "53", "57"]
+            .iter()
+            .any(|class| code.len() == 5 && code.starts_with(class))
+            || ["55P03", "5", "6", "261", "517"].contains(&code)
+    })
+}
+
+fn final_state(state: &str) -> Option<FinalState> {
+    match state {
+        "succeeded" => Some(FinalState::Succeeded),
+        "dead" => Some(FinalState::Dead),
+        "cancelled" => Some(FinalState::Cancelled),
+        _ => None,
+    }
+}
+
+/// A job's state as people see it, from the stored one and whether a worker
+/// holds the lease.
+fn job_state(state: &str, held: bool) -> JobState {
+    match final_state(state) {
+        Some(FinalState::Succeeded) => JobState::Succeeded,
+        Some(FinalState::Dead) => JobState::Dead,
+        Some(FinalState::Cancelled) => JobState::Cancelled,
+        None if held => JobState::Running,
+        None => JobState::Waiting,
+    }
+}
+
+/// The other way round, to filter by: the stored state, and whether held.
+fn stored_state(state: JobState) -> (Option<&'static str>, Option<bool>) {
+    match state {
+        JobState::Running => (Some("open"), Some(true)),
+        JobState::Waiting => (Some("open"), Some(false)),
+        ended => (Some(ended.as_str()), None),
+    }
+}
+
+/// Text as every database can store it: Postgres has no NUL in text.
+fn storable(text: &str) -> Cow<'_, str> {
+    if text.contains('\0') {
+        return Cow::Owned(text.replace('\0', "\u{FFFD}"));
+    }
+    Cow::Borrowed(text)
+}
+
+/// JSON as text, in which a NUL is an escape and so can be stored.
+fn json_text(value: &impl serde::Serialize) -> Result<String, StoreError> {
+    serde_json::to_string(value).map_err(|error| StoreError::Unreadable(error.to_string()))
+}

@@ -1,0 +1,121 @@
+//! The tables on SQLite: one process's own, for development and single
+//! machines. Statements have the names and the order of those for Postgres.
+
+mod claims;
+mod reading;
+
+use std::path::Path;
+use std::str::FromStr;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use sqlx::migrate::Migrator;
+use sqlx::sqlite::{
+    SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
+};
+use uuid::Uuid;
+
+use super::{ClaimTerms, Refusal, SchemaError, Standing, Store, StoreError};
+use crate::job::{Claim, ClaimRequest, Fence, Job, JobFilter, JobKey};
+use crate::outcome::Ending;
+
+/// SQLite has one writer at a time; a few more connections let readers by.
+const CONNECTIONS: u32 = 4;
+
+/// How long a writer waits for another before the database counts as busy.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// [`Store`] on SQLite.
+#[derive(Debug, Clone)]
+pub struct SqliteStore {
+    pool: SqlitePool,
+}
+
+impl SqliteStore {
+    /// Opens the file that the URL names, making it and its folder if need be.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`] when the file cannot be opened.
+    pub async fn open(url: &str) -> Result<Self, StoreError> {
+        let options = SqliteConnectOptions::from_str(url)?
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            // An acknowledged message must be on the disk.
+            .synchronous(SqliteSynchronous::Full)
+            .busy_timeout(BUSY_TIMEOUT);
+        if let Some(folder) = options.get_filename().parent() {
+            create_folder(folder)?;
+        }
+        let pool = SqlitePoolOptions::new()
+            .max_connections(CONNECTIONS)
+            .connect_with(options)
+            .await
+            .map_err(StoreError::Unavailable)?;
+        Ok(Self { pool })
+    }
+}
+
+fn create_folder(folder: &Path) -> Result<(), StoreError> {
+    std::fs::create_dir_all(folder).map_err(|error| StoreError::Unavailable(error.into()))
+}
+
+#[async_trait]
+impl Store for SqliteStore {
+    async fn migrate(&self) -> Result<usize, SchemaError> {
+        let migrator = migrator();
+        let outstanding = reading::outstanding_migrations(&self.pool, &migrator).await?;
+        migrator.run(&self.pool).await?;
+        Ok(outstanding.unwrap_or_else(|| migrator.iter().count()))
+    }
+
+    async fn check_schema(&self) -> Result<(), SchemaError> {
+        match reading::outstanding_migrations(&self.pool, &migrator()).await? {
+            None => Err(SchemaError::Missing),
+            Some(0) => Ok(()),
+            Some(behind) => Err(SchemaError::Old { behind }),
+        }
+    }
+
+    async fn claim(
+        &self,
+        requests: &[ClaimRequest],
+        terms: &ClaimTerms,
+    ) -> Result<Vec<Claim>, StoreError> {
+        claims::claim(&self.pool, requests, terms).await
+    }
+
+    async fn look(&self, key: &JobKey) -> Result<Standing, StoreError> {
+        claims::look(&self.pool, key).await
+    }
+
+    async fn renew(&self, fences: &[Fence], lease: Duration) -> Result<Vec<bool>, StoreError> {
+        claims::renew(&self.pool, fences, lease).await
+    }
+
+    async fn finish(&self, fence: &Fence, ending: &Ending) -> Result<bool, StoreError> {
+        claims::finish(&self.pool, fence, ending).await
+    }
+
+    async fn release(&self, fence: &Fence) -> Result<bool, StoreError> {
+        claims::release(&self.pool, fence).await
+    }
+
+    async fn refuse(&self, refusal: &Refusal) -> Result<bool, StoreError> {
+        claims::refuse(&self.pool, refusal).await
+    }
+
+    async fn jobs(&self, filter: &JobFilter) -> Result<Vec<Job>, StoreError> {
+        reading::jobs(&self.pool, filter).await
+    }
+
+    async fn job(&self, id: Uuid) -> Result<Option<Job>, StoreError> {
+        reading::job(&self.pool, id).await
+    }
+}
+
+/// The migrations, tolerant of newer ones that another version has applied.
+fn migrator() -> Migrator {
+    let mut migrator = sqlx::migrate!("migrations/sqlite");
+    migrator.set_ignore_missing(true);
+    migrator
+}

@@ -1,0 +1,1 @@
+pub const BUILTIN_NAMES: &[&str] = &["train-classifier"];
