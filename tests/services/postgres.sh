@@ -168,7 +168,7 @@ is_running() {
 is_defunct() {
   local pid
   pid=$(head -n 1 -- "$dir/data/postmaster.pid" 2>/dev/null) || return 1
-  case $(ps -o stat= -p "$pid" 2>/dev/null) in Z*) ;; *) return 1 ;; esac
+  grep -q '^State:[[:space:]]*Z' "/proc/$pid/status" 2>/dev/null
 }
 
 # Removes the lock of a defunct server, once its children have left the data.

@@ -50,8 +50,10 @@ find_jar() {
 running_pid() {
   local pid
   pid=$(cat -- "$dir/pid" 2>/dev/null) || return 1
-  # An id is reused in time, so the id alone proves nothing.
-  ps -ww -o args= -p "$pid" 2>/dev/null | grep -q 'cloud-pubsub-emulator' || return 1
+  # An id is reused in time, so the id alone proves nothing. Small images have
+  # no ps, other systems no /proc.
+  { cat "/proc/$pid/cmdline" || ps -ww -o args= -p "$pid"; } 2>/dev/null |
+    grep -aq 'cloud-pubsub-emulator' || return 1
   echo "$pid"
 }
 
