@@ -1,0 +1,33 @@
+# `make` lists the targets. ARGS is handed to cargo test, for example
+#   make test ARGS='--test worker'
+CARGO ?= cargo
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help build check fmt test dev
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## Build the debug binary
+	$(CARGO) build --locked
+
+check: ## Check the format and the lints, as CI does
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+
+fmt: ## Format the sources
+	$(CARGO) fmt
+
+# Everything is compiled first, so that a mistake shows before services start
+# and no service idles while the compiler runs.
+test: ## Run all tests, with PostgreSQL and Google's emulator started for them
+	$(CARGO) build --locked
+	$(CARGO) test --locked --all-targets --no-run $(ARGS)
+	tests/services/run.sh $(CARGO) test --locked --all-targets $(ARGS)
+	$(CARGO) test --locked --doc
+	tests/services/python-client.sh
+
+dev: ## Open a shell with the test services running, for single tests
+	@echo 'Ready when the prompt shows: cargo test finds the services. Leaving the shell stops them.'
+	tests/services/run.sh $${SHELL:-bash}
