@@ -3,5 +3,6 @@
 
 pub mod message;
 pub mod task;
+pub mod tasks;
 
 pub use task::{Progress, Run, Task, TaskError};
