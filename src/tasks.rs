@@ -1,1 +1,32 @@
-pub const BUILTIN_NAMES: &[&str] = &["train-classifier"];
+//! The tasks that come with the worker.
+
+use std::sync::Arc;
+
+use crate::task::Task;
+
+pub mod train_classifier;
+
+use train_classifier::TrainClassifier;
+
+/// The names that [`builtin`] knows, sorted.
+pub const BUILTIN_NAMES: &[&str] = &[train_classifier::NAME];
+
+/// The built-in task of that name, or `None` when there is none.
+#[must_use]
+pub fn builtin(name: &str) -> Option<Arc<dyn Task>> {
+    match name {
+        train_classifier::NAME => Some(Arc::new(TrainClassifier)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_listed_name_is_a_task_and_no_other_is() {
+        assert!(BUILTIN_NAMES.iter().all(|name| builtin(name).is_some()));
+        assert!(builtin("train-classifer").is_none());
+    }
+}
