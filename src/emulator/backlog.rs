@@ -15,9 +15,6 @@ use super::ack_id::{AckId, Position};
 use super::message::Message;
 use super::streams::StreamId;
 
-#[cfg(test)]
-mod tests;
-
 /// A message handed to a client.
 #[derive(Debug, Clone)]
 pub struct Delivery {

@@ -43,7 +43,7 @@ pub struct Message {
     pub attributes: HashMap<String, String>,
     pub ordering_key: String,
     /// Given back when the last holder drops the message.
-    reservation: Reservation,
+    _reservation: Reservation,
 }
 
 impl Message {
@@ -56,11 +56,6 @@ impl Message {
     /// control counts.
     pub fn size(&self) -> usize {
         size(&self.data, &self.attributes, &self.ordering_key)
-    }
-
-    /// The bytes of memory it is charged with.
-    pub fn charge(&self) -> usize {
-        self.reservation.bytes
     }
 
     pub(super) fn new(
@@ -77,7 +72,7 @@ impl Message {
             data: Bytes::copy_from_slice(&new.data),
             attributes: new.attributes,
             ordering_key: new.ordering_key,
-            reservation,
+            _reservation: reservation,
         }
     }
 }
