@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, SubsecRound, Utc};
 
 use super::ack_id::AckId;
 use super::backlog::Delivery;
@@ -25,6 +25,8 @@ pub use page::{Page, PageRequest};
 
 /// How many of its latest messages a topic remembers, delivered or not.
 const HISTORY_MESSAGES: usize = 10_000;
+/// Pub/Sub's publish times have milliseconds.
+const PUBLISH_TIME_DIGITS: u16 = 3;
 const MAX_ACK_DEADLINE_SECONDS: i32 = 600;
 
 /// Someone who waits for deliveries and should look again.
@@ -96,8 +98,9 @@ impl Engine {
         page: &PageRequest,
     ) -> Result<Page<resource::Topic>, BrokerError> {
         name::check_project(project)?;
-        let all = self.topics.iter().map(|(name, topic)| (name, topic));
-        page.cut(all, &format!("{project}/"), |topic| topic.settings.clone())
+        page.cut(self.topics.iter(), &format!("{project}/"), |topic| {
+            topic.settings.clone()
+        })
     }
 
     /// The names of the subscriptions of a topic.
@@ -157,8 +160,9 @@ impl Engine {
         page: &PageRequest,
     ) -> Result<Page<resource::Subscription>, BrokerError> {
         name::check_project(project)?;
-        let all = self.feeds.iter();
-        page.cut(all, &format!("{project}/"), |feed| feed.settings.clone())
+        page.cut(self.feeds.iter(), &format!("{project}/"), |feed| {
+            feed.settings.clone()
+        })
     }
 
     pub fn delete_subscription(&mut self, name: &str) -> Result<(), BrokerError> {
@@ -190,10 +194,16 @@ impl Engine {
         let charge = |message: &NewMessage| message.charge(subscriptions.len());
         self.make_room(topic, messages.iter().map(charge).sum())?;
         self.last_number = self.last_number.max(microseconds(wall));
+        let publish_time = wall.trunc_subsecs(PUBLISH_TIME_DIGITS);
         let mut ids = Vec::with_capacity(messages.len());
         for new in messages {
             let reservation = self.memory.reserve(charge(&new));
-            let message = Arc::new(Message::new(new, self.next_number(), wall, reservation));
+            let message = Arc::new(Message::new(
+                new,
+                self.next_number(),
+                publish_time,
+                reservation,
+            ));
             ids.push(message.id());
             for name in &subscriptions {
                 if let Some(feed) = self.feeds.get_mut(name) {

@@ -2,7 +2,7 @@
 //! speak: <https://cloud.google.com/pubsub/docs/reference/rest>.
 
 use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
+use axum::extract::rejection::{BytesRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -76,13 +76,15 @@ struct PageQuery {
     page_token: String,
 }
 
-impl From<PageQuery> for PageRequest {
-    fn from(query: PageQuery) -> Self {
-        Self {
-            size: query.page_size,
-            token: query.page_token,
-        }
-    }
+type PageOfList = Result<Query<PageQuery>, QueryRejection>;
+
+fn wanted(page: PageOfList) -> Result<PageRequest, BrokerError> {
+    let invalid = |rejection: QueryRejection| BrokerError::InvalidArgument(rejection.body_text());
+    let Query(page) = page.map_err(invalid)?;
+    Ok(PageRequest {
+        size: page.page_size,
+        token: page.page_token,
+    })
 }
 
 async fn create_topic(
@@ -94,19 +96,21 @@ async fn create_topic(
     topic.name = topic_name(&path);
     let topic = convert::topic_in(topic)?;
     broker.create_topic(topic.clone())?;
-    show(convert::topic_out(topic))
+    Ok(Json(show(convert::topic_out(topic))?))
 }
 
 async fn get_topic(State(broker): State<Broker>, Path(path): Named) -> Answer {
-    show(convert::topic_out(broker.topic(&topic_name(&path))?))
+    Ok(Json(show(convert::topic_out(
+        broker.topic(&topic_name(&path))?,
+    ))?))
 }
 
 async fn list_topics(
     State(broker): State<Broker>,
     Path(project): Path<String>,
-    Query(page): Query<PageQuery>,
+    page: PageOfList,
 ) -> Answer {
-    let page = broker.topics(&format!("projects/{project}"), &page.into())?;
+    let page = broker.topics(&format!("projects/{project}"), &wanted(page)?)?;
     let topics: Vec<_> = page.items.into_iter().map(convert::topic_out).collect();
     Ok(Json(with_token(
         json!({ "topics": topics }),
@@ -117,9 +121,9 @@ async fn list_topics(
 async fn list_topic_subscriptions(
     State(broker): State<Broker>,
     Path(path): Named,
-    Query(page): Query<PageQuery>,
+    page: PageOfList,
 ) -> Answer {
-    let page = broker.topic_subscriptions(&topic_name(&path), &page.into())?;
+    let page = broker.topic_subscriptions(&topic_name(&path), &wanted(page)?)?;
     let names = json!({ "subscriptions": page.items });
     Ok(Json(with_token(names, page.next_token)))
 }
@@ -161,22 +165,22 @@ async fn create_subscription(
     subscription.name = subscription_name(&path);
     let subscription = convert::subscription_in(subscription)?;
     let created = broker.create_subscription(subscription)?;
-    show(convert::subscription_out(created))
+    Ok(Json(show(convert::subscription_out(created))?))
 }
 
 async fn get_subscription(State(broker): State<Broker>, Path(path): Named) -> Answer {
     let found = broker.subscription(&subscription_name(&path))?;
-    show(convert::subscription_out(found))
+    Ok(Json(show(convert::subscription_out(found))?))
 }
 
 async fn list_subscriptions(
     State(broker): State<Broker>,
     Path(project): Path<String>,
-    Query(page): Query<PageQuery>,
+    page: PageOfList,
 ) -> Answer {
-    let page = broker.subscriptions(&format!("projects/{project}"), &page.into())?;
-    let items = page.items.into_iter();
-    let subscriptions: Vec<_> = items.map(convert::subscription_out).collect();
+    let page = broker.subscriptions(&format!("projects/{project}"), &wanted(page)?)?;
+    let items = page.items.into_iter().map(convert::subscription_out);
+    let subscriptions: Vec<_> = items.map(show).collect::<Result<_, _>>()?;
     let list = json!({ "subscriptions": subscriptions });
     Ok(Json(with_token(list, page.next_token)))
 }
@@ -260,10 +264,12 @@ fn read<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<T, B
     serde_json::from_slice(body).map_err(|error| invalid(error.to_string()))
 }
 
-fn show(resource: impl serde::Serialize) -> Answer {
+fn show(resource: impl serde::Serialize) -> Result<Value, BrokerError> {
     let shown = serde_json::to_value(resource);
-    let shown = shown.map_err(|error| BrokerError::InvalidArgument(error.to_string()))?;
-    Ok(Json(shown))
+    let mut shown = shown.map_err(|error| BrokerError::InvalidArgument(error.to_string()))?;
+    // The official client writes the number; Google writes the name.
+    shown["state"] = "ACTIVE".into();
+    Ok(shown)
 }
 
 /// Proto-JSON leaves out what is empty.
