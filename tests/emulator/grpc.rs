@@ -1,6 +1,6 @@
 //! gRPC beneath the official client: what a stream carries.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use google_cloud_pubsub::model::Subscription;
 use googleapis_tonic_google_pubsub_v1::google::pubsub::v1::publisher_client::PublisherClient;
@@ -103,6 +103,26 @@ async fn acks_and_nacks_travel_in_the_stream() {
     stream.send(ack).await;
     assert_eq!(stream.next_message().await.1, "b");
     assert_eq!(running.broker.backlog_len(SUBSCRIPTION), Ok(1));
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_message_is_redelivered_when_its_ack_deadline_has_passed() {
+    let running = Running::prepared(Subscription::new()).await;
+    publish(&running, &["a"]).await;
+    let mut stream = Stream::open(&running, first()).await.unwrap();
+    let (held, _) = stream.next_message().await;
+    let shorten = StreamingPullRequest {
+        modify_deadline_ack_ids: vec![held.clone()],
+        modify_deadline_seconds: vec![1],
+        ..StreamingPullRequest::default()
+    };
+    let shortened = Instant::now();
+    stream.send(shorten).await;
+    let (again, text) = stream.next_message().await;
+    assert_eq!(text, "a");
+    assert_ne!(again, held);
+    assert!(shortened.elapsed() >= Duration::from_secs(1));
     running.stop().await;
 }
 
