@@ -2,6 +2,7 @@
 //! and runs each of them once.
 
 pub mod config;
+pub mod emulator;
 pub mod job;
 pub mod message;
 pub mod outcome;

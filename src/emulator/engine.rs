@@ -1,0 +1,356 @@
+//! The whole emulator as a state machine: every topic and subscription, no
+//! clock, no I/O. Callers pass the time in, and fetch out of it which streams
+//! and pulls to wake.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use chrono::{DateTime, SubsecRound, Utc};
+
+use super::ack_id::AckId;
+use super::backlog::Delivery;
+use super::error::BrokerError;
+use super::feed::Feed;
+use super::message::{self, Memory, Message, NewMessage};
+use super::name;
+use super::resource;
+use super::streams::{StreamId, StreamOptions};
+
+mod page;
+mod resources;
+#[cfg(test)]
+mod tests;
+
+pub use page::{Page, PageRequest};
+
+/// How many of its latest messages a topic remembers, delivered or not.
+const HISTORY_MESSAGES: usize = 10_000;
+/// Pub/Sub's publish times have milliseconds.
+const PUBLISH_TIME_DIGITS: u16 = 3;
+const MAX_ACK_DEADLINE_SECONDS: i32 = 600;
+
+/// Someone who waits for deliveries and should look again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wake {
+    Stream(StreamId),
+    /// One pull of the named subscription.
+    Pull(String),
+}
+
+#[derive(Debug)]
+struct Topic {
+    settings: resource::Topic,
+    subscriptions: BTreeSet<String>,
+    /// The latest messages, oldest first. The first thing to go when memory
+    /// runs out.
+    history: VecDeque<Arc<Message>>,
+}
+
+#[derive(Debug)]
+pub struct Engine {
+    topics: BTreeMap<String, Topic>,
+    feeds: BTreeMap<String, Feed>,
+    memory: Memory,
+    /// The last number given to a message, a subscription or a stream.
+    last_number: u64,
+    /// Not later than the earliest ack deadline.
+    next_timer: Option<Instant>,
+    wakes: Vec<Wake>,
+}
+
+impl Engine {
+    /// Numbers start at the wall clock's microseconds and grow from there, so
+    /// that an id is not given twice even across restarts.
+    pub fn new(max_retained_bytes: usize, started: DateTime<Utc>) -> Self {
+        Self {
+            topics: BTreeMap::new(),
+            feeds: BTreeMap::new(),
+            memory: Memory::new(max_retained_bytes),
+            last_number: microseconds(started),
+            next_timer: None,
+            wakes: Vec::new(),
+        }
+    }
+
+    // Messages in.
+
+    /// Publishes all the messages or none, and returns their ids.
+    pub fn publish(
+        &mut self,
+        topic: &str,
+        messages: Vec<NewMessage>,
+        now: Instant,
+        wall: DateTime<Utc>,
+    ) -> Result<Vec<String>, BrokerError> {
+        message::check_request(&messages)?;
+        let subscriptions = self.known_topic(topic)?.subscriptions.clone();
+        let charge = |message: &NewMessage| message.charge(subscriptions.len());
+        self.make_room(topic, messages.iter().map(charge).sum())?;
+        self.last_number = self.last_number.max(microseconds(wall));
+        let publish_time = wall.trunc_subsecs(PUBLISH_TIME_DIGITS);
+        let mut ids = Vec::with_capacity(messages.len());
+        for new in messages {
+            let reservation = self.memory.reserve(charge(&new));
+            let message = Arc::new(Message::new(
+                new,
+                self.next_number(),
+                publish_time,
+                reservation,
+            ));
+            ids.push(message.id());
+            for name in &subscriptions {
+                if let Some(feed) = self.feeds.get_mut(name) {
+                    feed.add(Arc::clone(&message));
+                }
+            }
+            self.remember(topic, message);
+        }
+        for name in &subscriptions {
+            self.settle_down(name, now);
+        }
+        Ok(ids)
+    }
+
+    /// Delivers a published message once more, to every subscription of its
+    /// topic.
+    pub fn duplicate(
+        &mut self,
+        topic: &str,
+        message_id: &str,
+        now: Instant,
+    ) -> Result<(), BrokerError> {
+        let known = self.known_topic(topic)?;
+        let place = known
+            .history
+            .iter()
+            .position(|message| message.id() == message_id)
+            .ok_or_else(|| BrokerError::not_found(&format!("{topic}, message {message_id}")))?;
+        let published: Vec<_> = known.history.range(place..).cloned().collect();
+        let Some(message) = published.first() else {
+            return Ok(());
+        };
+        for name in known.subscriptions.clone() {
+            if let Some(feed) = self.feeds.get_mut(&name) {
+                feed.add_copies(message, &published);
+            }
+            self.settle_down(&name, now);
+        }
+        Ok(())
+    }
+
+    // Messages out.
+
+    pub fn pull(
+        &mut self,
+        subscription: &str,
+        max_messages: usize,
+        now: Instant,
+    ) -> Result<Vec<Delivery>, BrokerError> {
+        let feed = self.feed(subscription)?;
+        feed.expire(now);
+        let pulled = feed.pull(max_messages, now);
+        self.settle_down(subscription, now);
+        Ok(pulled)
+    }
+
+    pub fn open_stream(
+        &mut self,
+        subscription: &str,
+        options: StreamOptions,
+    ) -> Result<StreamId, BrokerError> {
+        resource::check_ack_deadline(options.ack_deadline)?;
+        self.feed(subscription)?;
+        let id = StreamId(self.next_number());
+        self.feed(subscription)?.open(id, options);
+        Ok(id)
+    }
+
+    pub fn close_stream(&mut self, subscription: &str, id: StreamId, now: Instant) {
+        if let Some(feed) = self.feeds.get_mut(subscription) {
+            feed.close(id);
+            self.settle_down(subscription, now);
+        }
+    }
+
+    /// For a stream that can send now: its deliveries. If there are none, the
+    /// stream is woken when there are.
+    pub fn take(
+        &mut self,
+        subscription: &str,
+        id: StreamId,
+        now: Instant,
+    ) -> Result<Vec<Delivery>, BrokerError> {
+        let feed = self.feed(subscription)?;
+        feed.expire(now);
+        let taken = feed.take(id, now);
+        self.settle_down(subscription, now);
+        Ok(taken)
+    }
+
+    pub fn set_stream_ack_deadline(
+        &mut self,
+        subscription: &str,
+        id: StreamId,
+        ack_deadline: Duration,
+    ) -> Result<(), BrokerError> {
+        resource::check_ack_deadline(ack_deadline)?;
+        self.feed(subscription)?
+            .set_stream_ack_deadline(id, ack_deadline);
+        Ok(())
+    }
+
+    /// Acknowledges deliveries; ack ids that are no longer good are ignored.
+    pub fn acknowledge(
+        &mut self,
+        subscription: &str,
+        ack_ids: &[String],
+        now: Instant,
+    ) -> Result<(), BrokerError> {
+        let feed = self.feed(subscription)?;
+        feed.expire(now);
+        feed.acknowledge(parse(ack_ids)?);
+        self.settle_down(subscription, now);
+        Ok(())
+    }
+
+    /// Sets ack deadlines to so many seconds from now; 0 makes the messages
+    /// ready again at once. Ack ids that are no longer good are ignored.
+    pub fn modify_ack_deadline(
+        &mut self,
+        subscription: &str,
+        ack_ids: &[String],
+        seconds: i32,
+        now: Instant,
+    ) -> Result<(), BrokerError> {
+        let ack_deadline = modified_ack_deadline(seconds)?;
+        let feed = self.feed(subscription)?;
+        feed.expire(now);
+        feed.modify_ack_deadline(parse(ack_ids)?, ack_deadline, now);
+        self.settle_down(subscription, now);
+        Ok(())
+    }
+
+    // Time.
+
+    /// Makes every message ready again whose ack deadline has come.
+    pub fn expire(&mut self, now: Instant) {
+        self.next_timer = None;
+        let names: Vec<String> = self.feeds.keys().cloned().collect();
+        for name in names {
+            if let Some(feed) = self.feeds.get_mut(&name) {
+                feed.expire(now);
+            }
+            self.settle_down(&name, now);
+        }
+    }
+
+    /// When to call [`Self::expire`] next; may be too early, never too late.
+    pub fn next_timer(&self) -> Option<Instant> {
+        self.next_timer
+    }
+
+    /// Whom to wake since the last call.
+    pub fn drain_wakes(&mut self) -> Vec<Wake> {
+        std::mem::take(&mut self.wakes)
+    }
+
+    /// The unacknowledged messages of a subscription, outstanding or not.
+    pub fn backlog_len(&self, subscription: &str) -> Result<usize, BrokerError> {
+        let feed = self.feeds.get(subscription);
+        let feed = feed.ok_or_else(|| BrokerError::not_found(subscription))?;
+        Ok(feed.backlog_len())
+    }
+
+    /// After every change to a feed: hands out what can be handed out and
+    /// notes whom to wake and when.
+    fn settle_down(&mut self, name: &str, now: Instant) {
+        let Some(feed) = self.feeds.get_mut(name) else {
+            return;
+        };
+        let fed = feed.dispatch(now);
+        self.wakes.extend(fed.into_iter().map(Wake::Stream));
+        if feed.has_ready() {
+            self.wakes.push(Wake::Pull(name.to_owned()));
+        }
+        self.next_timer = match (self.next_timer, feed.next_timer()) {
+            (Some(known), Some(new)) => Some(known.min(new)),
+            (known, new) => known.or(new),
+        };
+    }
+
+    fn known_topic(&self, name: &str) -> Result<&Topic, BrokerError> {
+        name::check_topic(name)?;
+        let topic = self.topics.get(name);
+        topic.ok_or_else(|| BrokerError::not_found(name))
+    }
+
+    fn feed(&mut self, name: &str) -> Result<&mut Feed, BrokerError> {
+        name::check_subscription(name)?;
+        let feed = self.feeds.get_mut(name);
+        feed.ok_or_else(|| BrokerError::not_found(name))
+    }
+
+    /// Forgets history, oldest first and this topic's first, until so many
+    /// bytes fit.
+    fn make_room(&mut self, topic: &str, bytes: usize) -> Result<(), BrokerError> {
+        if let Some(own) = self.topics.get_mut(topic) {
+            forget(&mut own.history, &self.memory, bytes);
+        }
+        for other in self.topics.values_mut() {
+            forget(&mut other.history, &self.memory, bytes);
+        }
+        if self.memory.has_room_for(bytes) {
+            return Ok(());
+        }
+        Err(BrokerError::ResourceExhausted(format!(
+            "Messages occupy {} of the emulator's {} bytes; {bytes} more do not fit.",
+            self.memory.used(),
+            self.memory.limit()
+        )))
+    }
+
+    fn remember(&mut self, topic: &str, message: Arc<Message>) {
+        let Some(topic) = self.topics.get_mut(topic) else {
+            return;
+        };
+        topic.history.push_back(message);
+        if topic.history.len() > HISTORY_MESSAGES {
+            topic.history.pop_front();
+        }
+    }
+
+    fn next_number(&mut self) -> u64 {
+        self.last_number += 1;
+        self.last_number
+    }
+}
+
+fn forget(history: &mut VecDeque<Arc<Message>>, memory: &Memory, bytes: usize) {
+    while !memory.has_room_for(bytes) && history.pop_front().is_some() {}
+}
+
+fn microseconds(wall: DateTime<Utc>) -> u64 {
+    u64::try_from(wall.timestamp_micros()).unwrap_or_default()
+}
+
+fn modified_ack_deadline(seconds: i32) -> Result<Duration, BrokerError> {
+    match u64::try_from(seconds) {
+        Ok(good) if seconds <= MAX_ACK_DEADLINE_SECONDS => Ok(Duration::from_secs(good)),
+        _ => Err(BrokerError::InvalidArgument(format!(
+            "The ack deadline is {seconds} seconds; it must be between 0 and \
+             {MAX_ACK_DEADLINE_SECONDS}."
+        ))),
+    }
+}
+
+fn parse(ack_ids: &[String]) -> Result<Vec<AckId>, BrokerError> {
+    let parse = |text: &String| {
+        text.parse().map_err(|_not_an_ack_id| {
+            BrokerError::InvalidArgument(format!(
+                "Not an ack ID of this emulator: (ack_id={text})."
+            ))
+        })
+    };
+    ack_ids.iter().map(parse).collect()
+}

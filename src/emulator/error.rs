@@ -1,0 +1,45 @@
+//! What the broker answers when it refuses a request.
+
+/// A refusal. Each variant is one gRPC status of the same name; the text is
+/// what the client sees.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BrokerError {
+    /// The named topic, subscription or message does not exist.
+    #[error("{0}")]
+    NotFound(String),
+    /// A topic or subscription of that name exists already.
+    #[error("{0}")]
+    AlreadyExists(String),
+    /// The request breaks a rule of Pub/Sub; sending it again will not help.
+    #[error("{0}")]
+    InvalidArgument(String),
+    /// The memory for messages is used up; acknowledging messages frees it.
+    #[error("{0}")]
+    ResourceExhausted(String),
+    /// Real Pub/Sub has this, the emulator does not.
+    #[error("{0}")]
+    Unimplemented(String),
+    /// The emulator is shutting down.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+impl BrokerError {
+    pub(super) fn not_found(resource: &str) -> Self {
+        Self::NotFound(format!("Resource not found (resource={resource})."))
+    }
+
+    pub(super) fn already_exists(resource: &str) -> Self {
+        Self::AlreadyExists(format!(
+            "Resource already exists in the project (resource={resource})."
+        ))
+    }
+
+    pub(super) fn unimplemented(what: &str) -> Self {
+        Self::Unimplemented(format!("The emulator does not implement {what}."))
+    }
+
+    pub(super) fn shutting_down() -> Self {
+        Self::Unavailable("The emulator is shutting down.".to_owned())
+    }
+}

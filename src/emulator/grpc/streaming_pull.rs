@@ -1,0 +1,228 @@
+//! The StreamingPull method.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use axum::extract::{Request, State};
+use axum::routing::{MethodRouter, post};
+use futures::future::BoxFuture;
+use googleapis_tonic_google_pubsub_v1::google::pubsub::v1 as proto;
+use tokio::sync::mpsc::{self, Sender};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::server::StreamingService;
+use tonic::{Response, Status, Streaming};
+
+use super::convert;
+use crate::emulator::broker::{Broker, OpenStream};
+use crate::emulator::error::BrokerError;
+use crate::emulator::resource;
+use crate::emulator::streams::StreamOptions;
+
+type Answer = Result<proto::StreamingPullResponse, Status>;
+
+pub fn route() -> MethodRouter<Broker> {
+    post(async |State(broker): State<Broker>, request: Request| {
+        super::codec().streaming(Method { broker }, request).await
+    })
+}
+
+struct Method {
+    broker: Broker,
+}
+
+impl StreamingService<proto::StreamingPullRequest> for Method {
+    type Response = proto::StreamingPullResponse;
+    type ResponseStream = ReceiverStream<Answer>;
+    type Future = BoxFuture<'static, Result<Response<Self::ResponseStream>, Status>>;
+
+    fn call(
+        &mut self,
+        requests: tonic::Request<Streaming<proto::StreamingPullRequest>>,
+    ) -> Self::Future {
+        let broker = self.broker.clone();
+        Box::pin(async move {
+            let mut requests = requests.into_inner();
+            let Some(first) = requests.message().await? else {
+                return Err(Status::invalid_argument("The stream has no request."));
+            };
+            // One response at a time waits for the client, so deliveries that
+            // it does not read stay here, where others can have them.
+            let (answers, receiver) = mpsc::channel(1);
+            let pull = StreamingPull::open(broker, first, requests, answers)?;
+            tokio::spawn(pull.run());
+            Ok(Response::new(ReceiverStream::new(receiver)))
+        })
+    }
+}
+
+struct StreamingPull {
+    broker: Broker,
+    stream: OpenStream,
+    requests: Streaming<proto::StreamingPullRequest>,
+    answers: Sender<Answer>,
+    /// `None` for clients that do not know heartbeats.
+    heartbeat: Option<Interval>,
+    properties: proto::streaming_pull_response::SubscriptionProperties,
+    /// Whether deliveries show their attempt.
+    counted: bool,
+}
+
+enum End {
+    /// The client is gone or has said that it is done.
+    ByClient,
+    Refused(Status),
+}
+
+impl From<BrokerError> for End {
+    fn from(error: BrokerError) -> Self {
+        Self::Refused(error.into())
+    }
+}
+
+impl StreamingPull {
+    fn open(
+        broker: Broker,
+        first: proto::StreamingPullRequest,
+        requests: Streaming<proto::StreamingPullRequest>,
+        answers: Sender<Answer>,
+    ) -> Result<Self, BrokerError> {
+        let subscription = broker.subscription(&first.subscription)?;
+        let options = StreamOptions::new(
+            resource::seconds(first.stream_ack_deadline_seconds)?,
+            first.max_outstanding_messages,
+            first.max_outstanding_bytes,
+        );
+        let stream = broker.open_stream(&first.subscription, options)?;
+        let pull = Self {
+            heartbeat: (first.protocol_version >= 1)
+                .then(|| heartbeats(broker.options().heartbeat)),
+            properties: proto::streaming_pull_response::SubscriptionProperties {
+                exactly_once_delivery_enabled: false,
+                message_ordering_enabled: subscription.ordered,
+            },
+            counted: subscription.dead_letter.is_some(),
+            broker,
+            stream,
+            requests,
+            answers,
+        };
+        pull.settle(&first)?;
+        Ok(pull)
+    }
+
+    async fn run(mut self) {
+        let closing = self.broker.closing().clone();
+        let end = tokio::select! {
+            end = self.exchange() => end,
+            () = closing.cancelled() => BrokerError::shutting_down().into(),
+        };
+        if let End::Refused(status) = end {
+            // Fails if the client is gone, which is what was to be said.
+            let _gone = self.answers.send(Err(status)).await;
+        }
+    }
+
+    async fn exchange(&mut self) -> End {
+        loop {
+            let step = tokio::select! {
+                // Acks first: they make room for what comes next.
+                biased;
+                request = self.requests.message() => match request {
+                    Ok(Some(request)) => self.obey(&request),
+                    Ok(None) | Err(_) => Err(End::ByClient),
+                },
+                () = self.answers.closed() => Err(End::ByClient),
+                sent = deliver(&self.stream, &self.answers, self.properties, self.counted) => sent,
+                () = next_heartbeat(&mut self.heartbeat) => {
+                    // With a response under way there is no need for one.
+                    let _busy = self.answers.try_send(Ok(self.empty()));
+                    Ok(())
+                }
+            };
+            if let Err(end) = step {
+                return end;
+            }
+        }
+    }
+
+    /// A request after the first.
+    fn obey(&self, request: &proto::StreamingPullRequest) -> Result<(), End> {
+        if !request.subscription.is_empty() && request.subscription != self.stream.subscription {
+            return Err(End::Refused(Status::invalid_argument(
+                "Only the first request of a stream may name the subscription.",
+            )));
+        }
+        if request.stream_ack_deadline_seconds != 0 {
+            let ack_deadline = resource::seconds(request.stream_ack_deadline_seconds)?;
+            self.stream.set_ack_deadline(ack_deadline)?;
+        }
+        Ok(self.settle(request)?)
+    }
+
+    /// The acks and ack deadlines in a request.
+    fn settle(&self, request: &proto::StreamingPullRequest) -> Result<(), BrokerError> {
+        let subscription = &self.stream.subscription;
+        if !request.ack_ids.is_empty() {
+            self.broker.acknowledge(subscription, &request.ack_ids)?;
+        }
+        let seconds = &request.modify_deadline_seconds;
+        let ids = &request.modify_deadline_ack_ids;
+        if seconds.len() != ids.len() {
+            return Err(BrokerError::InvalidArgument(format!(
+                "modify_deadline_seconds has {} entries and modify_deadline_ack_ids {}.",
+                seconds.len(),
+                ids.len()
+            )));
+        }
+        let mut by_seconds: BTreeMap<i32, Vec<String>> = BTreeMap::new();
+        for (seconds, id) in seconds.iter().zip(ids) {
+            by_seconds.entry(*seconds).or_default().push(id.clone());
+        }
+        by_seconds.into_iter().try_for_each(|(seconds, ids)| {
+            self.broker.modify_ack_deadline(subscription, &ids, seconds)
+        })
+    }
+
+    fn empty(&self) -> proto::StreamingPullResponse {
+        proto::StreamingPullResponse {
+            subscription_properties: Some(self.properties),
+            ..proto::StreamingPullResponse::default()
+        }
+    }
+}
+
+/// Sends one response. Takes deliveries only when it can be sent, and does not
+/// wait once it has them, so that it may be cancelled.
+async fn deliver(
+    stream: &OpenStream,
+    answers: &Sender<Answer>,
+    properties: proto::streaming_pull_response::SubscriptionProperties,
+    counted: bool,
+) -> Result<(), End> {
+    let Ok(place) = answers.reserve().await else {
+        return Err(End::ByClient);
+    };
+    let deliveries = stream.next().await?.into_iter();
+    place.send(Ok(proto::StreamingPullResponse {
+        received_messages: deliveries
+            .map(|delivery| convert::delivery_out(delivery, counted))
+            .collect(),
+        subscription_properties: Some(properties),
+        ..proto::StreamingPullResponse::default()
+    }));
+    Ok(())
+}
+
+fn heartbeats(period: Duration) -> Interval {
+    let mut heartbeats = interval_at(Instant::now() + period, period);
+    heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    heartbeats
+}
+
+async fn next_heartbeat(heartbeats: &mut Option<Interval>) {
+    match heartbeats {
+        Some(heartbeats) => drop(heartbeats.tick().await),
+        None => std::future::pending().await,
+    }
+}

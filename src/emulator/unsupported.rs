@@ -1,0 +1,16 @@
+//! Settings that change what is delivered and that the emulator does not have:
+//! refused, since ignoring them in silence would mislead a test.
+
+use super::error::BrokerError;
+
+/// A feature, and whether the request asks for it.
+pub struct Asked(pub &'static str, pub bool);
+
+/// # Errors
+/// `Unimplemented`, naming the first feature that is asked for.
+pub fn refuse(features: &[Asked]) -> Result<(), BrokerError> {
+    match features.iter().find(|Asked(_, asked)| *asked) {
+        Some(Asked(feature, _)) => Err(BrokerError::unimplemented(feature)),
+        None => Ok(()),
+    }
+}
