@@ -1,14 +1,34 @@
 //! Trainyard takes machine-learning training requests off Google Cloud Pub/Sub
 //! and runs each of them once.
+//!
+//! The folders follow the message: [`pubsub`] delivers it, [`worker`] takes it
+//! through its life, [`guard`] lets it through one time, [`registry`] finds its
+//! task, [`executor`] runs it, [`store`] keeps the record.
+//!
+//! A program with tasks of its own needs [`Task`], [`Registry`] and [`run`]:
+//! `examples/embed.rs` is a whole one.
 
+mod app;
+#[doc(hidden)]
+pub mod cli;
 pub mod config;
 pub mod emulator;
+pub mod executor;
+pub mod guard;
 pub mod job;
 pub mod message;
 pub mod outcome;
+pub mod pubsub;
+pub mod registry;
 pub mod retry;
+pub mod shutdown;
 pub mod store;
 pub mod task;
 pub mod tasks;
+pub mod telemetry;
+pub mod worker;
 
+pub use app::run;
+pub use registry::Registry;
 pub use task::{Progress, Run, Task, TaskError};
+pub use worker::Worker;

@@ -80,6 +80,24 @@ pub struct Refusal {
     pub worker: Arc<str>,
 }
 
+/// What became of a refusal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    Recorded,
+    AlreadyFinished(FinalState),
+    /// Some other worker knows what to do with the message and claimed it.
+    Claimed,
+}
+
+impl Refused {
+    fn read(recorded: bool, state: &str) -> Self {
+        if recorded {
+            return Self::Recorded;
+        }
+        final_state(state).map_or(Self::Claimed, Self::AlreadyFinished)
+    }
+}
+
 /// What a held delivery finds when it looks again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
@@ -125,9 +143,9 @@ pub trait Store: Send + Sync + 'static {
     /// attempt. Returns whether it did.
     async fn release(&self, fence: &Fence) -> Result<bool, StoreError>;
 
-    /// Records a message that will never run. Returns false, and counts a
-    /// duplicate, where its key is on record already.
-    async fn refuse(&self, refusal: &Refusal) -> Result<bool, StoreError>;
+    /// Records a message that will never run; counts a duplicate instead where
+    /// its key is on record already.
+    async fn refuse(&self, refusal: &Refusal) -> Result<Refused, StoreError>;
 
     /// Jobs, newest first.
     async fn jobs(&self, filter: &JobFilter) -> Result<Vec<Job>, StoreError>;

@@ -103,10 +103,7 @@ fn explain(path: &str, reason: &str) -> ConfigError {
     let mut names = rest.split('`');
     let unknown = names.next().unwrap_or_default();
     let known = names.skip(1).step_by(2);
-    let section = path
-        .strip_suffix(unknown)
-        .unwrap_or(path)
-        .trim_matches('.');
+    let section = path.strip_suffix(unknown).unwrap_or(path).trim_matches('.');
     let within = |name: &str| match section {
         "" => name.to_owned(),
         section => format!("{section}.{name}"),
@@ -118,10 +115,7 @@ fn explain(path: &str, reason: &str) -> ConfigError {
 }
 
 /// The known name most like the unknown one.
-pub(super) fn nearest<'a>(
-    unknown: &str,
-    known: impl Iterator<Item = &'a str>,
-) -> Option<String> {
+pub(super) fn nearest<'a>(unknown: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
     known
         .map(|name| (strsim::jaro_winkler(unknown, name), name))
         .max_by(|a, b| a.0.total_cmp(&b.0))

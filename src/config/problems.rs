@@ -91,7 +91,10 @@ mod tests {
     fn each_impossible_value_is_named_by_its_key() {
         for (text, key) in [
             ("[database]\nurl = 'mysql://h/d'", "database.url"),
-            ("[database]\nmax_connections = 0", "database.max_connections"),
+            (
+                "[database]\nmax_connections = 0",
+                "database.max_connections",
+            ),
             ("[worker]\nslots = 0", "worker.slots"),
             ("[worker]\nlease = '1s'", "worker.lease"),
             ("[worker]\nstop_grace = '1h'", "worker.stop_grace"),

@@ -12,7 +12,7 @@ use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use uuid::Uuid;
 
-use super::{ClaimTerms, Refusal, SchemaError, Standing, Store, StoreError};
+use super::{ClaimTerms, Refusal, Refused, SchemaError, Standing, Store, StoreError};
 use crate::job::{Claim, ClaimRequest, Fence, Job, JobFilter, JobKey};
 use crate::outcome::Ending;
 
@@ -83,7 +83,7 @@ impl Store for PostgresStore {
         claims::release(&self.pool, fence).await
     }
 
-    async fn refuse(&self, refusal: &Refusal) -> Result<bool, StoreError> {
+    async fn refuse(&self, refusal: &Refusal) -> Result<Refused, StoreError> {
         claims::refuse(&self.pool, refusal).await
     }
 

@@ -8,7 +8,9 @@ use sqlx::{PgConnection, PgPool, Row};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::super::{ClaimTerms, Refusal, Standing, StoreError, final_state, json_text, storable};
+use super::super::{
+    ClaimTerms, Refusal, Refused, Standing, StoreError, final_state, json_text, storable,
+};
 use crate::job::{Acquired, Claim, ClaimRequest, Fence, JobKey};
 use crate::outcome::Ending;
 
@@ -132,7 +134,9 @@ async fn insert_new(
                 .map(|r| r.message.publish_time)
                 .collect::<Vec<_>>(),
         )
-        .bind(column_of_text(requests, |request| &request.message.ordering_key))
+        .bind(column_of_text(requests, |request| {
+            &request.message.ordering_key
+        }))
         .bind(attributes)
         .bind(payloads.collect::<Vec<_>>())
         .bind(column_of_text(requests, |request| &request.task))
@@ -147,7 +151,10 @@ fn column_of_text<'a>(
     requests: &[&'a ClaimRequest],
     of: fn(&ClaimRequest) -> &str,
 ) -> Vec<Cow<'a, str>> {
-    requests.iter().map(|request| storable(of(request))).collect()
+    requests
+        .iter()
+        .map(|request| storable(of(request)))
+        .collect()
 }
 
 fn tokens(requests: &[&ClaimRequest]) -> Vec<Uuid> {
@@ -354,11 +361,11 @@ INSERT INTO processed_messages AS existing
         task, state, error, finished_at, worker)
 VALUES ($1, $2, $3, $4, $5, $6, $7::text::json, $8, $9, 'dead', $10, now(), $11)
 ON CONFLICT (subscription, key) DO UPDATE SET duplicates = existing.duplicates + 1
-RETURNING job_id = $3";
+RETURNING job_id = $3 AS recorded, state";
 
-pub(super) async fn refuse(pool: &PgPool, refusal: &Refusal) -> Result<bool, StoreError> {
+pub(super) async fn refuse(pool: &PgPool, refusal: &Refusal) -> Result<Refused, StoreError> {
     let message = &refusal.message;
-    let recorded = sqlx::query_scalar(REFUSE)
+    let row = sqlx::query(REFUSE)
         .bind(&*refusal.key.subscription)
         .bind(&*refusal.key.key)
         .bind(refusal.job_id)
@@ -372,7 +379,10 @@ pub(super) async fn refuse(pool: &PgPool, refusal: &Refusal) -> Result<bool, Sto
         .bind(&*refusal.worker)
         .fetch_one(pool)
         .await?;
-    Ok(recorded)
+    Ok(Refused::read(
+        row.try_get("recorded")?,
+        row.try_get("state")?,
+    ))
 }
 
 fn key_columns<'a>(keys: impl Iterator<Item = &'a JobKey>) -> (Vec<&'a str>, Vec<&'a str>) {

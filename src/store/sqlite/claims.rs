@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::super::{
-    ClaimTerms, Refusal, Standing, StoreError, final_state, json_text, storable,
+    ClaimTerms, Refusal, Refused, Standing, StoreError, final_state, json_text, storable,
 };
 use crate::job::{Acquired, Claim, ClaimRequest, Fence, JobKey};
 use crate::outcome::Ending;
@@ -277,11 +277,11 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 'dead', $10,
         CAST(unixepoch('subsec') * 1000 AS INTEGER),
         CAST(unixepoch('subsec') * 1000 AS INTEGER), $11)
 ON CONFLICT (subscription, key) DO UPDATE SET duplicates = duplicates + 1
-RETURNING job_id = $3";
+RETURNING job_id = $3 AS recorded, state";
 
-pub(super) async fn refuse(pool: &SqlitePool, refusal: &Refusal) -> Result<bool, StoreError> {
+pub(super) async fn refuse(pool: &SqlitePool, refusal: &Refusal) -> Result<Refused, StoreError> {
     let message = &refusal.message;
-    let recorded = sqlx::query_scalar(REFUSE)
+    let row = sqlx::query(REFUSE)
         .bind(&*refusal.key.subscription)
         .bind(&*refusal.key.key)
         .bind(refusal.job_id)
@@ -295,7 +295,10 @@ pub(super) async fn refuse(pool: &SqlitePool, refusal: &Refusal) -> Result<bool,
         .bind(&*refusal.worker)
         .fetch_one(pool)
         .await?;
-    Ok(recorded)
+    Ok(Refused::read(
+        row.try_get("recorded")?,
+        row.try_get("state")?,
+    ))
 }
 
 fn milliseconds(duration: Duration) -> i64 {

@@ -21,7 +21,9 @@ pub(super) async fn outstanding_migrations(
     if !sqlx::query_scalar(HAS_MIGRATIONS).fetch_one(pool).await? {
         return Ok(None);
     }
-    let applied: Vec<i64> = sqlx::query_scalar(APPLIED_MIGRATIONS).fetch_all(pool).await?;
+    let applied: Vec<i64> = sqlx::query_scalar(APPLIED_MIGRATIONS)
+        .fetch_all(pool)
+        .await?;
     let outstanding = migrator
         .iter()
         .filter(|migration| !applied.contains(&migration.version));

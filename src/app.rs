@@ -1,0 +1,160 @@
+//! The composition root: the one place where the parts are wired together.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use crate::config::{self, Config, ConfigError};
+use crate::guard::Guard;
+use crate::pubsub::{Connection, PubsubError, Subscription};
+use crate::registry::Registry;
+use crate::shutdown::Shutdown;
+use crate::store::{self, ClaimTerms, Store};
+use crate::worker::Worker;
+
+/// Loads the configuration and runs a worker with the given tasks until
+/// SIGTERM or SIGINT: the whole `main` of a program that embeds trainyard.
+///
+/// # Errors
+/// [`ConfigError`] for a configuration that cannot be used; any other error
+/// when the database or Pub/Sub cannot be reached at the start.
+pub async fn run(config_file: Option<&Path>, registry: Registry) -> anyhow::Result<()> {
+    let config = config::load(config_file)?;
+    run_worker(config, registry, false).await
+}
+
+/// Runs a worker until SIGTERM or SIGINT, with `migrate` after bringing the
+/// database's schema up to date.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_worker(config: Config, registry: Registry, migrate: bool) -> anyhow::Result<()> {
+    let shutdown = Shutdown::on_signals().context("signals cannot be handled")?;
+    let store = open_store(&config).await?;
+    match migrate {
+        true => drop(store.migrate().await?),
+        false => store.check_schema().await?,
+    }
+    let connection = connection(&config)?;
+    let worker = build_worker(&config, registry, store, &connection).await?;
+    worker.run(shutdown).await;
+    Ok(())
+}
+
+/// Opens the database that the configuration names.
+///
+/// # Errors
+/// It cannot be reached.
+pub async fn open_store(config: &Config) -> anyhow::Result<Arc<dyn Store>> {
+    let database = &config.database;
+    store::open(&database.url, database.max_connections)
+        .await
+        .with_context(|| {
+            format!(
+                "cannot open {}; check [database] url and that the server is up",
+                config::mask_password(&database.url)
+            )
+        })
+}
+
+/// The Pub/Sub that the configuration names.
+///
+/// # Errors
+/// No project is set.
+pub fn connection(config: &Config) -> Result<Connection, ConfigError> {
+    let project = config.pubsub.project.as_deref().ok_or_else(|| {
+        ConfigError::Invalid(
+            "no Google Cloud project is set: set `project` under [pubsub], or GOOGLE_CLOUD_PROJECT"
+                .to_owned(),
+        )
+    })?;
+    Ok(Connection::new(
+        project,
+        config.pubsub.emulator_host.as_deref(),
+    ))
+}
+
+/// Wires a worker: its tasks, its guard, its subscriptions.
+///
+/// # Errors
+/// [`ConfigError`] when nothing is subscribed, a task is missing, or a
+/// subscription does not exist; otherwise Pub/Sub cannot be reached.
+pub async fn build_worker(
+    config: &Config,
+    registry: Registry,
+    store: Arc<dyn Store>,
+    connection: &Connection,
+) -> anyhow::Result<Worker> {
+    let tasks = registry.configure(&config.tasks)?;
+    if tasks.is_empty() {
+        return Err(invalid(
+            "no task is configured: add a section such as [tasks.train-classifier] with `builtin = \"train-classifier\"`",
+        ));
+    }
+    if config.subscriptions.is_empty() {
+        return Err(invalid(
+            "no subscription is configured: add a section [subscriptions.NAME]",
+        ));
+    }
+    let client = connection.subscriber().await?;
+    let mut subscriptions = Vec::new();
+    for (name, settings) in &config.subscriptions {
+        check_subscription(connection, name).await?;
+        let path = connection.subscription_path(name);
+        let subscription = Subscription::new(client.clone(), path, settings.ack_deadline);
+        subscriptions.push((name.clone(), subscription));
+    }
+    let terms = ClaimTerms {
+        worker: worker_name().into(),
+        lease: config.worker.lease,
+    };
+    info!(
+        worker = %terms.worker,
+        project = connection.project(),
+        slots = config.worker.slots,
+        tasks = tasks.names().collect::<Vec<_>>().join(", "),
+        subscriptions = config.subscriptions.keys().cloned().collect::<Vec<_>>().join(", "),
+        "ready"
+    );
+    let guard = Guard::new(store, terms);
+    Ok(Worker::new(
+        config.worker.clone(),
+        guard,
+        tasks,
+        subscriptions,
+    ))
+}
+
+/// A subscription that does not exist is found now rather than in the log. A
+/// worker may be allowed to pull and not to look; then pulling tells.
+async fn check_subscription(connection: &Connection, name: &str) -> anyhow::Result<()> {
+    match connection.topic_of(name).await {
+        Ok(_) => Ok(()),
+        Err(PubsubError::NotFound { what }) => Err(invalid(&format!(
+            "{what} does not exist: create it, or mend [subscriptions.{name}]"
+        ))),
+        Err(denied @ PubsubError::PermissionDenied { .. }) => {
+            warn!(%denied, "the subscription could not be checked");
+            Ok(())
+        }
+        Err(other) => Err(other.into()),
+    }
+}
+
+fn invalid(reason: &str) -> anyhow::Error {
+    ConfigError::Invalid(reason.to_owned()).into()
+}
+
+/// Tells workers apart in the tables and the logs: host (a pod's name), process
+/// and a random part, since a restarted container has the same two.
+fn worker_name() -> String {
+    let host = std::env::var("HOSTNAME")
+        .ok()
+        .or_else(|| std::fs::read_to_string("/proc/sys/kernel/hostname").ok())
+        .map_or_else(|| "worker".to_owned(), |host| host.trim().to_owned());
+    let random = Uuid::new_v4().simple().to_string();
+    format!("{host}/{}/{}", std::process::id(), &random[..6])
+}

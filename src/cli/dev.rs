@@ -1,0 +1,270 @@
+mod samples;
+mod screen;
+
+use std::collections::HashMap;
+use std::io::{ErrorKind, Write};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::Args;
+use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::RecvError;
+use uuid::Uuid;
+
+use super::table;
+use crate::app;
+use crate::config::{Config, Subscription, Task};
+use crate::emulator::{Broker, Emulator, Options};
+use crate::job::Job;
+use crate::pubsub::{Connection, Outgoing};
+use crate::registry::Registry;
+use crate::shutdown::Shutdown;
+use crate::store::Store;
+use crate::worker::{Event, EventKind};
+use samples::Sample;
+use screen::Screen;
+
+const PROJECT: &str = "trainyard-dev";
+const TASK: &str = "train-classifier";
+const SLOTS: usize = 2;
+
+/// Try it: emulator, database, worker and sample jobs in one process.
+///
+/// Starts the built-in Pub/Sub emulator, a SQLite database and a worker, and
+/// publishes a few training requests, one of them twice under one message id.
+/// It stays up afterwards so that more can be published.
+#[derive(Debug, Args)]
+pub(super) struct Dev {
+    /// Stop once the samples have ended; exit 0 if they ended as expected
+    #[arg(long)]
+    once: bool,
+    /// The emulator's port; a free one is taken if it is in use
+    #[arg(long, default_value_t = 8085)]
+    port: u16,
+    /// Where the database, the data set and the models go
+    #[arg(long, value_name = "DIR", default_value = ".trainyard")]
+    dir: PathBuf,
+}
+
+impl Dev {
+    pub(super) async fn execute(self) -> anyhow::Result<ExitCode> {
+        let shutdown = Shutdown::on_signals()?;
+        let dataset = samples::write_dataset(&self.dir)?;
+        let emulator = bind_near(self.port).await?;
+        let address = emulator.address();
+        let broker = emulator.broker();
+        // The emulator goes last: a draining worker still acknowledges.
+        let emulator_stop = tokio_util::sync::CancellationToken::new();
+        let serving = tokio::spawn(emulator.serve(emulator_stop.clone()));
+
+        let config = config(&self.dir, address);
+        let store = app::open_store(&config).await?;
+        store.migrate().await?;
+        let connection = app::connection(&config)?;
+        for name in config.subscriptions.keys() {
+            connection.ensure_topic(name).await?;
+            connection.ensure_subscription(name, name).await?;
+        }
+        let worker =
+            app::build_worker(&config, Registry::new(), Arc::clone(&store), &connection).await?;
+        let events = worker.events().watch();
+        let working = tokio::spawn(worker.run(shutdown.clone()));
+
+        println!("Pub/Sub emulator on {address}, project {PROJECT}");
+        println!("database         {}", config.database.url);
+        let samples = samples::all(&dataset, &self.dir);
+        let published = publish(&connection, &broker, samples).await?;
+        let watched = tokio::select! {
+            watched = watch(events, &published) => Some(watched),
+            () = shutdown.draining.cancelled() => None,
+        };
+        let mut as_expected = true;
+        if let Some(jobs) = watched {
+            as_expected = report(&store, &jobs?, &published).await?;
+            if !self.once {
+                say_how_to_go_on(address, &published);
+                shutdown.draining.cancelled().await;
+            }
+        }
+        shutdown.drain();
+        working.await?;
+        emulator_stop.cancel();
+        serving.await??;
+        Ok(match as_expected {
+            true => ExitCode::SUCCESS,
+            false => ExitCode::FAILURE,
+        })
+    }
+}
+
+async fn bind_near(port: u16) -> anyhow::Result<Emulator> {
+    let address = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    match Emulator::bind(address(port), Options::default()).await {
+        Err(error) if error.kind() == ErrorKind::AddrInUse => {
+            println!("port {port} is in use, so a free one is taken");
+            let emulator = Emulator::bind(address(0), Options::default()).await;
+            emulator.context("no free port for the emulator")
+        }
+        bound => bound.with_context(|| format!("the emulator cannot listen on port {port}")),
+    }
+}
+
+fn config(dir: &Path, emulator: SocketAddr) -> Config {
+    let mut config = Config::default();
+    config.pubsub.project = Some(PROJECT.to_owned());
+    config.pubsub.emulator_host = Some(emulator.to_string());
+    config.database.url = format!("sqlite://{}/trainyard.db", dir.display());
+    config.worker.slots = SLOTS;
+    for name in ["light-task", "heavy-task"] {
+        let subscription = Subscription::default();
+        config.subscriptions.insert(name.to_owned(), subscription);
+    }
+    let task = Task {
+        builtin: Some(TASK.to_owned()),
+        ..Task::default()
+    };
+    config.tasks.insert(TASK.to_owned(), task);
+    config
+}
+
+/// A sample with the id that the emulator gave its message.
+struct Published {
+    message_id: String,
+    sample: Sample,
+}
+
+async fn publish(
+    connection: &Connection,
+    broker: &Broker,
+    samples: Vec<Sample>,
+) -> anyhow::Result<Vec<Published>> {
+    let mut published = Vec::new();
+    for sample in samples {
+        let message = Outgoing {
+            data: sample.payload.to_string().into_bytes(),
+            ..Outgoing::default()
+        };
+        let message_id = connection.publish(sample.topic, message).await?;
+        if sample.delivered_twice {
+            let topic = connection.topic_path(sample.topic);
+            broker.duplicate(&topic, &message_id)?;
+        }
+        let twice = match sample.delivered_twice {
+            true => ", delivered twice under one message id",
+            false => "",
+        };
+        println!(
+            "published        {} to {}{twice}",
+            sample.title, sample.topic
+        );
+        published.push(Published { message_id, sample });
+    }
+    std::io::stdout().flush()?;
+    Ok(published)
+}
+
+/// Shows what happens until every sample has ended and every second delivery
+/// was dealt with; returns the samples' job ids, in their order.
+async fn watch(mut events: Receiver<Event>, published: &[Published]) -> anyhow::Result<Vec<Uuid>> {
+    let mut screen = Screen::new();
+    let mut unfinished: HashMap<&str, Waiting> = published
+        .iter()
+        .map(|published| {
+            (
+                published.message_id.as_str(),
+                Waiting::for_sample(published),
+            )
+        })
+        .collect();
+    let mut jobs: HashMap<String, Uuid> = HashMap::new();
+    while !unfinished.values().all(Waiting::is_over) {
+        let event = match events.recv().await {
+            Ok(event) => event,
+            Err(RecvError::Lagged(_)) => continue,
+            Err(RecvError::Closed) => anyhow::bail!("the worker stopped before the samples ended"),
+        };
+        let Some(waiting) = unfinished.get_mut(&*event.message_id) else {
+            continue;
+        };
+        match &event.kind {
+            EventKind::Started { job_id, .. } => {
+                jobs.insert(event.message_id.to_string(), *job_id);
+            }
+            EventKind::Suppressed => waiting.duplicate = false,
+            EventKind::Ended { .. } | EventKind::Refused { .. } => waiting.end = false,
+            EventKind::Progressed(_) => {}
+        }
+        screen.show(waiting.title, &event.kind);
+    }
+    screen.close();
+    Ok(published
+        .iter()
+        .filter_map(|published| jobs.get(&published.message_id).copied())
+        .collect())
+}
+
+/// What is still to come for one sample.
+struct Waiting<'a> {
+    title: &'a str,
+    end: bool,
+    duplicate: bool,
+}
+
+impl<'a> Waiting<'a> {
+    fn for_sample(published: &'a Published) -> Self {
+        Self {
+            title: &published.sample.title,
+            end: true,
+            duplicate: published.sample.delivered_twice,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        !self.end && !self.duplicate
+    }
+}
+
+/// Prints the table and whether all is as it should be.
+async fn report(
+    store: &Arc<dyn Store>,
+    ids: &[Uuid],
+    published: &[Published],
+) -> anyhow::Result<bool> {
+    let mut jobs: Vec<Job> = Vec::new();
+    for id in ids {
+        jobs.extend(store.job(*id).await?);
+    }
+    println!("\n{}\n", table::of_jobs(&jobs));
+    let surprises = samples::surprises(&jobs, published.iter().map(|published| &published.sample));
+    for surprise in &surprises {
+        println!("not as expected: {surprise}");
+    }
+    if surprises.is_empty() {
+        let duplicates: u32 = jobs.iter().map(|job| job.duplicates).sum();
+        println!(
+            "{} jobs ran once each; {duplicates} duplicate delivery was suppressed",
+            jobs.len()
+        );
+    }
+    Ok(surprises.is_empty())
+}
+
+fn say_how_to_go_on(emulator: SocketAddr, published: &[Published]) {
+    let Some(first) = published.first() else {
+        return;
+    };
+    println!(
+        "
+Publish more from another terminal:
+
+  export PUBSUB_EMULATOR_HOST={emulator} GOOGLE_CLOUD_PROJECT={PROJECT}
+  cargo run -- publish heavy-task '{}'
+
+or with any Pub/Sub client that knows PUBSUB_EMULATOR_HOST; topics light-task and heavy-task.
+`cargo run -- jobs list` shows all jobs. Ctrl-C stops.",
+        first.sample.payload
+    );
+}

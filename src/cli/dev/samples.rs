@@ -1,0 +1,96 @@
+//! The sample jobs, and what is expected of them.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use serde_json::{Value, json};
+
+use super::TASK;
+use crate::job::{Job, JobState};
+
+/// UCI's handwritten digits, inside the binary so that `dev` works anywhere.
+const DIGITS: &[u8] = include_bytes!("../../../examples/data/digits.csv.gz");
+
+/// What a plain linear model reaches on the digits, with room to spare.
+const LEAST_ACCURACY: f64 = 0.93;
+
+pub(super) struct Sample {
+    pub(super) title: String,
+    pub(super) topic: &'static str,
+    pub(super) payload: Value,
+    pub(super) delivered_twice: bool,
+}
+
+/// Puts the data set where the samples read it.
+pub(super) fn write_dataset(dir: &Path) -> anyhow::Result<PathBuf> {
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let path = dir.join("digits.csv.gz");
+    std::fs::write(&path, DIGITS).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
+}
+
+pub(super) fn all(dataset: &Path, dir: &Path) -> Vec<Sample> {
+    [
+        ("heavy-task", 1, 300, true),
+        ("heavy-task", 2, 300, false),
+        ("light-task", 3, 60, false),
+        ("light-task", 4, 60, false),
+    ]
+    .into_iter()
+    .map(|(topic, seed, max_iterations, delivered_twice)| Sample {
+        title: format!("digits, seed {seed}"),
+        topic,
+        payload: json!({
+            "name": TASK,
+            "dataset": dataset,
+            "target": "digit",
+            "seed": seed,
+            "max_iterations": max_iterations,
+            "output": dir.join(format!("models/digits-{seed}")),
+        }),
+        delivered_twice,
+    })
+    .collect()
+}
+
+/// In what the jobs differ from what their samples should lead to.
+pub(super) fn surprises<'a>(
+    jobs: &[Job],
+    samples: impl ExactSizeIterator<Item = &'a Sample>,
+) -> Vec<String> {
+    if jobs.len() != samples.len() {
+        return vec![format!(
+            "{} of {} jobs are on record",
+            jobs.len(),
+            samples.len()
+        )];
+    }
+    jobs.iter()
+        .zip(samples)
+        .filter_map(|(job, sample)| {
+            let reason = surprise(job, sample)?;
+            Some(format!("{}: {reason}", sample.title))
+        })
+        .collect()
+}
+
+fn surprise(job: &Job, sample: &Sample) -> Option<String> {
+    if job.state != JobState::Succeeded {
+        let error = job.error.as_deref().unwrap_or("no error on record");
+        return Some(format!("it is {}: {error}", job.state));
+    }
+    let result = job.result.as_ref()?;
+    let accuracy = result["accuracy"].as_f64().unwrap_or_default();
+    if accuracy < LEAST_ACCURACY {
+        return Some(format!(
+            "its accuracy is {accuracy:.3}, below {LEAST_ACCURACY}"
+        ));
+    }
+    let duplicates = u32::from(sample.delivered_twice);
+    (job.attempts != 1 || job.duplicates != duplicates).then(|| {
+        format!(
+            "it ran {} times and had {} duplicates; 1 and {duplicates} were expected",
+            job.attempts, job.duplicates
+        )
+    })
+}

@@ -1,0 +1,118 @@
+//! Progress on the terminal: bars, or plain lines where there is none.
+
+use std::collections::HashMap;
+use std::io::IsTerminal;
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use crate::task::Progress;
+use crate::worker::EventKind;
+
+/// Bars have a thousand steps, finer than any terminal is wide.
+const STEPS: u64 = 1000;
+/// Without a terminal, a line each time this much more is done.
+const LINE_EVERY: f64 = 0.25;
+
+/// Shows jobs, each by its title.
+pub(super) enum Screen {
+    Terminal {
+        bars: MultiProgress,
+        by_title: HashMap<String, ProgressBar>,
+    },
+    Plain {
+        told: HashMap<String, f64>,
+    },
+}
+
+impl Screen {
+    pub(super) fn new() -> Self {
+        if std::io::stderr().is_terminal() {
+            return Self::Terminal {
+                bars: MultiProgress::new(),
+                by_title: HashMap::new(),
+            };
+        }
+        Self::Plain {
+            told: HashMap::new(),
+        }
+    }
+
+    pub(super) fn show(&mut self, title: &str, event: &EventKind) {
+        match self {
+            Self::Terminal { bars, by_title } => {
+                let bar = by_title
+                    .entry(title.to_owned())
+                    .or_insert_with(|| bars.add(new_bar(title)));
+                draw(bar, event);
+            }
+            Self::Plain { told } => {
+                if let Some(line) = plain(told, title, event) {
+                    eprintln!("{title:<18} {line}");
+                }
+            }
+        }
+    }
+
+    /// Leaves the bars on the terminal as they are.
+    pub(super) fn close(self) {
+        if let Self::Terminal { by_title, .. } = self {
+            for bar in by_title.into_values() {
+                bar.abandon();
+            }
+        }
+    }
+}
+
+fn new_bar(title: &str) -> ProgressBar {
+    // The template is a constant of ours; were it wrong, a plain bar would do.
+    let style = ProgressStyle::with_template("{prefix:<18} {bar:30} {percent:>3}%  {msg}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(STEPS)
+        .with_style(style)
+        .with_prefix(title.to_owned())
+}
+
+fn draw(bar: &ProgressBar, event: &EventKind) {
+    match event {
+        EventKind::Started { .. } => bar.set_message("started"),
+        EventKind::Progressed(progress) => {
+            if let Some(fraction) = progress.fraction {
+                bar.set_position((fraction * STEPS as f64) as u64);
+            }
+            bar.set_message(figures(progress));
+        }
+        EventKind::Ended { outcome } => bar.set_message(*outcome),
+        EventKind::Suppressed => bar.println(format!(
+            "{:<18} second delivery: suppressed, it runs once",
+            bar.prefix()
+        )),
+        EventKind::Refused { reason } => bar.set_message(format!("refused: {reason}")),
+    }
+}
+
+fn plain(told: &mut HashMap<String, f64>, title: &str, event: &EventKind) -> Option<String> {
+    match event {
+        EventKind::Started { attempt, .. } => Some(format!("started, attempt {attempt}")),
+        EventKind::Progressed(progress) => {
+            let fraction = progress.fraction?;
+            let last = told.entry(title.to_owned()).or_default();
+            if fraction < *last + LINE_EVERY {
+                return None;
+            }
+            *last = fraction;
+            Some(format!("{:>3.0}%  {}", fraction * 100.0, figures(progress)))
+        }
+        EventKind::Ended { outcome } => Some((*outcome).to_owned()),
+        EventKind::Suppressed => Some("second delivery: suppressed, it runs once".to_owned()),
+        EventKind::Refused { reason } => Some(format!("refused: {reason}")),
+    }
+}
+
+fn figures(progress: &Progress) -> String {
+    let figures: Vec<String> = progress
+        .metrics
+        .iter()
+        .map(|(name, figure)| format!("{name} {figure:.4}"))
+        .collect();
+    figures.join("  ")
+}

@@ -1,0 +1,26 @@
+use clap::Args;
+
+use super::Shared;
+use crate::app;
+use crate::config::mask_password;
+
+/// Bring the database's tables up to date.
+///
+/// Safe to run again, and while workers run: migrations only ever add what old
+/// workers can live with.
+#[derive(Debug, Args)]
+pub(super) struct Migrate {}
+
+impl Migrate {
+    pub(super) async fn execute(self, shared: &Shared) -> anyhow::Result<()> {
+        let config = shared.load()?;
+        let applied = app::open_store(&config).await?.migrate().await?;
+        let url = mask_password(&config.database.url);
+        match applied {
+            0 => println!("{url} is up to date"),
+            1 => println!("{url}: 1 migration applied"),
+            many => println!("{url}: {many} migrations applied"),
+        }
+        Ok(())
+    }
+}

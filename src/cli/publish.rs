@@ -1,0 +1,104 @@
+use anyhow::Context;
+use clap::Args;
+use serde_json::Value;
+
+use super::Shared;
+use crate::app;
+use crate::pubsub::{Connection, Outgoing, PubsubError};
+
+/// Publish a training request.
+///
+/// Example: trainyard publish heavy-task '{"name":"train-classifier", …}'
+#[derive(Debug, Args)]
+pub(super) struct Publish {
+    /// A topic, or a subscription whose topic is meant
+    #[arg(value_name = "SUBSCRIPTION_OR_TOPIC")]
+    target: String,
+    /// The payload: a JSON object whose `name` says which task
+    json: String,
+    /// An attribute of the message; may be given several times
+    #[arg(long = "attribute", value_name = "KEY=VALUE", value_parser = key_value)]
+    attributes: Vec<(String, String)>,
+    /// Messages with the same key run one after another
+    #[arg(
+        long,
+        value_name = "KEY",
+        default_value = "",
+        hide_default_value = true
+    )]
+    ordering_key: String,
+    /// Publish data that no worker can run, for tests
+    #[arg(long)]
+    raw: bool,
+}
+
+impl Publish {
+    pub(super) async fn execute(self, shared: &Shared) -> anyhow::Result<()> {
+        if !self.raw {
+            check_payload(&self.json)?;
+        }
+        let config = shared.load()?;
+        let connection = app::connection(&config)?;
+        let topic = topic_for(&connection, &self.target).await?;
+        let message = Outgoing {
+            data: self.json.into_bytes(),
+            attributes: self.attributes,
+            ordering_key: self.ordering_key,
+        };
+        let id = connection.publish(&topic, message).await?;
+        println!("published message {id} to {topic}");
+        Ok(())
+    }
+}
+
+/// What a worker would refuse is better refused here.
+fn check_payload(json: &str) -> anyhow::Result<()> {
+    let payload: Value = serde_json::from_str(json)
+        .context("the payload is not JSON (mind the shell's quotes); --raw publishes it anyway")?;
+    let named = payload.get("name").is_some_and(Value::is_string);
+    anyhow::ensure!(
+        named,
+        "the payload must be a JSON object with a string `name`, which chooses the task; --raw publishes it anyway"
+    );
+    Ok(())
+}
+
+async fn topic_for(connection: &Connection, target: &str) -> anyhow::Result<String> {
+    if connection.topic_exists(target).await? {
+        return Ok(connection.topic_path(target));
+    }
+    match connection.topic_of(target).await {
+        Ok(topic) => Ok(topic),
+        Err(PubsubError::NotFound { .. }) => anyhow::bail!(
+            "project {} has neither a topic nor a subscription `{target}`",
+            connection.project()
+        ),
+        Err(other) => Err(other.into()),
+    }
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text
+        .split_once('=')
+        .ok_or("an attribute is written KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_payload_that_no_worker_could_run_is_not_published() {
+        for json in ["{", "[]", "{}", r#"{"name":1}"#] {
+            assert!(check_payload(json).is_err(), "{json}");
+        }
+        check_payload(r#"{"name":"t"}"#).unwrap();
+    }
+
+    #[test]
+    fn an_attribute_may_contain_an_equals_sign() {
+        assert_eq!(key_value("k=a=b"), Ok(("k".to_owned(), "a=b".to_owned())));
+        assert!(key_value("k").is_err());
+    }
+}

@@ -1,0 +1,149 @@
+//! Jobs as a person reads them.
+
+use chrono::{DateTime, Utc};
+use comfy_table::presets::NOTHING;
+use comfy_table::{ContentArrangement, Table};
+use serde_json::Value;
+
+use crate::job::Job;
+
+/// Longer texts are cut in a table; `jobs show` has them whole.
+const MAX_TEXT: usize = 80;
+
+pub(super) fn of_jobs(jobs: &[Job]) -> String {
+    let mut table = Table::new();
+    table
+        .load_style(NOTHING)
+        .set_content_arrangement(ContentArrangement::Disabled)
+        .set_header([
+            "JOB",
+            "TASK",
+            "STATE",
+            "ATTEMPTS",
+            "DUPLICATES",
+            "DURATION",
+            "RESULT",
+        ]);
+    for job in jobs {
+        table.add_row([
+            job.id.to_string(),
+            job.task.clone().unwrap_or_else(|| "?".to_owned()),
+            job.state.to_string(),
+            job.attempts.to_string(),
+            job.duplicates.to_string(),
+            duration(job),
+            short(&outcome(job)),
+        ]);
+    }
+    let lines: Vec<String> = table
+        .lines()
+        .map(|line| line.trim_end().to_owned())
+        .collect();
+    lines.join("\n")
+}
+
+pub(super) fn of_one_job(job: &Job) -> String {
+    let time = |time: Option<DateTime<Utc>>| {
+        time.map_or_else(
+            || "-".to_owned(),
+            |time| time.format("%Y-%m-%d %H:%M:%S%.3f UTC").to_string(),
+        )
+    };
+    let payload = job.payload.as_ref().map_or_else(
+        || "no longer kept".to_owned(),
+        |payload| String::from_utf8_lossy(payload).into_owned(),
+    );
+    let lines = [
+        ("job", job.id.to_string()),
+        ("task", job.task.clone().unwrap_or_else(|| "-".to_owned())),
+        ("state", job.state.to_string()),
+        ("attempts", job.attempts.to_string()),
+        ("duplicates", job.duplicates.to_string()),
+        ("subscription", job.subscription.clone()),
+        ("message id", job.message_id.clone()),
+        (
+            "ordering key",
+            job.ordering_key.clone().unwrap_or_else(|| "-".to_owned()),
+        ),
+        (
+            "worker",
+            job.worker.clone().unwrap_or_else(|| "-".to_owned()),
+        ),
+        ("published", time(Some(job.publish_time))),
+        ("received", time(Some(job.received_at))),
+        ("started", time(job.started_at)),
+        ("finished", time(job.finished_at)),
+        ("duration", duration(job)),
+        ("outcome", outcome(job)),
+        ("payload", payload),
+    ];
+    lines
+        .iter()
+        .map(|(label, value)| format!("{label:<13} {value}\n"))
+        .collect()
+}
+
+fn outcome(job: &Job) -> String {
+    match (&job.error, &job.result) {
+        (Some(error), _) => error.clone(),
+        (None, Some(result)) => figures(result),
+        (None, None) => "-".to_owned(),
+    }
+}
+
+/// An object's fields as `name=value`, figures rounded to what is worth reading.
+fn figures(result: &Value) -> String {
+    let Value::Object(fields) = result else {
+        return result.to_string();
+    };
+    let fields: Vec<String> = fields
+        .iter()
+        .map(|(name, value)| match value {
+            Value::Number(number) if number.is_f64() => {
+                format!("{name}={:.4}", number.as_f64().unwrap_or_default())
+            }
+            Value::String(text) => format!("{name}={text}"),
+            other => format!("{name}={other}"),
+        })
+        .collect();
+    fields.join(" ")
+}
+
+fn duration(job: &Job) -> String {
+    let Some(started) = job.started_at else {
+        return "-".to_owned();
+    };
+    let end = job.finished_at.unwrap_or_else(Utc::now);
+    let seconds = (end - started).as_seconds_f64().max(0.0);
+    match seconds {
+        short if short < 60.0 => format!("{short:.1}s"),
+        long => humantime::format_duration(std::time::Duration::from_secs(long as u64)).to_string(),
+    }
+}
+
+/// One line of at most [`MAX_TEXT`] characters.
+fn short(text: &str) -> String {
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    if line.chars().count() <= MAX_TEXT {
+        return line;
+    }
+    let cut: String = line.chars().take(MAX_TEXT - 1).collect();
+    format!("{cut}…")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_text_is_cut_at_a_character() {
+        let cut = short(&"é".repeat(200));
+        assert_eq!(cut.chars().count(), MAX_TEXT);
+        assert!(cut.ends_with('…'));
+    }
+
+    #[test]
+    fn a_text_of_several_lines_becomes_one() {
+        assert_eq!(short("a\n  b"), "a b");
+    }
+}

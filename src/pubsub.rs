@@ -1,0 +1,224 @@
+//! The official Pub/Sub client: connections, deliveries, publishing, and the
+//! few calls that look at topics and subscriptions.
+
+mod admin;
+mod delivery;
+mod subscription;
+
+use google_cloud_auth::credentials::anonymous;
+use google_cloud_gax::error::rpc::Code;
+use google_cloud_pubsub::client::{Publisher, Subscriber, SubscriptionAdmin, TopicAdmin};
+use google_cloud_pubsub::model;
+
+use crate::message::Message;
+
+pub use delivery::{Delivery, Receipt};
+pub use subscription::Subscription;
+
+/// Why Pub/Sub did not do as asked. No message is settled by any of them: what
+/// was not acknowledged is delivered again.
+#[derive(Debug, thiserror::Error)]
+pub enum PubsubError {
+    /// Retrying does not help until somebody makes what is missing.
+    #[error("{what} does not exist")]
+    NotFound { what: String },
+    /// Retrying does not help until somebody grants the permission.
+    #[error("no permission for {what}: {reason}")]
+    PermissionDenied { what: String, reason: String },
+    /// Passes by itself, as a rule.
+    #[error("Pub/Sub did not answer as expected about {what}: {reason}")]
+    Failed { what: String, reason: String },
+    /// The client could not be built: credentials or endpoint are wrong.
+    #[error("no connection to Pub/Sub can be set up: {reason}")]
+    NotConnected { reason: String },
+    #[error("the name `{name}` is not a Pub/Sub resource name: {reason}")]
+    BadName { name: String, reason: &'static str },
+}
+
+impl PubsubError {
+    fn about(what: &str, error: &google_cloud_pubsub::Error) -> Self {
+        let what = what.to_owned();
+        let http = error.http_status_code();
+        match error.status().map(|status| status.code) {
+            Some(Code::NotFound) => Self::NotFound { what },
+            _ if http == Some(404) => Self::NotFound { what },
+            Some(Code::PermissionDenied | Code::Unauthenticated) => Self::PermissionDenied {
+                what,
+                reason: error.to_string(),
+            },
+            _ => Self::Failed {
+                what,
+                reason: error.to_string(),
+            },
+        }
+    }
+
+    fn not_connected(error: impl std::fmt::Display) -> Self {
+        Self::NotConnected {
+            reason: error.to_string(),
+        }
+    }
+
+    /// Whether only a person can mend it, so that quick retries are no use.
+    #[must_use]
+    pub fn needs_a_person(&self) -> bool {
+        !matches!(self, Self::Failed { .. })
+    }
+}
+
+/// Which Pub/Sub: a project of Google Cloud's, or of an emulator.
+#[derive(Debug, Clone)]
+pub struct Connection {
+    project: String,
+    /// `http://host:port` of an emulator, which takes no credentials.
+    emulator: Option<String>,
+}
+
+impl Connection {
+    /// To Google Cloud with Application Default Credentials, or, given
+    /// `host:port`, to an emulator. The official client does not read
+    /// `PUBSUB_EMULATOR_HOST` itself.
+    #[must_use]
+    pub fn new(project: &str, emulator_host: Option<&str>) -> Self {
+        install_tls_provider();
+        Self {
+            project: project.to_owned(),
+            emulator: emulator_host.map(|host| match host.contains("://") {
+                true => host.to_owned(),
+                false => format!("http://{host}"),
+            }),
+        }
+    }
+
+    #[must_use]
+    pub fn project(&self) -> &str {
+        &self.project
+    }
+
+    /// `projects/P/topics/NAME`; a name that is already such a path stays.
+    #[must_use]
+    pub fn topic_path(&self, name: &str) -> String {
+        self.path("topics", name)
+    }
+
+    /// `projects/P/subscriptions/NAME`; a name that is already such a path stays.
+    #[must_use]
+    pub fn subscription_path(&self, name: &str) -> String {
+        self.path("subscriptions", name)
+    }
+
+    fn path(&self, collection: &str, name: &str) -> String {
+        if name.starts_with("projects/") {
+            return name.to_owned();
+        }
+        format!("projects/{}/{collection}/{name}", self.project)
+    }
+
+    /// A client for streaming pull; one per process is enough.
+    ///
+    /// # Errors
+    /// [`PubsubError::NotConnected`] without usable credentials.
+    pub async fn subscriber(&self) -> Result<Subscriber, PubsubError> {
+        let mut builder = Subscriber::builder();
+        if let Some(endpoint) = &self.emulator {
+            builder = builder
+                .with_endpoint(endpoint)
+                .with_credentials(anonymous::Builder::new().build());
+        }
+        builder.build().await.map_err(PubsubError::not_connected)
+    }
+
+    /// Publishes one message and returns the id that the broker gave it.
+    ///
+    /// # Errors
+    /// The topic does not exist, may not be published to, or did not answer.
+    pub async fn publish(&self, topic: &str, message: Outgoing) -> Result<String, PubsubError> {
+        let path = self.topic_path(topic);
+        let mut builder = Publisher::builder(&path);
+        if let Some(endpoint) = &self.emulator {
+            builder = builder
+                .with_endpoint(endpoint)
+                .with_credentials(anonymous::Builder::new().build());
+        }
+        let publisher = builder.build().await.map_err(PubsubError::not_connected)?;
+        let what = format!("topic {path}");
+        let sent = model::Message::new()
+            .set_data(message.data)
+            .set_attributes(message.attributes)
+            .set_ordering_key(message.ordering_key);
+        publisher.publish(sent).await.map_err(|error| match &error {
+            google_cloud_pubsub::error::PublishError::Rpc(error) => {
+                PubsubError::about(&what, error)
+            }
+            _ => PubsubError::Failed {
+                what,
+                reason: error.to_string(),
+            },
+        })
+    }
+
+    async fn topic_admin(&self) -> Result<TopicAdmin, PubsubError> {
+        let mut builder = TopicAdmin::builder();
+        if let Some(endpoint) = &self.emulator {
+            builder = builder
+                .with_endpoint(endpoint)
+                .with_credentials(anonymous::Builder::new().build());
+        }
+        builder.build().await.map_err(PubsubError::not_connected)
+    }
+
+    async fn subscription_admin(&self) -> Result<SubscriptionAdmin, PubsubError> {
+        let mut builder = SubscriptionAdmin::builder();
+        if let Some(endpoint) = &self.emulator {
+            builder = builder
+                .with_endpoint(endpoint)
+                .with_credentials(anonymous::Builder::new().build());
+        }
+        builder.build().await.map_err(PubsubError::not_connected)
+    }
+}
+
+/// A message to publish.
+#[derive(Debug, Clone, Default)]
+pub struct Outgoing {
+    pub data: Vec<u8>,
+    pub attributes: Vec<(String, String)>,
+    pub ordering_key: String,
+}
+
+fn to_message(received: model::Message) -> Message {
+    let publish_time = received.publish_time.unwrap_or_default();
+    Message {
+        id: received.message_id,
+        publish_time: chrono::DateTime::from_timestamp(
+            publish_time.seconds(),
+            publish_time.nanos().unsigned_abs(),
+        )
+        .unwrap_or_default(),
+        data: received.data,
+        attributes: received.attributes.into_iter().collect(),
+        ordering_key: received.ordering_key,
+    }
+}
+
+/// The client is built without a TLS provider of its own, so that the program
+/// has one implementation of cryptography, and no C++ or assembler to build.
+fn install_tls_provider() {
+    // An error means that one is installed already, which is as good.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_short_name_gets_the_project_and_a_path_stays() {
+        let connection = Connection::new("p", None);
+        assert_eq!(connection.topic_path("t"), "projects/p/topics/t");
+        assert_eq!(
+            connection.subscription_path("projects/q/subscriptions/s"),
+            "projects/q/subscriptions/s"
+        );
+    }
+}

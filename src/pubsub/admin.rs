@@ -1,0 +1,106 @@
+//! Looking at topics and subscriptions, and making those that `dev` needs.
+
+use std::time::Duration;
+
+use google_cloud_gax::error::rpc::Code;
+
+use super::{Connection, PubsubError};
+
+/// How long one of these calls may take before Pub/Sub counts as not answering.
+const TIMEOUT: Duration = Duration::from_secs(15);
+
+impl Connection {
+    /// The topic that a subscription is attached to, as its full path.
+    ///
+    /// # Errors
+    /// [`PubsubError::NotFound`] when there is no such subscription.
+    pub async fn topic_of(&self, subscription: &str) -> Result<String, PubsubError> {
+        let path = self.subscription_path(subscription);
+        let what = format!("subscription {path}");
+        let admin = self.subscription_admin().await?;
+        let found = in_time(
+            &what,
+            admin.get_subscription().set_subscription(&path).send(),
+        )
+        .await?;
+        Ok(found.topic)
+    }
+
+    /// Whether the topic exists.
+    ///
+    /// # Errors
+    /// As Pub/Sub answers, except that a missing topic is `Ok(false)`.
+    pub async fn topic_exists(&self, topic: &str) -> Result<bool, PubsubError> {
+        let path = self.topic_path(topic);
+        let what = format!("topic {path}");
+        let admin = self.topic_admin().await?;
+        match in_time(&what, admin.get_topic().set_topic(&path).send()).await {
+            Ok(_) => Ok(true),
+            Err(PubsubError::NotFound { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes the topic unless it exists.
+    ///
+    /// # Errors
+    /// As Pub/Sub answers.
+    pub async fn ensure_topic(&self, topic: &str) -> Result<(), PubsubError> {
+        let path = self.topic_path(topic);
+        let what = format!("topic {path}");
+        let admin = self.topic_admin().await?;
+        let made = in_time(&what, async {
+            existing_is_fine(admin.create_topic().set_name(&path).send().await)
+        });
+        made.await
+    }
+
+    /// Makes the subscription of a topic unless it exists.
+    ///
+    /// # Errors
+    /// As Pub/Sub answers.
+    pub async fn ensure_subscription(
+        &self,
+        subscription: &str,
+        topic: &str,
+    ) -> Result<(), PubsubError> {
+        let path = self.subscription_path(subscription);
+        let what = format!("subscription {path}");
+        let admin = self.subscription_admin().await?;
+        let create = admin
+            .create_subscription()
+            .set_name(&path)
+            .set_topic(self.topic_path(topic))
+            .set_ack_deadline_seconds(30);
+        in_time(&what, async { existing_is_fine(create.send().await) }).await
+    }
+}
+
+fn existing_is_fine<T>(
+    made: Result<T, google_cloud_pubsub::Error>,
+) -> Result<(), google_cloud_pubsub::Error> {
+    match made {
+        Err(error) if !already_exists(&error) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn already_exists(error: &google_cloud_pubsub::Error) -> bool {
+    error.http_status_code() == Some(409)
+        || error
+            .status()
+            .is_some_and(|status| status.code == Code::AlreadyExists)
+}
+
+async fn in_time<T>(
+    what: &str,
+    call: impl Future<Output = Result<T, google_cloud_pubsub::Error>>,
+) -> Result<T, PubsubError> {
+    match tokio::time::timeout(TIMEOUT, call).await {
+        Ok(answer) => answer.map_err(|error| PubsubError::about(what, &error)),
+        Err(_) => Err(PubsubError::Failed {
+            what: what.to_owned(),
+            reason: format!("no answer within {} s", TIMEOUT.as_secs()),
+        }),
+    }
+}

@@ -1,0 +1,131 @@
+//! Name → task: which executor runs a request, under which settings.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::config::{self, ConfigError};
+use crate::executor::{Executor, InProcess};
+use crate::task::Task;
+use crate::tasks;
+
+/// The tasks that a program brings along, by the `name` their requests carry.
+///
+/// What the configuration says about them (ack timing, timeout) is joined on
+/// when the worker starts.
+#[derive(Default, Clone)]
+pub struct Registry {
+    tasks: BTreeMap<String, Arc<dyn Task>>,
+}
+
+impl Registry {
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a task, replacing one of the same name.
+    #[must_use]
+    pub fn with(mut self, name: &str, task: impl Task) -> Self {
+        self.tasks.insert(name.to_owned(), Arc::new(task));
+        self
+    }
+
+    /// Joins the tasks with their configuration. A task that the program
+    /// registered needs no section; a section needs a task, registered or
+    /// built in.
+    ///
+    /// # Errors
+    /// A section names a task that nobody brought along.
+    pub fn configure(
+        self,
+        settings: &BTreeMap<String, config::Task>,
+    ) -> Result<ConfiguredTasks, ConfigError> {
+        let mut tasks = BTreeMap::new();
+        for (name, task) in &self.tasks {
+            let settings = settings.get(name).cloned().unwrap_or_default();
+            tasks.insert(
+                name.clone(),
+                ConfiguredTask::in_process(name, task, settings),
+            );
+        }
+        for (name, settings) in settings {
+            if tasks.contains_key(name) {
+                continue;
+            }
+            let Some(task) = settings.builtin.as_deref().and_then(tasks::builtin) else {
+                return Err(ConfigError::Invalid(format!(
+                    "[tasks.{name}] says not how to run it: set `builtin = \"…\"` (one of: {}), or register a task of that name in the program",
+                    tasks::BUILTIN_NAMES.join(", ")
+                )));
+            };
+            tasks.insert(
+                name.clone(),
+                ConfiguredTask::in_process(name, &task, settings.clone()),
+            );
+        }
+        Ok(ConfiguredTasks { tasks })
+    }
+}
+
+/// A task, ready to run.
+pub struct ConfiguredTask {
+    pub name: String,
+    pub settings: config::Task,
+    pub executor: Arc<dyn Executor>,
+}
+
+impl ConfiguredTask {
+    fn in_process(name: &str, task: &Arc<dyn Task>, settings: config::Task) -> Arc<Self> {
+        Arc::new(Self {
+            name: name.to_owned(),
+            settings,
+            executor: Arc::new(InProcess::new(Arc::clone(task))),
+        })
+    }
+}
+
+/// All tasks that a worker knows.
+#[derive(Default)]
+pub struct ConfiguredTasks {
+    tasks: BTreeMap<String, Arc<ConfiguredTask>>,
+}
+
+impl ConfiguredTasks {
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&Arc<ConfiguredTask>> {
+        self.tasks.get(name)
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.tasks.is_empty()
+    }
+
+    /// The names, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tasks.keys().map(String::as_str)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_section_without_a_task_is_refused_by_name() {
+        let settings = BTreeMap::from([("finetune".to_owned(), config::Task::default())]);
+        let error = Registry::new().configure(&settings).err().unwrap();
+        assert!(error.to_string().contains("[tasks.finetune]"), "{error}");
+    }
+
+    #[test]
+    fn a_builtin_can_go_by_another_name() {
+        let section = config::Task {
+            builtin: Some("train-classifier".to_owned()),
+            ..config::Task::default()
+        };
+        let settings = BTreeMap::from([("digits".to_owned(), section)]);
+        let tasks = Registry::new().configure(&settings).unwrap();
+        assert_eq!(tasks.names().collect::<Vec<_>>(), ["digits"]);
+    }
+}

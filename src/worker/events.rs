@@ -1,0 +1,68 @@
+//! What happens in a worker, for those who watch it.
+
+use std::sync::Arc;
+
+use tokio::sync::broadcast;
+use uuid::Uuid;
+
+use crate::task::Progress;
+
+/// A slow watcher loses the oldest events rather than hold up the worker.
+const CAPACITY: usize = 1024;
+
+/// Something that happened to a message or its job.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    pub message_id: Arc<str>,
+    pub kind: EventKind,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum EventKind {
+    /// An attempt began.
+    Started {
+        job_id: Uuid,
+        task: String,
+        attempt: u32,
+    },
+    Progressed(Progress),
+    /// The attempt ended, with the outcome's name.
+    Ended {
+        outcome: &'static str,
+    },
+    /// A delivery was not let through.
+    Suppressed,
+    /// The message will never run.
+    Refused {
+        reason: String,
+    },
+}
+
+/// Where events go, and where they can be watched.
+#[derive(Debug, Clone)]
+pub struct Events {
+    sender: broadcast::Sender<Event>,
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        Self {
+            sender: broadcast::Sender::new(CAPACITY),
+        }
+    }
+}
+
+impl Events {
+    #[must_use]
+    pub fn watch(&self) -> broadcast::Receiver<Event> {
+        self.sender.subscribe()
+    }
+
+    pub(super) fn tell(&self, message_id: &Arc<str>, kind: EventKind) {
+        // An error only says that nobody watches.
+        let _ = self.sender.send(Event {
+            message_id: Arc::clone(message_id),
+            kind,
+        });
+    }
+}

@@ -1,0 +1,143 @@
+//! Renews the leases of everything that runs here.
+//!
+//! Invariant: a run is asked to stop before its lease can have ended, going by
+//! this process's own clock from before the last successful renewal was sent,
+//! less a margin. The database's clock is never compared with it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tracing::{debug, warn};
+use uuid::Uuid;
+
+use crate::guard::Guard;
+use crate::job::{Acquired, Fence};
+
+/// Keeps the leases of one worker. Clones keep the same ones.
+#[derive(Clone)]
+pub(super) struct LeaseKeeper {
+    guard: Guard,
+    stop_grace: Duration,
+    kept: Arc<Mutex<HashMap<Uuid, Kept>>>,
+}
+
+struct Kept {
+    fence: Fence,
+    /// Until when the run may go on, by this process's clock.
+    valid_until: watch::Sender<Instant>,
+}
+
+/// A lease that is being renewed for as long as this exists.
+pub(super) struct KeptLease {
+    token: Uuid,
+    valid_until: watch::Receiver<Instant>,
+    kept: Arc<Mutex<HashMap<Uuid, Kept>>>,
+}
+
+impl KeptLease {
+    /// Completes when the run must stop: its lease was taken over, or could
+    /// not be renewed in time.
+    pub(super) async fn lost(&mut self) {
+        loop {
+            let valid_until = *self.valid_until.borrow_and_update();
+            tokio::select! {
+                () = sleep_until(valid_until) => return,
+                renewed = self.valid_until.changed() => if renewed.is_err() { return },
+            }
+        }
+    }
+}
+
+impl Drop for KeptLease {
+    fn drop(&mut self) {
+        lock(&self.kept).remove(&self.token);
+    }
+}
+
+impl LeaseKeeper {
+    pub(super) fn new(guard: Guard, stop_grace: Duration) -> Self {
+        Self {
+            guard,
+            stop_grace,
+            kept: Arc::default(),
+        }
+    }
+
+    /// Begins to renew an acquired claim's lease.
+    pub(super) fn keep(&self, acquired: &Acquired) -> KeptLease {
+        let token = acquired.fence.token;
+        let (sender, valid_until) = watch::channel(self.valid_from(acquired.claimed_at));
+        lock(&self.kept).insert(
+            token,
+            Kept {
+                fence: acquired.fence.clone(),
+                valid_until: sender,
+            },
+        );
+        KeptLease {
+            token,
+            valid_until,
+            kept: Arc::clone(&self.kept),
+        }
+    }
+
+    /// Renews every third of a lease, so that two tries may fail.
+    pub(super) async fn run(self) {
+        loop {
+            sleep(self.guard.lease() / 3).await;
+            self.renew_all().await;
+        }
+    }
+
+    async fn renew_all(&self) {
+        let fences: Vec<Fence> = lock(&self.kept)
+            .values()
+            .map(|kept| kept.fence.clone())
+            .collect();
+        if fences.is_empty() {
+            return;
+        }
+        let sent_at = Instant::now();
+        let answer = timeout(self.guard.lease() / 3, self.guard.renew(&fences)).await;
+        let renewed = match answer {
+            Ok(Ok(renewed)) => renewed,
+            Ok(Err(error)) => {
+                warn!(%error, leases = fences.len(), "leases were not renewed");
+                return;
+            }
+            Err(_) => {
+                warn!(
+                    leases = fences.len(),
+                    "leases were not renewed: no answer in time"
+                );
+                return;
+            }
+        };
+        debug!(leases = fences.len(), "leases were renewed");
+        let kept = lock(&self.kept);
+        for (fence, renewed) in fences.iter().zip(renewed) {
+            let Some(lease) = kept.get(&fence.token) else {
+                continue;
+            };
+            lease.valid_until.send_replace(match renewed {
+                true => self.valid_from(sent_at),
+                false => Instant::now(),
+            });
+        }
+    }
+
+    /// A run must be over, not only asked to stop, when its lease ends: hence
+    /// the stop grace within the margin. Short leases keep two thirds.
+    fn valid_from(&self, asked_at: Instant) -> Instant {
+        let lease = self.guard.lease();
+        let margin = (self.stop_grace + lease / 100).min(lease / 3);
+        asked_at + lease - margin
+    }
+}
+
+fn lock(kept: &Mutex<HashMap<Uuid, Kept>>) -> MutexGuard<'_, HashMap<Uuid, Kept>> {
+    kept.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,258 @@
+//! The life of one delivery, whole: decode → claim → run → finish → settle.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, error, info, info_span, warn};
+
+use super::events::{EventKind, Events};
+use super::hold::HeldDeliveries;
+use super::lease_keeper::LeaseKeeper;
+use super::slots::Slot;
+use super::supervise::supervise;
+use crate::config::AckTiming;
+use crate::executor::Attempt;
+use crate::guard::Guard;
+use crate::job::{Acquired, Claim, JobKey};
+use crate::message::{Message, Payload, Request};
+use crate::outcome::{Disposition, Outcome, Verdict};
+use crate::pubsub::{Delivery, Receipt};
+use crate::registry::{ConfiguredTask, ConfiguredTasks};
+use crate::shutdown::Shutdown;
+use crate::store::{Refused, StoreError};
+use crate::task::Progress;
+
+pub(super) struct Processor {
+    pub(super) guard: Guard,
+    pub(super) tasks: ConfiguredTasks,
+    pub(super) keeper: LeaseKeeper,
+    pub(super) held: HeldDeliveries,
+    pub(super) stop_grace: Duration,
+    pub(super) shutdown: Shutdown,
+    pub(super) events: Events,
+}
+
+impl Processor {
+    /// Takes one delivery through its life. The slot comes free at the end.
+    pub(super) async fn process(&self, subscription: Arc<str>, delivery: Delivery, slot: Slot) {
+        let span = info_span!("delivery", message.id = %delivery.message.id, delivery.attempt = delivery.attempt);
+        let (message, receipt) = delivery.into_parts();
+        self.process_message(&subscription, message, receipt)
+            .instrument(span)
+            .await;
+        drop(slot);
+    }
+
+    async fn process_message(&self, subscription: &str, message: Message, receipt: Receipt) {
+        let id: Arc<str> = message.id.as_str().into();
+        let key = JobKey::of_message_id(subscription, &message);
+        let request = match Request::decode(&message.data) {
+            Ok(request) => request,
+            Err(reason) => {
+                let reason = reason.to_string();
+                return self.refuse(key, None, message, reason, receipt).await;
+            }
+        };
+        let Some(task) = self.tasks.get(&request.task) else {
+            let known: Vec<&str> = self.tasks.names().collect();
+            let reason = format!(
+                "no task `{}` is known here; known: {}",
+                request.task,
+                known.join(", ")
+            );
+            return self
+                .refuse(key, Some(request.task), message, reason, receipt)
+                .await;
+        };
+        match self.guard.claim(key.clone(), &task.name, message).await {
+            Ok(Claim::Acquired(acquired)) => {
+                self.run(&id, task, request.payload, acquired, receipt)
+                    .await;
+            }
+            Ok(Claim::AlreadyFinished(state)) => {
+                info!(state = state.as_str(), "duplicate of a finished message");
+                self.events.tell(&id, EventKind::Suppressed);
+                receipt.ack();
+            }
+            Ok(Claim::HeldUntil(until)) => {
+                info!("duplicate of a message that is running");
+                self.events.tell(&id, EventKind::Suppressed);
+                match duplicate_of_a_running_job(task.settings.ack) {
+                    Disposition::Ack => receipt.ack(),
+                    Disposition::Nack => receipt.nack(),
+                    Disposition::Hold => {
+                        self.held
+                            .hold(self.guard.clone(), key, until, receipt, self.draining());
+                    }
+                }
+            }
+            Err(error) => self.try_later(&error, receipt),
+        }
+    }
+
+    async fn run(
+        &self,
+        id: &Arc<str>,
+        task: &ConfiguredTask,
+        payload: Payload,
+        acquired: Acquired,
+        receipt: Receipt,
+    ) {
+        let span = info_span!("job", job.id = %acquired.job_id, task.name = task.name, attempt = acquired.fence.attempt);
+        // The claim, payload included, has committed: that is what before_run
+        // asks of an ack.
+        let receipt = match task.settings.ack {
+            AckTiming::BeforeRun => {
+                receipt.ack();
+                None
+            }
+            AckTiming::AfterRun => Some(receipt),
+        };
+        let disposition = self
+            .run_to_the_end(id, task, payload, acquired)
+            .instrument(span)
+            .await;
+        match (receipt, disposition) {
+            (Some(receipt), Disposition::Ack) => receipt.ack(),
+            (Some(receipt), Disposition::Nack) => receipt.nack(),
+            (Some(receipt), Disposition::Hold) => self.held.pause(receipt, self.draining()),
+            (None, _) => {}
+        }
+    }
+
+    async fn run_to_the_end(
+        &self,
+        id: &Arc<str>,
+        task: &ConfiguredTask,
+        payload: Payload,
+        acquired: Acquired,
+    ) -> Disposition {
+        let mut lease = self.keeper.keep(&acquired);
+        let fence = acquired.fence;
+        info!("started");
+        self.events.tell(
+            id,
+            EventKind::Started {
+                job_id: acquired.job_id,
+                task: task.name.clone(),
+                attempt: fence.attempt,
+            },
+        );
+        let (progress, reports) = watch::channel(Progress::default());
+        let attempt = Attempt {
+            job_id: acquired.job_id,
+            number: fence.attempt,
+            payload: Arc::new(payload),
+            progress,
+            stop: CancellationToken::new(),
+        };
+        let stopping = &self.shutdown.stopping;
+        let outcome = tokio::select! {
+            outcome = supervise(task, attempt, &mut lease, stopping, self.stop_grace) => outcome,
+            never = self.relay_progress(id, reports) => never,
+        };
+        let name = outcome.name();
+        let disposition = match outcome.verdict() {
+            Verdict::Finish(ending) => {
+                match &ending.error {
+                    Some(error) => warn!(outcome = name, %error, "ended"),
+                    None => info!(outcome = name, "ended"),
+                }
+                let finished = self.guard.finish(&fence, &ending, stopping).await;
+                after_finish(finished)
+            }
+            Verdict::Release => {
+                info!("interrupted by the shutdown; another worker may go on");
+                if let Err(error) = self.guard.release(&fence).await {
+                    warn!(%error, "the claim could not be given back; its lease will end");
+                }
+                Disposition::Nack
+            }
+            Verdict::Abandon => {
+                warn!("the lease is lost: stopped, and nothing is written");
+                Disposition::Hold
+            }
+        };
+        self.events.tell(id, EventKind::Ended { outcome: name });
+        disposition
+    }
+
+    /// Passes reports on until the run ends. Never completes.
+    async fn relay_progress(
+        &self,
+        id: &Arc<str>,
+        mut reports: watch::Receiver<Progress>,
+    ) -> Outcome {
+        while reports.changed().await.is_ok() {
+            let report = reports.borrow_and_update().clone();
+            self.events.tell(id, EventKind::Progressed(report));
+        }
+        std::future::pending().await
+    }
+
+    /// A message that will never run is put on record; only then is it acked.
+    async fn refuse(
+        &self,
+        key: JobKey,
+        task: Option<String>,
+        message: Message,
+        reason: String,
+        receipt: Receipt,
+    ) {
+        let id: Arc<str> = message.id.as_str().into();
+        match self.guard.refuse(key, task, message, reason.clone()).await {
+            Ok(Refused::Recorded) => {
+                warn!(%reason, "refused");
+                self.events.tell(&id, EventKind::Refused { reason });
+                receipt.ack();
+            }
+            Ok(Refused::AlreadyFinished(state)) => {
+                info!(state = state.as_str(), "duplicate of a finished message");
+                self.events.tell(&id, EventKind::Suppressed);
+                receipt.ack();
+            }
+            Ok(Refused::Claimed) => {
+                info!("another worker knows what to do with the message");
+                self.events.tell(&id, EventKind::Suppressed);
+                self.held.pause(receipt, self.draining());
+            }
+            Err(error) => self.try_later(&error, receipt),
+        }
+    }
+
+    /// Nothing is known about the message, so it must not be acked.
+    fn try_later(&self, error: &StoreError, receipt: Receipt) {
+        error!(%error, "the delivery is handed back after a pause");
+        self.held.pause(receipt, self.draining());
+    }
+
+    fn draining(&self) -> CancellationToken {
+        self.shutdown.draining.clone()
+    }
+}
+
+/// With an early ack the claim holds all that an ack promises, and the running
+/// job's own delivery has been acked already. With a late one, acking any
+/// delivery of the message would settle it while its job can still die.
+fn duplicate_of_a_running_job(ack: AckTiming) -> Disposition {
+    match ack {
+        AckTiming::BeforeRun => Disposition::Ack,
+        AckTiming::AfterRun => Disposition::Hold,
+    }
+}
+
+fn after_finish(finished: Option<bool>) -> Disposition {
+    match finished {
+        Some(true) => Disposition::Ack,
+        Some(false) => {
+            warn!("another worker has taken the job over; this run's outcome is not written");
+            Disposition::Hold
+        }
+        None => {
+            warn!("stopped before the outcome could be written; the job will run again");
+            Disposition::Nack
+        }
+    }
+}

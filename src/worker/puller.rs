@@ -1,0 +1,103 @@
+//! One loop per subscription: slot first, then pull.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{error, warn};
+
+use super::process::Processor;
+use super::slots::Slots;
+use crate::pubsub::{Delivery, PubsubError, Subscription};
+use crate::retry::Backoff;
+
+/// Pauses before a broken stream is opened again.
+const REOPEN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+/// The same for what only a person can mend: loud and slow.
+const REOPEN_UNCONFIGURED: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
+
+pub(super) struct Puller {
+    pub(super) name: Arc<str>,
+    pub(super) subscription: Subscription,
+    pub(super) slots: Slots,
+    pub(super) processor: Arc<Processor>,
+    pub(super) running: TaskTracker,
+    pub(super) draining: CancellationToken,
+}
+
+impl Puller {
+    /// Pulls until the worker drains, through every failure; gives the
+    /// subscription back so that what is settled late can be flushed.
+    pub(super) async fn run(mut self) -> Subscription {
+        let mut passing = Backoff::new(REOPEN.0, REOPEN.1);
+        let mut unconfigured = Backoff::new(REOPEN_UNCONFIGURED.0, REOPEN_UNCONFIGURED.1);
+        while self.wait_for_slot().await {
+            let failure = match self.subscription.next(&self.draining).await {
+                Ok(Some(delivery)) => {
+                    passing.reset();
+                    unconfigured.reset();
+                    self.begin(delivery);
+                    continue;
+                }
+                Ok(None) => break,
+                Err(failure) => failure,
+            };
+            let backoff = match failure.needs_a_person() {
+                true => &mut unconfigured,
+                false => &mut passing,
+            };
+            self.pause(&failure, backoff.next_delay()).await;
+        }
+        self.subscription.hand_back_surplus();
+        self.subscription
+    }
+
+    /// False once the worker drains.
+    async fn wait_for_slot(&mut self) -> bool {
+        loop {
+            let patience = self.subscription.surplus_deadline();
+            tokio::select! {
+                // A stop goes before a free slot.
+                biased;
+                () = self.draining.cancelled() => return false,
+                () = self.slots.some_free() => return true,
+                () = sleep_until(patience) => self.subscription.hand_back_surplus(),
+            }
+        }
+    }
+
+    fn begin(&mut self, delivery: Delivery) {
+        let Some(slot) = self.slots.try_take() else {
+            // Another subscription's message was quicker.
+            self.subscription.put_back(delivery);
+            return;
+        };
+        let processor = Arc::clone(&self.processor);
+        let name = Arc::clone(&self.name);
+        self.running
+            .spawn(async move { processor.process(name, delivery, slot).await });
+    }
+
+    async fn pause(&self, failure: &PubsubError, delay: Duration) {
+        let subscription = self.subscription.path();
+        let retry_in = humantime::format_duration(Duration::from_millis(
+            u64::try_from(delay.as_millis()).unwrap_or(u64::MAX),
+        ));
+        match failure.needs_a_person() {
+            true => error!(subscription, %failure, %retry_in, "pulling needs a person's help"),
+            false => warn!(subscription, %failure, %retry_in, "pulling was interrupted"),
+        }
+        tokio::select! {
+            () = self.draining.cancelled() => {}
+            () = tokio::time::sleep(delay) => {}
+        }
+    }
+}
+
+async fn sleep_until(deadline: Option<tokio::time::Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}

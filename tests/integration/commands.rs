@@ -1,0 +1,185 @@
+//! What a person types, and what they are told.
+
+use serde_json::Value;
+
+use crate::support::broker::Broker;
+use crate::support::database::Database;
+use crate::support::eventually;
+use crate::support::requests::{tiny_training, write_tiny_dataset};
+use crate::support::worker::{Yard, output_of, trainyard};
+
+const SECTIONS: &str = "[subscriptions.training]\n[tasks.train-classifier]\nbuiltin = \"train-classifier\"\nack = \"before_run\"\ntimeout = \"12h\"\n";
+
+const CONFIGURATION: i32 = 2;
+const OTHER: i32 = 1;
+
+/// Runs a command and checks that it fails with one sentence that helps.
+async fn fails(yard: &Yard, arguments: &[&str], code: i32, says: &[&str]) {
+    let output = yard.output(arguments).await;
+    assert_eq!(output.code, code, "{}", output.stderr);
+    let last = output.stderr.lines().last().unwrap_or_default();
+    for words in says {
+        assert!(last.contains(words), "`{last}` should say `{words}`");
+    }
+}
+
+async fn yard(sections: &str) -> (Broker, Database, Yard) {
+    let broker = Broker::builtin().await.unwrap();
+    let database = Database::sqlite().await.unwrap();
+    let yard = Yard::new(&broker, &database, sections);
+    (broker, database, yard)
+}
+
+#[tokio::test]
+async fn an_unknown_key_ends_with_code_2_and_the_nearest_known_key() {
+    let (_broker, _database, yard) = yard("[worker]\nslot = 1\n").await;
+    let says = ["worker.slot", "worker.slots"];
+    for command in [&["run"][..], &["config", "check"], &["jobs", "list"]] {
+        fails(&yard, command, CONFIGURATION, &says).await;
+    }
+}
+
+#[tokio::test]
+async fn a_mistyped_value_in_the_environment_is_named() {
+    let (_broker, _database, yard) = yard(SECTIONS).await;
+    let mut command = yard.command(&["config", "check"]);
+    command.env("TRAINYARD__WORKER__SLOTS", "many");
+    let output = output_of(command).await;
+    assert_eq!(output.code, CONFIGURATION);
+    assert!(output.stderr.contains("worker.slots"), "{}", output.stderr);
+}
+
+#[tokio::test]
+async fn the_environment_wins_over_the_file() {
+    let (_broker, _database, yard) = yard("[worker]\nslots = 3\n").await;
+    let mut command = yard.command(&["config", "check"]);
+    command.env("TRAINYARD__WORKER__SLOTS", "7");
+    let output = output_of(command).await;
+    assert!(output.stdout.contains("slots = 7"), "{}", output.stdout);
+}
+
+#[tokio::test]
+async fn a_missing_configuration_file_is_named() {
+    let mut command = trainyard();
+    command.args(["run", "--config", "/nowhere/trainyard.toml"]);
+    let output = output_of(command).await;
+    assert_eq!(output.code, CONFIGURATION);
+    assert!(output.stderr.contains("/nowhere/trainyard.toml"));
+}
+
+#[tokio::test]
+async fn a_missing_subscription_is_named_with_what_to_do() {
+    let (_broker, database, yard) = yard(SECTIONS).await;
+    database.open_migrated().await;
+    let says = ["subscriptions/training", "does not exist", "create it"];
+    fails(&yard, &["run"], CONFIGURATION, &says).await;
+}
+
+#[tokio::test]
+async fn a_database_without_migrations_says_to_migrate() {
+    let (_broker, _database, yard) = yard(SECTIONS).await;
+    fails(&yard, &["run"], OTHER, &["trainyard migrate"]).await;
+}
+
+#[tokio::test]
+async fn an_unreachable_database_is_named_without_its_password() {
+    let (_broker, _database, yard) = yard(SECTIONS).await;
+    let mut command = yard.command(&["run"]);
+    command.env(
+        "TRAINYARD__DATABASE__URL",
+        "postgres://u:s3cret@127.0.0.1:1/db",
+    );
+    let output = output_of(command).await;
+    assert_eq!(output.code, OTHER, "{}", output.stderr);
+    assert!(output.stderr.contains("127.0.0.1:1"), "{}", output.stderr);
+    assert!(!output.stderr.contains("s3cret"), "{}", output.stderr);
+}
+
+#[tokio::test]
+async fn run_without_tasks_or_subscriptions_says_which_section_to_add() {
+    let (_broker, database, yard) = yard("").await;
+    database.open_migrated().await;
+    fails(&yard, &["run"], CONFIGURATION, &["[tasks."]).await;
+    let (_broker, database, yard) =
+        self::yard("[tasks.train-classifier]\nbuiltin = \"train-classifier\"\n").await;
+    database.open_migrated().await;
+    fails(&yard, &["run"], CONFIGURATION, &["[subscriptions."]).await;
+}
+
+#[tokio::test]
+async fn config_check_masks_secrets_and_shows_when_a_task_is_acked() {
+    let (_broker, _database, yard) = yard(SECTIONS).await;
+    let mut command = yard.command(&["config", "check"]);
+    command.env("TRAINYARD__DATABASE__URL", "postgres://u:s3cret@h/db");
+    let output = output_of(command).await;
+    assert_eq!(output.code, 0, "{}", output.stderr);
+    assert!(output.stdout.contains("postgres://u:***@h/db"));
+    assert!(!output.stdout.contains("s3cret"));
+    for words in ["before the run", "a lease of 2m", "after 12h"] {
+        assert!(output.stdout.contains(words), "{}", output.stdout);
+    }
+}
+
+#[tokio::test]
+async fn a_published_request_can_be_followed_to_its_end() {
+    let (broker, _database, yard) = yard(SECTIONS).await;
+    broker.subscribe("training").await;
+    assert_eq!(yard.output(&["migrate"]).await.code, 0);
+    let worker = yard.start_worker("w1");
+    let dataset = write_tiny_dataset(yard.folder.path());
+    let request = tiny_training(&dataset, &yard.folder.path().join("model")).to_string();
+    let arguments = ["publish", "training", &request, "--attribute", "team=a"];
+    let published = yard.output(&arguments).await;
+    assert_eq!(published.code, 0, "{}", published.stderr);
+
+    let list = ["jobs", "list", "--state", "succeeded", "--json"];
+    let job: Value = eventually("the job has succeeded", async || {
+        let list = yard.output(&list).await;
+        assert_eq!(list.code, 0, "{}", list.stderr);
+        serde_json::from_str(list.stdout.lines().next()?).ok()
+    })
+    .await;
+    let id = job["id"].as_str().unwrap();
+    let shown = yard.output(&["jobs", "show", id]).await.stdout;
+    for words in [id, "train-classifier", "succeeded", "accuracy", &request] {
+        assert!(shown.contains(words), "{shown}");
+    }
+    let table = yard.output(&["jobs", "list", "--task", "train-classifier"]);
+    assert!(table.await.stdout.contains(id));
+    let nothing = yard.output(&["jobs", "list", "--state", "dead"]).await;
+    assert_eq!(nothing.stdout, "no jobs\n");
+    assert_eq!(worker.stop().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn publishing_to_nowhere_or_a_useless_payload_is_refused() {
+    let (_broker, _database, yard) = yard("").await;
+    let nowhere = ["publish", "nowhere", r#"{"name":"t"}"#];
+    fails(&yard, &nowhere, OTHER, &["neither a topic nor", "nowhere"]).await;
+    fails(&yard, &["publish", "nowhere", "{}"], OTHER, &["`name`"]).await;
+}
+
+#[tokio::test]
+async fn a_job_that_does_not_exist_is_said_to_be_missing() {
+    let (_broker, database, yard) = yard("").await;
+    database.open_migrated().await;
+    let id = "01990000-0000-7000-8000-000000000000";
+    fails(&yard, &["jobs", "show", id], OTHER, &[id]).await;
+}
+
+#[tokio::test]
+async fn dev_once_trains_the_samples_and_suppresses_the_duplicate() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = trainyard();
+    command
+        .args(["dev", "--once", "--port", "0"])
+        .current_dir(folder.path());
+    let output = output_of(command).await;
+    assert_eq!(output.code, 0, "{}{}", output.stdout, output.stderr);
+    assert!(
+        output
+            .stdout
+            .contains("1 duplicate delivery was suppressed")
+    );
+    assert!(folder.path().join(".trainyard/trainyard.db").exists());
+}

@@ -1,0 +1,11 @@
+//! Tests against real databases and real brokers: both stores, the built-in
+//! emulator and Google's. `make test` starts what they need.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+mod architecture;
+mod bad_input;
+mod commands;
+mod delivery;
+mod store;
+mod support;

@@ -1,0 +1,37 @@
+//! What the tests stand on: fresh databases, fresh projects, worker processes.
+
+pub mod broker;
+pub mod database;
+pub mod requests;
+pub mod worker;
+
+use std::time::Duration;
+
+/// A guard against hanging, not a measure: nothing that works takes as long.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Says that a part is missing; that fails the test where everything must be
+/// there.
+pub fn not_tested(what: &str) {
+    println!("NOT TESTED: {what}; `make test` starts it");
+    assert!(
+        std::env::var("CI").as_deref() != Ok("true"),
+        "{what} is missing and CI=true"
+    );
+}
+
+/// Waits until `condition` holds, looking often.
+pub async fn eventually<T>(what: &str, mut condition: impl AsyncFnMut() -> Option<T>) -> T {
+    let looking = async {
+        loop {
+            if let Some(found) = condition().await {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    match tokio::time::timeout(PATIENCE, looking).await {
+        Ok(found) => found,
+        Err(_) => panic!("waited in vain: {what}"),
+    }
+}

@@ -1,0 +1,132 @@
+use std::net::SocketAddr;
+
+use google_cloud_auth::credentials::anonymous;
+use google_cloud_pubsub::client::SubscriptionAdmin;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use trainyard::emulator::{self, Emulator, Options};
+use trainyard::pubsub::{Connection, Outgoing};
+use uuid::Uuid;
+
+use super::not_tested;
+
+/// A broker with a project of a test's own.
+pub struct Broker {
+    pub host: String,
+    pub project: String,
+    pub connection: Connection,
+    /// The built-in emulator's own door, for what no client can ask for.
+    pub builtin: Option<emulator::Broker>,
+    _stop: Option<DropGuard>,
+}
+
+impl Broker {
+    /// The built-in emulator, inside the test's process.
+    pub async fn builtin() -> Option<Self> {
+        let address: SocketAddr = "127.0.0.1:0".parse().unwrap();
+        let emulator = Emulator::bind(address, Options::default()).await.unwrap();
+        let host = emulator.address().to_string();
+        let inside = emulator.broker();
+        let stop = CancellationToken::new();
+        tokio::spawn(emulator.serve(stop.clone()));
+        Some(Self {
+            builtin: Some(inside),
+            _stop: Some(stop.drop_guard()),
+            ..Self::at(host)
+        })
+    }
+
+    /// Google's emulator, which `make test` starts.
+    pub async fn google() -> Option<Self> {
+        let Ok(host) = std::env::var("TRAINYARD_TEST_PUBSUB_EMULATOR") else {
+            not_tested("Google's emulator (TRAINYARD_TEST_PUBSUB_EMULATOR)");
+            return None;
+        };
+        Some(Self::at(host))
+    }
+
+    fn at(host: String) -> Self {
+        let project = format!("test-{}", &Uuid::new_v4().simple().to_string()[..12]);
+        let connection = Connection::new(&project, Some(&host));
+        Self {
+            host,
+            project,
+            connection,
+            builtin: None,
+            _stop: None,
+        }
+    }
+
+    /// Makes a topic and a subscription of that name.
+    pub async fn subscribe(&self, name: &str) {
+        self.connection.ensure_topic(name).await.unwrap();
+        let path = self.connection.subscription_path(name);
+        let admin = self.subscription_admin().await;
+        let create = admin
+            .create_subscription()
+            .set_name(path)
+            .set_topic(self.connection.topic_path(name))
+            .set_ack_deadline_seconds(10)
+            // Google's emulator delivers again what it has kept.
+            .set_retain_acked_messages(self.builtin.is_none());
+        create.send().await.unwrap();
+    }
+
+    /// Delivers messages a second time under their ids: at least these with
+    /// the built-in emulator, all that were ever published with Google's.
+    pub async fn deliver_again(&self, name: &str, ids: &[String]) {
+        if let Some(inside) = &self.builtin {
+            let topic = self.connection.topic_path(name);
+            for id in ids {
+                inside.duplicate(&topic, id).unwrap();
+            }
+            return;
+        }
+        let admin = self.subscription_admin().await;
+        let seek = admin
+            .seek()
+            .set_subscription(self.connection.subscription_path(name))
+            .set_time(google_cloud_wkt::Timestamp::clamp(0, 0));
+        seek.send().await.unwrap();
+    }
+
+    async fn subscription_admin(&self) -> SubscriptionAdmin {
+        let builder = SubscriptionAdmin::builder()
+            .with_endpoint(format!("http://{}", self.host))
+            .with_credentials(anonymous::Builder::new().build());
+        builder.build().await.unwrap()
+    }
+
+    /// Publishes bytes and returns the message id.
+    pub async fn publish(&self, topic: &str, data: impl Into<Vec<u8>>) -> String {
+        let message = Outgoing {
+            data: data.into(),
+            ..Outgoing::default()
+        };
+        self.connection.publish(topic, message).await.unwrap()
+    }
+}
+
+/// Makes four tests of each function: every broker with every database.
+#[macro_export]
+macro_rules! on_every_broker_and_database {
+    ($($test:ident),* $(,)?) => {
+        $crate::on_every_broker_and_database!(@ builtin_emulator_and_postgres, builtin, postgres, $($test),*);
+        $crate::on_every_broker_and_database!(@ builtin_emulator_and_sqlite, builtin, sqlite, $($test),*);
+        $crate::on_every_broker_and_database!(@ googles_emulator_and_postgres, google, postgres, $($test),*);
+        $crate::on_every_broker_and_database!(@ googles_emulator_and_sqlite, google, sqlite, $($test),*);
+    };
+    (@ $module:ident, $broker:ident, $database:ident, $($test:ident),*) => {
+        mod $module {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $test() {
+                    let broker = $crate::support::broker::Broker::$broker().await;
+                    let database = $crate::support::database::Database::$database().await;
+                    if let (Some(broker), Some(database)) = (broker, database) {
+                        super::$test(broker, database).await;
+                    }
+                }
+            )*
+        }
+    };
+}

@@ -1,0 +1,121 @@
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+use tokio::process::{Child, Command};
+use tokio::time::timeout;
+
+use super::PATIENCE;
+use super::broker::Broker;
+use super::database::Database;
+
+/// The program under test.
+pub fn trainyard() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_trainyard"));
+    for (name, _) in std::env::vars() {
+        if name.starts_with("TRAINYARD_") || name.starts_with("PUBSUB_") {
+            command.env_remove(name);
+        }
+    }
+    command.env_remove("GOOGLE_CLOUD_PROJECT");
+    command.env_remove("RUST_LOG");
+    command.stdin(Stdio::null()).kill_on_drop(true);
+    command
+}
+
+/// A folder with a configuration for workers on one broker and one database.
+pub struct Yard {
+    pub folder: TempDir,
+    pub config: PathBuf,
+}
+
+impl Yard {
+    /// `sections` is TOML that comes after [pubsub] and [database].
+    pub fn new(broker: &Broker, database: &Database, sections: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let config = folder.path().join("trainyard.toml");
+        let text = format!(
+            "[pubsub]\nproject = {:?}\nemulator_host = {:?}\n[database]\nurl = {:?}\n{sections}",
+            broker.project, broker.host, database.url
+        );
+        std::fs::write(&config, text).unwrap();
+        Self { folder, config }
+    }
+
+    /// A command of the program with this configuration, to be run in its folder.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = trainyard();
+        command
+            .args(arguments)
+            .arg("--config")
+            .arg(&self.config)
+            .current_dir(self.folder.path());
+        command
+    }
+
+    /// Runs a command to its end and returns its exit code and its output.
+    pub async fn output(&self, arguments: &[&str]) -> Output {
+        output_of(self.command(arguments)).await
+    }
+
+    /// Starts `trainyard run`; its log goes to a file of that name.
+    pub fn start_worker(&self, name: &str) -> WorkerProcess {
+        let log = self.folder.path().join(format!("{name}.log"));
+        let file = std::fs::File::create(&log).unwrap();
+        let child = self
+            .command(&["run"])
+            .env("RUST_LOG", "info,trainyard=debug")
+            .stderr(file)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        WorkerProcess { child, log }
+    }
+}
+
+pub struct Output {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+pub async fn output_of(mut command: Command) -> Output {
+    let output = timeout(PATIENCE, command.output()).await.unwrap().unwrap();
+    Output {
+        code: output.status.code().unwrap(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+/// A running worker. Killed when dropped.
+pub struct WorkerProcess {
+    child: Child,
+    log: PathBuf,
+}
+
+impl WorkerProcess {
+    pub fn signal(&self, signal: Signal) {
+        let pid = self.child.id().unwrap();
+        kill(Pid::from_raw(pid.cast_signed()), signal).unwrap();
+    }
+
+    /// SIGTERM, then the end.
+    pub async fn stop(mut self) -> ExitStatus {
+        self.signal(Signal::SIGTERM);
+        match timeout(PATIENCE, self.child.wait()).await {
+            Ok(status) => status.unwrap(),
+            Err(_) => panic!("the worker did not stop; its log:\n{}", read(&self.log)),
+        }
+    }
+
+    pub fn log(&self) -> String {
+        read(&self.log)
+    }
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_default()
+}
