@@ -84,7 +84,7 @@ pub async fn main() -> anyhow::Result<ExitCode> {
     };
     telemetry::install(shared.log_format, default_level);
     let done = match command {
-        Command::Dev(command) => return command.execute().await,
+        Command::Dev(command) => return command.execute(&shared).await,
         Command::Run(command) => command.execute(&shared).await,
         Command::Migrate(command) => command.execute(&shared).await,
         Command::Publish(command) => command.execute(&shared).await,

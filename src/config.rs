@@ -40,6 +40,7 @@ pub struct Pubsub {
 pub struct Database {
     /// `postgres://…` or `sqlite://PATH`.
     pub url: String,
+    /// To Postgres; SQLite has few of its own.
     pub max_connections: u32,
 }
 
@@ -58,10 +59,12 @@ pub struct Worker {
     /// How many jobs run side by side in this process.
     pub slots: usize,
     /// How long a claim lasts without renewal: the time after which another
-    /// worker may take over from one that died.
+    /// worker may take over from one that died. At least three times
+    /// `stop_grace`.
     #[serde(with = "humantime_serde")]
     pub lease: Duration,
-    /// How long a stop (SIGTERM) may take in all.
+    /// How long runs may go on after SIGTERM, their stop included. Keep a pod's
+    /// termination grace period some ten seconds longer.
     #[serde(with = "humantime_serde")]
     pub shutdown_grace: Duration,
     /// How long a run may take to end once it is asked to stop; the last part

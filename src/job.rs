@@ -118,7 +118,7 @@ impl FinalState {
 pub enum JobState {
     /// A worker holds its lease.
     Running,
-    /// Unfinished, and no worker holds its lease.
+    /// Unfinished, and no worker holds its lease, or the holder let it end.
     Waiting,
     Succeeded,
     Dead,

@@ -54,7 +54,7 @@ impl Registry {
             }
             let Some(task) = settings.builtin.as_deref().and_then(tasks::builtin) else {
                 return Err(ConfigError::Invalid(format!(
-                    "[tasks.{name}] says not how to run it: set `builtin = \"…\"` (one of: {}), or register a task of that name in the program",
+                    "[tasks.{name}] does not say how to run it: set `builtin = \"…\"` (one of: {}), or register a task of that name in the program",
                     tasks::BUILTIN_NAMES.join(", ")
                 )));
             };

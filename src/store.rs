@@ -20,8 +20,8 @@ use crate::outcome::Ending;
 pub use postgres::PostgresStore;
 pub use sqlite::SqliteStore;
 
-/// Why the tables could not be read or written. In every case but
-/// `AnswerUnknown` nothing was changed, so the message is as it was before.
+/// Why the tables could not be read or written. The answer to a commit can get
+/// lost, so every method may be called again and then tells how it stands.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The database cannot be reached or refuses to work now. The message is
@@ -85,7 +85,7 @@ pub struct Refusal {
 pub enum Refused {
     Recorded,
     AlreadyFinished(FinalState),
-    /// Some other worker knows what to do with the message and claimed it.
+    /// A worker that knows the message's task has claimed it.
     Claimed,
 }
 

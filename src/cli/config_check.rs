@@ -2,7 +2,6 @@ use clap::{Args, Subcommand};
 
 use super::Shared;
 use crate::config::timeline;
-use crate::registry::Registry;
 
 /// Look at the configuration.
 #[derive(Debug, Subcommand)]
@@ -20,7 +19,6 @@ impl ConfigCommand {
     pub(super) fn execute(self, shared: &Shared) -> anyhow::Result<()> {
         let Self::Check(Check {}) = self;
         let config = shared.load()?;
-        Registry::new().configure(&config.tasks)?;
         println!("{}", toml::to_string(&config.masked())?);
         match config.tasks.is_empty() {
             true => println!("# no tasks are configured"),

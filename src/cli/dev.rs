@@ -14,7 +14,7 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use uuid::Uuid;
 
-use super::table;
+use super::{Shared, table};
 use crate::app;
 use crate::config::{Config, Subscription, Task};
 use crate::emulator::{Broker, Emulator, Options};
@@ -50,7 +50,11 @@ pub(super) struct Dev {
 }
 
 impl Dev {
-    pub(super) async fn execute(self) -> anyhow::Result<ExitCode> {
+    pub(super) async fn execute(self, shared: &Shared) -> anyhow::Result<ExitCode> {
+        anyhow::ensure!(
+            shared.config.is_none(),
+            "`dev` has its own configuration; use `run` with --config"
+        );
         let shutdown = Shutdown::on_signals()?;
         let dataset = samples::write_dataset(&self.dir)?;
         let emulator = bind_near(self.port).await?;
@@ -85,7 +89,7 @@ impl Dev {
         if let Some(jobs) = watched {
             as_expected = report(&store, &jobs?, &published).await?;
             if !self.once {
-                say_how_to_go_on(address, &published);
+                say_how_to_go_on(address, &config.database.url, &dataset, &self.dir);
                 shutdown.draining.cancelled().await;
             }
         }
@@ -252,19 +256,18 @@ async fn report(
     Ok(surprises.is_empty())
 }
 
-fn say_how_to_go_on(emulator: SocketAddr, published: &[Published]) {
-    let Some(first) = published.first() else {
-        return;
-    };
+fn say_how_to_go_on(emulator: SocketAddr, database: &str, dataset: &Path, dir: &Path) {
+    let another = samples::another(dataset, dir);
     println!(
         "
 Publish more from another terminal:
 
   export PUBSUB_EMULATOR_HOST={emulator} GOOGLE_CLOUD_PROJECT={PROJECT}
-  cargo run -- publish heavy-task '{}'
+  export TRAINYARD__DATABASE__URL={database}
+  cargo run -- publish heavy-task '{another}'
+  cargo run -- jobs list
 
 or with any Pub/Sub client that knows PUBSUB_EMULATOR_HOST; topics light-task and heavy-task.
-`cargo run -- jobs list` shows all jobs. Ctrl-C stops.",
-        first.sample.payload
+Ctrl-C stops."
     );
 }

@@ -19,7 +19,7 @@ pub(super) struct Publish {
     /// An attribute of the message; may be given several times
     #[arg(long = "attribute", value_name = "KEY=VALUE", value_parser = key_value)]
     attributes: Vec<(String, String)>,
-    /// Messages with the same key run one after another
+    /// Pub/Sub's ordering key of the message
     #[arg(
         long,
         value_name = "KEY",

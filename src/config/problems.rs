@@ -67,6 +67,12 @@ fn check_worker(config: &Config) -> Result<(), ConfigError> {
     if worker.lease < SHORTEST_LEASE {
         return bad("worker.lease", "it must be at least 2s");
     }
+    if worker.lease < worker.stop_grace * 3 {
+        return bad(
+            "worker.lease",
+            "it must be at least three times worker.stop_grace, so that a run whose lease is lost has ended before another begins",
+        );
+    }
     if worker.stop_grace > worker.shutdown_grace {
         return bad(
             "worker.stop_grace",
@@ -97,7 +103,11 @@ mod tests {
             ),
             ("[worker]\nslots = 0", "worker.slots"),
             ("[worker]\nlease = '1s'", "worker.lease"),
-            ("[worker]\nstop_grace = '1h'", "worker.stop_grace"),
+            ("[worker]\nlease = '20s'", "worker.lease"),
+            (
+                "[worker]\nstop_grace = '1m'\nlease = '5m'",
+                "worker.stop_grace",
+            ),
             (
                 "[subscriptions.s]\nack_deadline = '1s'",
                 "subscriptions.s.ack_deadline",

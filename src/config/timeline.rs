@@ -44,7 +44,10 @@ fn write_task(text: &mut String, config: &Config, name: &str, task: &Task) {
         ),
     ];
     // Writing to a String cannot fail.
-    let _ = writeln!(text, "{name}");
+    let _ = match &task.builtin {
+        Some(builtin) => writeln!(text, "{name} (built in: {builtin})"),
+        None => writeln!(text, "{name} (only in a program that registers it)"),
+    };
     for (label, line) in lines {
         let _ = writeln!(text, "  {label:<8} {line}");
     }

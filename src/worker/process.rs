@@ -105,7 +105,7 @@ impl Processor {
         // asks of an ack.
         let receipt = match task.settings.ack {
             AckTiming::BeforeRun => {
-                receipt.ack();
+                receipt.ack_early();
                 None
             }
             AckTiming::AfterRun => Some(receipt),
@@ -214,7 +214,7 @@ impl Processor {
                 receipt.ack();
             }
             Ok(Refused::Claimed) => {
-                info!("another worker knows what to do with the message");
+                info!("the message's job is claimed by a worker that knows its task");
                 self.events.tell(&id, EventKind::Suppressed);
                 self.held.pause(receipt, self.draining());
             }

@@ -49,20 +49,18 @@ impl Puller {
             };
             self.pause(&failure, backoff.next_delay()).await;
         }
-        self.subscription.hand_back_surplus();
         self.subscription
     }
 
     /// False once the worker drains.
     async fn wait_for_slot(&mut self) -> bool {
         loop {
-            let patience = self.subscription.surplus_deadline();
             tokio::select! {
                 // A stop goes before a free slot.
                 biased;
                 () = self.draining.cancelled() => return false,
                 () = self.slots.some_free() => return true,
-                () = sleep_until(patience) => self.subscription.hand_back_surplus(),
+                () = self.subscription.hand_back_when_late() => {}
             }
         }
     }
@@ -92,12 +90,5 @@ impl Puller {
             () = self.draining.cancelled() => {}
             () = tokio::time::sleep(delay) => {}
         }
-    }
-}
-
-async fn sleep_until(deadline: Option<tokio::time::Instant>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline).await,
-        None => std::future::pending().await,
     }
 }

@@ -21,7 +21,7 @@ on_every_broker_and_database!(
 
 fn sections(ack: &str, slots: usize) -> String {
     format!(
-        "[worker]\nslots = {slots}\nlease = \"10s\"\n[subscriptions.training]\nack_deadline = \"10s\"\n\
+        "[worker]\nslots = {slots}\nlease = \"10s\"\nstop_grace = \"2s\"\n[subscriptions.training]\nack_deadline = \"10s\"\n\
          [tasks.train-classifier]\nbuiltin = \"train-classifier\"\nack = \"{ack}\"\n"
     )
 }
@@ -116,8 +116,10 @@ async fn a_stopped_worker_exits_cleanly_and_another_goes_on(broker: Broker, data
     .await;
     assert_eq!(first.stop().await.code(), Some(0));
     let second = yard.start_worker("second");
-    let jobs = all_succeed(&*store, 20).await;
+    let output = yard.folder.path().join("model-of-the-second");
+    let request = tiny_training(&dataset, &output).to_string();
+    broker.publish("training", request).await;
+    let jobs = all_succeed(&*store, 21).await;
     assert!(jobs.iter().all(|job| job.attempts == 1), "{jobs:#?}");
-    second.signal(Signal::SIGINT);
-    assert_eq!(second.stop().await.code(), Some(0));
+    assert_eq!(second.stop_with(Signal::SIGINT).await.code(), Some(0));
 }

@@ -40,17 +40,26 @@ pub(super) fn all(dataset: &Path, dir: &Path) -> Vec<Sample> {
     .map(|(topic, seed, max_iterations, delivered_twice)| Sample {
         title: format!("digits, seed {seed}"),
         topic,
-        payload: json!({
-            "name": TASK,
-            "dataset": dataset,
-            "target": "digit",
-            "seed": seed,
-            "max_iterations": max_iterations,
-            "output": dir.join(format!("models/digits-{seed}")),
-        }),
+        payload: request(dataset, dir, seed, max_iterations),
         delivered_twice,
     })
     .collect()
+}
+
+/// A request that none of the samples has made.
+pub(super) fn another(dataset: &Path, dir: &Path) -> Value {
+    request(dataset, dir, 5, 300)
+}
+
+fn request(dataset: &Path, dir: &Path, seed: u64, max_iterations: u64) -> Value {
+    json!({
+        "name": TASK,
+        "dataset": dataset,
+        "target": "digit",
+        "seed": seed,
+        "max_iterations": max_iterations,
+        "output": dir.join(format!("models/digits-{seed}")),
+    })
 }
 
 /// In what the jobs differ from what their samples should lead to.

@@ -31,11 +31,11 @@ pub(super) async fn outstanding_migrations(
 /// Job ids are UUIDs of version 7, so their order is that of first arrival.
 const JOBS: &str = "
 SELECT m.*, leases.attempt - leases.interruptions AS live_attempts, leases.worker AS live_worker,
-       leases.started_at AS live_started_at, leases.token IS NOT NULL AS held
+       leases.started_at AS live_started_at, coalesce(leases.token IS NOT NULL AND leases.lease_until >= now(), false) AS held
 FROM processed_messages m LEFT JOIN leases USING (subscription, key)
 WHERE ($1::text IS NULL OR m.task = $1)
   AND ($2::text IS NULL OR m.state = $2)
-  AND ($3::boolean IS NULL OR (leases.token IS NOT NULL) = $3)
+  AND ($3::boolean IS NULL OR coalesce(leases.token IS NOT NULL AND leases.lease_until >= now(), false) = $3)
 ORDER BY m.job_id DESC
 LIMIT $4";
 
@@ -53,7 +53,7 @@ pub(super) async fn jobs(pool: &PgPool, filter: &JobFilter) -> Result<Vec<Job>, 
 
 const JOB: &str = "
 SELECT m.*, leases.attempt - leases.interruptions AS live_attempts, leases.worker AS live_worker,
-       leases.started_at AS live_started_at, leases.token IS NOT NULL AS held
+       leases.started_at AS live_started_at, coalesce(leases.token IS NOT NULL AND leases.lease_until >= now(), false) AS held
 FROM processed_messages m LEFT JOIN leases USING (subscription, key)
 WHERE m.job_id = $1";
 

@@ -33,11 +33,11 @@ pub(super) async fn outstanding_migrations(
 /// Job ids are UUIDs of version 7, so their order is that of first arrival.
 const JOBS: &str = "
 SELECT m.*, leases.attempt - leases.interruptions AS live_attempts, leases.worker AS live_worker,
-       leases.started_at AS live_started_at, leases.token IS NOT NULL AS held
+       leases.started_at AS live_started_at, coalesce(leases.token IS NOT NULL AND leases.lease_until >= CAST(unixepoch('subsec') * 1000 AS INTEGER), false) AS held
 FROM processed_messages m LEFT JOIN leases USING (subscription, key)
 WHERE ($1 IS NULL OR m.task = $1)
   AND ($2 IS NULL OR m.state = $2)
-  AND ($3 IS NULL OR (leases.token IS NOT NULL) = $3)
+  AND ($3 IS NULL OR coalesce(leases.token IS NOT NULL AND leases.lease_until >= CAST(unixepoch('subsec') * 1000 AS INTEGER), false) = $3)
 ORDER BY m.job_id DESC
 LIMIT $4";
 
@@ -55,7 +55,7 @@ pub(super) async fn jobs(pool: &SqlitePool, filter: &JobFilter) -> Result<Vec<Jo
 
 const JOB: &str = "
 SELECT m.*, leases.attempt - leases.interruptions AS live_attempts, leases.worker AS live_worker,
-       leases.started_at AS live_started_at, leases.token IS NOT NULL AS held
+       leases.started_at AS live_started_at, coalesce(leases.token IS NOT NULL AND leases.lease_until >= CAST(unixepoch('subsec') * 1000 AS INTEGER), false) AS held
 FROM processed_messages m LEFT JOIN leases USING (subscription, key)
 WHERE m.job_id = $1";
 

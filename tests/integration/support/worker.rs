@@ -96,6 +96,16 @@ pub struct WorkerProcess {
     log: PathBuf,
 }
 
+/// A failed test shows what its workers said; TRAINYARD_TEST_LOGS=1 shows it
+/// always.
+impl Drop for WorkerProcess {
+    fn drop(&mut self) {
+        if std::thread::panicking() || std::env::var_os("TRAINYARD_TEST_LOGS").is_some() {
+            println!("--- {}\n{}", self.log.display(), read(&self.log));
+        }
+    }
+}
+
 impl WorkerProcess {
     pub fn signal(&self, signal: Signal) {
         let pid = self.child.id().unwrap();
@@ -103,8 +113,12 @@ impl WorkerProcess {
     }
 
     /// SIGTERM, then the end.
-    pub async fn stop(mut self) -> ExitStatus {
-        self.signal(Signal::SIGTERM);
+    pub async fn stop(self) -> ExitStatus {
+        self.stop_with(Signal::SIGTERM).await
+    }
+
+    pub async fn stop_with(mut self, signal: Signal) -> ExitStatus {
+        self.signal(signal);
         match timeout(PATIENCE, self.child.wait()).await {
             Ok(status) => status.unwrap(),
             Err(_) => panic!("the worker did not stop; its log:\n{}", read(&self.log)),

@@ -1,0 +1,150 @@
+//! One stream's life: read without a pause, closed on request.
+//!
+//! A read that is given up while the stream is being opened tears the stream
+//! down, with whatever the broker has sent into it meanwhile. So each stream
+//! has a reader of its own, and only that one ends it.
+
+use std::sync::Arc;
+
+use futures::FutureExt;
+use google_cloud_pubsub::model;
+use google_cloud_pubsub::subscriber::MessageStream;
+use google_cloud_pubsub::subscriber::handler::Handler;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_util::task::TaskTracker;
+
+use crate::pubsub::delivery::{Delivery, Origin};
+use crate::pubsub::{PubsubError, to_message};
+
+/// Bounds of what a broker may have sent unasked; beyond them its streams are
+/// not read, and its own flow control holds it back.
+const MAX_MESSAGES: usize = 256;
+const MAX_KIBIBYTES: usize = 64 << 10;
+
+/// What came on a stream.
+#[derive(Debug)]
+pub(super) struct Arrival {
+    pub(super) delivery: Result<Delivery, PubsubError>,
+    _room: Option<OwnedSemaphorePermit>,
+}
+
+/// Where all streams of a subscription leave what comes on them.
+#[derive(Debug)]
+pub(super) struct Queue {
+    arrivals: mpsc::Sender<Arrival>,
+    room: Arc<Semaphore>,
+}
+
+impl Queue {
+    pub(super) fn new() -> (Self, mpsc::Receiver<Arrival>) {
+        let (arrivals, receiver) = mpsc::channel(MAX_MESSAGES);
+        let queue = Self {
+            arrivals,
+            room: Arc::new(Semaphore::new(MAX_KIBIBYTES)),
+        };
+        (queue, receiver)
+    }
+
+    /// Begins to read a stream, on `settling`.
+    pub(super) fn read(
+        &self,
+        stream: MessageStream,
+        path: &str,
+        settling: &TaskTracker,
+    ) -> Arc<Origin> {
+        let origin = Arc::new(Origin::new(settling.clone()));
+        let reader = Reader {
+            stream,
+            what: format!("subscription {path}"),
+            arrivals: self.arrivals.clone(),
+            room: Arc::clone(&self.room),
+            origin: Arc::clone(&origin),
+        };
+        settling.spawn(reader.run());
+        origin
+    }
+}
+
+struct Reader {
+    stream: MessageStream,
+    what: String,
+    arrivals: mpsc::Sender<Arrival>,
+    room: Arc<Semaphore>,
+    origin: Arc<Origin>,
+}
+
+impl Reader {
+    async fn run(mut self) {
+        loop {
+            let item = tokio::select! {
+                item = self.stream.next() => item,
+                () = self.origin.close.cancelled() => break,
+            };
+            let delivery = match item {
+                Some(Ok((message, handler))) => Ok(self.delivery(message, handler)),
+                Some(Err(error)) => Err(PubsubError::about(&self.what, &error)),
+                // The server may end a stream without an error.
+                None => Err(PubsubError::Failed {
+                    what: self.what.clone(),
+                    reason: "the stream ended".to_owned(),
+                }),
+            };
+            let ended = delivery.is_err();
+            if self.leave(delivery).await.is_none() || ended {
+                break;
+            }
+        }
+        self.close().await;
+    }
+
+    /// Waits for room; None once the stream is to be closed, and then the
+    /// delivery is handed back.
+    async fn leave(&self, delivery: Result<Delivery, PubsubError>) -> Option<()> {
+        let leaving = async {
+            let room = self.room_for(&delivery).await;
+            let arrival = Arrival {
+                delivery,
+                _room: room,
+            };
+            self.arrivals.send(arrival).await.ok()
+        };
+        tokio::select! {
+            // What there is room for is not handed back.
+            biased;
+            left = leaving => left,
+            () = self.origin.close.cancelled() => None,
+        }
+    }
+
+    async fn room_for(
+        &self,
+        delivery: &Result<Delivery, PubsubError>,
+    ) -> Option<OwnedSemaphorePermit> {
+        let bytes = delivery.as_ref().ok()?.message.data.len();
+        let kibibytes = u32::try_from((bytes >> 10).min(MAX_KIBIBYTES)).ok()?;
+        Arc::clone(&self.room)
+            .acquire_many_owned(kibibytes)
+            .await
+            .ok()
+    }
+
+    fn delivery(&self, message: model::Message, handler: Handler) -> Delivery {
+        Delivery::new(to_message(message), handler, Arc::clone(&self.origin))
+    }
+
+    async fn close(mut self) {
+        // What the client has buffered must pass through here: closing the
+        // stream would keep it from everybody until its ack deadline.
+        while let Some(Some(Ok((message, handler)))) = self.stream.next().now_or_never() {
+            let delivery = Ok(self.delivery(message, handler));
+            // Without room it is dropped, and so handed back.
+            let _ = self.leave(delivery).now_or_never();
+        }
+        let shutdown = self.stream.shutdown_token();
+        drop(self.stream);
+        self.origin.closed.cancel();
+        drop(self.arrivals);
+        // Completes when all that came on the stream is settled and told.
+        shutdown.shutdown().await;
+    }
+}
