@@ -13,7 +13,7 @@ use crate::pubsub::{Connection, PubsubError, Subscription};
 use crate::registry::Registry;
 use crate::shutdown::Shutdown;
 use crate::store::{self, ClaimTerms, Store};
-use crate::worker::Worker;
+use crate::worker::{Source, Worker};
 
 /// Loads the configuration and runs a worker with the given tasks until
 /// SIGTERM or SIGINT: the whole `main` of a program that embeds trainyard.
@@ -104,12 +104,16 @@ pub async fn build_worker(
     for (name, settings) in &config.subscriptions {
         check_subscription(connection, name).await?;
         let path = connection.subscription_path(name);
-        let subscription = Subscription::new(client.clone(), path, settings.ack_deadline);
-        subscriptions.push((name.clone(), subscription));
+        subscriptions.push(Source {
+            name: name.clone(),
+            settings: settings.clone(),
+            subscription: Subscription::new(client.clone(), path, settings.ack_deadline),
+        });
     }
     let terms = ClaimTerms {
         worker: worker_name().into(),
         lease: config.worker.lease,
+        max_crashes: config.guard.max_crashes,
     };
     info!(
         worker = %terms.worker,
@@ -125,6 +129,7 @@ pub async fn build_worker(
         guard,
         tasks,
         subscriptions,
+        config.guard.retention,
     ))
 }
 

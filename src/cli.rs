@@ -3,6 +3,7 @@
 mod config_check;
 mod dev;
 mod emulator;
+mod explain;
 mod jobs;
 mod migrate;
 mod publish;
@@ -64,6 +65,8 @@ enum Command {
     /// Look at jobs
     #[command(subcommand)]
     Jobs(jobs::Jobs),
+    /// Tell the whole story of a message
+    Explain(explain::Explain),
     /// Look at the configuration
     #[command(subcommand)]
     Config(config_check::ConfigCommand),
@@ -89,7 +92,8 @@ pub async fn main() -> anyhow::Result<ExitCode> {
         Command::Migrate(command) => command.execute(&shared).await,
         Command::Publish(command) => command.execute(&shared).await,
         Command::Jobs(command) => command.execute(&shared).await,
-        Command::Config(command) => command.execute(&shared),
+        Command::Explain(command) => command.execute(&shared).await,
+        Command::Config(command) => command.execute(&shared).await,
         Command::Emulator(command) => command.execute().await,
     };
     done.map(|()| ExitCode::SUCCESS)

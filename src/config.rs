@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::dedupe::DedupeKey;
+
 pub use load::{ConfigError, load};
 pub use timeline::timeline;
 
@@ -19,6 +21,7 @@ pub struct Config {
     pub pubsub: Pubsub,
     pub database: Database,
     pub worker: Worker,
+    pub guard: Guard,
     /// By the subscription's short name, as in `projects/P/subscriptions/NAME`.
     pub subscriptions: BTreeMap<String, Subscription>,
     /// By the `name` that a request's payload carries.
@@ -86,19 +89,56 @@ impl Default for Worker {
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+pub struct Guard {
+    /// How long an ended job stays on record, and with it the knowledge that
+    /// its message has been processed. Longer than Pub/Sub keeps messages.
+    #[serde(with = "humantime_serde")]
+    pub retention: Duration,
+    /// A job whose worker was lost so many times while running it is dead.
+    pub max_crashes: u32,
+}
+
+impl Default for Guard {
+    fn default() -> Self {
+        Self {
+            retention: Duration::from_secs(32 * 24 * 60 * 60),
+            max_crashes: 3,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Subscription {
     /// The ack deadline asked for, and extended while a message is held:
     /// how soon Pub/Sub sends it again after this worker died. 10 s to 10 min.
     #[serde(with = "humantime_serde")]
     pub ack_deadline: Duration,
+    /// What makes two messages the same job: `message_id`, `attribute:NAME`,
+    /// `json:/pointer` or `content`.
+    pub dedupe_key: DedupeKey,
+    /// What becomes of a message without that attribute or field.
+    pub without_dedupe_key: WithoutDedupeKey,
 }
 
 impl Default for Subscription {
     fn default() -> Self {
         Self {
             ack_deadline: Duration::from_secs(30),
+            dedupe_key: DedupeKey::default(),
+            without_dedupe_key: WithoutDedupeKey::default(),
         }
     }
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WithoutDedupeKey {
+    /// It is deduplicated by its message id.
+    #[default]
+    MessageId,
+    /// It is refused.
+    DeadLetter,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]

@@ -3,38 +3,100 @@
 //! Invariant: for one (subscription, key) at most one run holds a fence that
 //! the store accepts, and at most one ending is ever written.
 
+mod batch;
+mod health;
+
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
+use tracing::{debug, warn};
 use uuid::Uuid;
 
-use crate::job::{Claim, ClaimRequest, Fence, JobKey};
+use crate::job::{Claim, ClaimRequest, Fence, JobKey, Note, NoteKind, Orphan};
 use crate::message::Message;
 use crate::outcome::Ending;
 use crate::retry::Backoff;
-use crate::store::{ClaimTerms, Refusal, Refused, Standing, Store, StoreError};
+use crate::store::{ClaimTerms, Finish, Reach, Refusal, Refused, Standing, Store, StoreError};
+use batch::Batcher;
+use health::Health;
 
-/// Pauses between tries to write an ending while the database is away.
-const FINISH_BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// Pauses between tries of what has to be written once the database is back.
+const TRY_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// How often a claim is sent before its delivery is put off. The tries carry
+/// one token, so that a claim whose answer was lost is found to be one's own.
+const CLAIM_TRIES: u32 = 3;
+
+/// Notes for the ledger that may wait to be written; more are lost.
+const MAX_NOTES: usize = 1024;
 
 /// The guard of one worker.
 #[derive(Clone)]
 pub struct Guard {
     store: Arc<dyn Store>,
     terms: ClaimTerms,
+    claims: Batcher<ClaimRequest, Claim>,
+    finishes: Batcher<Finish, bool>,
+    notes: mpsc::Sender<Note>,
+    health: Health,
 }
 
 impl Guard {
+    /// Must be called within a runtime: it sends its statements from there.
     #[must_use]
     pub fn new(store: Arc<dyn Store>, terms: ClaimTerms) -> Self {
-        Self { store, terms }
+        let claims = {
+            let (store, terms) = (Arc::clone(&store), terms.clone());
+            let bytes = |request: &ClaimRequest| request.message.data.len();
+            Batcher::new(bytes, move |requests: Vec<ClaimRequest>| {
+                let (store, terms) = (Arc::clone(&store), terms.clone());
+                async move { store.claim(&requests, &terms).await }.boxed()
+            })
+        };
+        let finishes = {
+            let store = Arc::clone(&store);
+            Batcher::new(
+                |_| 0,
+                move |finishes: Vec<Finish>| {
+                    let store = Arc::clone(&store);
+                    async move { store.finish(&finishes).await }.boxed()
+                },
+            )
+        };
+        let (notes, noted) = mpsc::channel(MAX_NOTES);
+        tokio::spawn(write_notes(
+            Arc::clone(&store),
+            Arc::clone(&terms.worker),
+            noted,
+        ));
+        Self {
+            store,
+            terms,
+            claims,
+            finishes,
+            notes,
+            health: Health::default(),
+        }
     }
 
     #[must_use]
     pub fn lease(&self) -> Duration {
         self.terms.lease
+    }
+
+    /// Whether the database answers. While it does not, a worker must not pull,
+    /// and is not ready.
+    #[must_use]
+    pub fn database_is_up(&self) -> watch::Receiver<bool> {
+        self.health.watch()
+    }
+
+    /// Notices when the database is back. Never ends.
+    pub async fn keep_looking(&self) {
+        self.health.keep_looking(&*self.store).await;
     }
 
     /// Asks to run a message's job.
@@ -47,19 +109,28 @@ impl Guard {
         key: JobKey,
         task: &str,
         message: Message,
-    ) -> Result<Claim, StoreError> {
+        reap_delay: Duration,
+    ) -> Result<Claim, Arc<StoreError>> {
         let request = ClaimRequest {
             key,
             job_id: Uuid::now_v7(),
             token: Uuid::new_v4(),
             task: task.to_owned(),
             message,
+            reap_delay,
         };
-        let claims = self.store.claim(&[request], &self.terms).await?;
-        claims
-            .into_iter()
-            .next()
-            .ok_or_else(|| StoreError::Unreadable("a claim got no answer".to_owned()))
+        let mut backoff = Backoff::new(TRY_AGAIN.0, TRY_AGAIN.1);
+        let mut tries = 1;
+        loop {
+            let answer = self.heard(self.claims.ask(request.clone()).await);
+            match answer {
+                Err(error) if error.is_passing() && tries < CLAIM_TRIES => {
+                    tries += 1;
+                    tokio::time::sleep(backoff.next_delay()).await;
+                }
+                answer => return answer,
+            }
+        }
     }
 
     /// How a held delivery's job stands by now.
@@ -73,9 +144,19 @@ impl Guard {
     /// Extends leases; false for each fence that no longer holds.
     ///
     /// # Errors
-    /// The database did not answer; every lease is as it was.
+    /// The database did not answer; every lease is as it was, or longer.
     pub async fn renew(&self, fences: &[Fence]) -> Result<Vec<bool>, StoreError> {
-        self.store.renew(fences, self.terms.lease).await
+        let renewed = self.store.renew(fences, self.terms.lease).await;
+        self.health.heard(renewed.as_ref().err());
+        renewed
+    }
+
+    /// Takes over what workers have left behind.
+    ///
+    /// # Errors
+    /// The database did not answer.
+    pub async fn reap(&self, reach: &Reach, limit: usize) -> Result<Vec<Orphan>, StoreError> {
+        self.store.reap(reach, &self.terms, limit).await
     }
 
     /// Writes how a job ended, trying again for as long as the database is
@@ -87,25 +168,22 @@ impl Guard {
         ending: &Ending,
         give_up: &CancellationToken,
     ) -> Option<bool> {
-        let mut backoff = Backoff::new(FINISH_BACKOFF.0, FINISH_BACKOFF.1);
-        loop {
-            match self.store.finish(fence, ending).await {
-                Ok(finished) => return Some(finished),
-                Err(error) => warn!(job = %fence.key, %error, "the outcome is not written yet"),
-            }
-            tokio::select! {
-                () = give_up.cancelled() => return None,
-                () = tokio::time::sleep(backoff.next_delay()) => {}
-            }
-        }
+        let finish = Finish {
+            fence: fence.clone(),
+            ending: ending.clone(),
+        };
+        let asking = || async {
+            let finished = self.finishes.ask(finish.clone()).await;
+            self.heard(finished)
+        };
+        until_answered("the outcome is not written yet", fence, give_up, asking).await
     }
 
-    /// Gives an interrupted run's claim back, at no cost of an attempt.
-    ///
-    /// # Errors
-    /// The database did not answer; the lease will end by itself.
-    pub async fn release(&self, fence: &Fence) -> Result<bool, StoreError> {
-        self.store.release(fence).await
+    /// Gives a claim back, at no cost of an attempt, trying again for as long
+    /// as the database is away. Some(false): it is another worker's by now.
+    pub async fn release(&self, fence: &Fence, give_up: &CancellationToken) -> Option<bool> {
+        let asking = || async { self.store.release(fence).await.map_err(Arc::new) };
+        until_answered("the claim is not given back yet", fence, give_up, asking).await
     }
 
     /// Puts a message on record that will never run.
@@ -118,7 +196,7 @@ impl Guard {
         task: Option<String>,
         message: Message,
         reason: String,
-    ) -> Result<Refused, StoreError> {
+    ) -> Result<Refused, Arc<StoreError>> {
         let refusal = Refusal {
             key,
             job_id: Uuid::now_v7(),
@@ -127,6 +205,64 @@ impl Guard {
             reason,
             worker: Arc::clone(&self.terms.worker),
         };
-        self.store.refuse(&refusal).await
+        self.heard(self.store.refuse(&refusal).await.map_err(Arc::new))
+    }
+
+    /// Adds to a job's ledger, some time soon. Best effort: no state is read
+    /// from it.
+    pub fn note(&self, fence: &Fence, kind: NoteKind, detail: Option<&str>) {
+        let note = Note {
+            key: fence.key.clone(),
+            kind,
+            attempt: Some(fence.attempt),
+            detail: detail.map(str::to_owned),
+        };
+        if self.notes.try_send(note).is_err() {
+            debug!(job = %fence.key, "a note for the ledger is lost");
+        }
+    }
+
+    /// Deletes jobs that ended more than `retention` ago, a batch at a time.
+    ///
+    /// # Errors
+    /// The database did not answer.
+    pub async fn purge(&self, retention: Duration, limit: u32) -> Result<u64, StoreError> {
+        self.store.purge(retention, limit).await
+    }
+
+    fn heard<T>(&self, answer: Result<T, Arc<StoreError>>) -> Result<T, Arc<StoreError>> {
+        self.health
+            .heard(answer.as_ref().err().map(|error| &**error));
+        answer
+    }
+}
+
+async fn until_answered<F: Future<Output = Result<bool, Arc<StoreError>>>>(
+    not_yet: &str,
+    fence: &Fence,
+    give_up: &CancellationToken,
+    asking: impl Fn() -> F,
+) -> Option<bool> {
+    let mut backoff = Backoff::new(TRY_AGAIN.0, TRY_AGAIN.1);
+    loop {
+        match asking().await {
+            Ok(answer) => return Some(answer),
+            Err(error) => warn!(job = %fence.key, %error, "{not_yet}"),
+        }
+        tokio::select! {
+            () = give_up.cancelled() => return None,
+            () = tokio::time::sleep(backoff.next_delay()) => {}
+        }
+    }
+}
+
+/// Writes notes in batches that form by themselves; ends with the guard.
+async fn write_notes(store: Arc<dyn Store>, worker: Arc<str>, mut noted: mpsc::Receiver<Note>) {
+    let mut notes = Vec::new();
+    while noted.recv_many(&mut notes, MAX_NOTES).await > 0 {
+        if let Err(error) = store.note(&worker, &notes).await {
+            debug!(%error, lost = notes.len(), "notes for the ledger are lost");
+        }
+        notes.clear();
     }
 }

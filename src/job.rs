@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
@@ -68,6 +69,67 @@ pub struct ClaimRequest {
     pub token: Uuid,
     pub task: String,
     pub message: Message,
+    /// How long after the lease's end a reaper may take the job over: at once
+    /// when the message is acked with the claim, otherwise an ack deadline
+    /// later, since Pub/Sub is to bring it back before.
+    pub reap_delay: Duration,
+}
+
+/// A job whose worker is gone, taken over from the table.
+#[derive(Debug, Clone)]
+pub struct Orphan {
+    pub acquired: Acquired,
+    pub task: String,
+    pub message_id: String,
+    /// The message's data.
+    pub payload: Bytes,
+}
+
+/// Something that happened to a message, for people.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LedgerEntry {
+    pub at: DateTime<Utc>,
+    pub worker: String,
+    pub kind: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attempt: Option<u32>,
+    /// Where it is another message's than the job's first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub message_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+}
+
+/// What a worker adds to a job's ledger by itself.
+#[derive(Debug, Clone)]
+pub struct Note {
+    pub key: JobKey,
+    pub kind: NoteKind,
+    pub attempt: Option<u32>,
+    pub detail: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NoteKind {
+    Acked,
+    LeaseLost,
+}
+
+impl NoteKind {
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Acked => "acked",
+            Self::LeaseLost => "lease_lost",
+        }
+    }
+}
+
+/// A job with all that is on record about it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Story {
+    pub job: Job,
+    pub ledger: Vec<LedgerEntry>,
 }
 
 /// The guard's answer to a delivery.

@@ -12,6 +12,7 @@ mod app;
 #[doc(hidden)]
 pub mod cli;
 pub mod config;
+pub mod dedupe;
 pub mod emulator;
 pub mod executor;
 pub mod guard;

@@ -13,9 +13,14 @@ use std::time::Duration;
 use async_trait::async_trait;
 use uuid::Uuid;
 
-use crate::job::{Claim, ClaimRequest, Fence, FinalState, Job, JobFilter, JobKey, JobState};
+use crate::job::{
+    Claim, ClaimRequest, Fence, FinalState, Job, JobFilter, JobKey, JobState, Note, Orphan, Story,
+};
 use crate::message::Message;
 use crate::outcome::Ending;
+
+/// The database driver's error.
+pub use sqlx::Error as DatabaseError;
 
 pub use postgres::PostgresStore;
 pub use sqlite::SqliteStore;
@@ -32,10 +37,32 @@ pub enum StoreError {
     /// unacknowledged; somebody has to look.
     #[error("the database refused a statement: {0}")]
     Refused(#[source] sqlx::Error),
+    /// The database did not answer in time. What was asked may or may not have
+    /// happened; asking again tells.
+    #[error("the database did not answer within {} s", .0.as_secs())]
+    NoAnswer(Duration),
     /// A row holds what this version cannot read. The message is kept
     /// unacknowledged.
     #[error("a stored row cannot be read: {0}")]
     Unreadable(String),
+}
+
+impl StoreError {
+    /// Whether the database undid the transaction for another one's sake.
+    /// <https://www.postgresql.org/docs/current/mvcc-serialization-failure-handling.html>
+    fn was_rolled_back(&self) -> bool {
+        let Self::Unavailable(sqlx::Error::Database(error)) = self else {
+            return false;
+        };
+        matches!(error.code().as_deref(), Some("40001" | "40P01"))
+    }
+
+    /// Whether the database itself is away, so that the same call may succeed
+    /// later.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Unavailable(_) | Self::NoAnswer(_))
+    }
 }
 
 /// Why the schema cannot be used. Nothing has been claimed yet.
@@ -66,6 +93,23 @@ impl From<sqlx::Error> for SchemaError {
 pub struct ClaimTerms {
     pub worker: Arc<str>,
     pub lease: Duration,
+    /// A job whose lease has ended so often without a word from its worker is
+    /// not taken over again but dead: it may be what kills them.
+    pub max_crashes: u32,
+}
+
+/// A run's last write.
+#[derive(Debug, Clone)]
+pub struct Finish {
+    pub fence: Fence,
+    pub ending: Ending,
+}
+
+/// Which orphans a worker takes over: what it could have pulled itself.
+#[derive(Debug, Clone)]
+pub struct Reach {
+    pub subscriptions: Vec<String>,
+    pub tasks: Vec<String>,
 }
 
 /// A message that is not run at all, and why.
@@ -118,10 +162,14 @@ pub trait Store: Send + Sync + 'static {
     /// Newer ones are fine: old and new workers run side by side.
     async fn check_schema(&self) -> Result<(), SchemaError>;
 
+    /// Errs unless the database answers.
+    async fn ping(&self) -> Result<(), StoreError>;
+
     /// Answers each request in order. A key's first claim inserts its row; a
     /// later one takes over only what nobody holds or whose lease has ended.
     /// Of any number of concurrent claims of one key at most one is acquired.
-    /// What is not acquired counts as a duplicate.
+    /// What is not acquired counts as a duplicate. A request whose answer was
+    /// lost may be sent again: its token tells whether it was acquired.
     async fn claim(
         &self,
         requests: &[ClaimRequest],
@@ -135,9 +183,18 @@ pub trait Store: Send + Sync + 'static {
     /// and returns for each fence whether it was one of them.
     async fn renew(&self, fences: &[Fence], lease: Duration) -> Result<Vec<bool>, StoreError>;
 
-    /// Ends the job if the fence still holds. Returns whether this run ended
-    /// it, also when an earlier call did and only its answer was lost.
-    async fn finish(&self, fence: &Fence, ending: &Ending) -> Result<bool, StoreError>;
+    /// Takes over at most `limit` jobs whose lease ended `reap_delay` ago, in
+    /// the order in which their leases ended. Two reapers never get the same.
+    async fn reap(
+        &self,
+        reach: &Reach,
+        terms: &ClaimTerms,
+        limit: usize,
+    ) -> Result<Vec<Orphan>, StoreError>;
+
+    /// Ends each job whose fence still holds. Returns for each whether this
+    /// run ended it, also when an earlier call did and its answer was lost.
+    async fn finish(&self, finishes: &[Finish]) -> Result<Vec<bool>, StoreError>;
 
     /// Gives the claim back if the fence still holds, at no cost of an
     /// attempt. Returns whether it did.
@@ -146,6 +203,18 @@ pub trait Store: Send + Sync + 'static {
     /// Records a message that will never run; counts a duplicate instead where
     /// its key is on record already.
     async fn refuse(&self, refusal: &Refusal) -> Result<Refused, StoreError>;
+
+    /// Adds notes to jobs' ledgers.
+    async fn note(&self, worker: &str, notes: &[Note]) -> Result<(), StoreError>;
+
+    /// Deletes at most `limit` jobs that ended more than `retention` ago, with
+    /// their ledgers, and returns how many. Passes over rows that are being
+    /// written, so that no claim waits.
+    async fn purge(&self, retention: Duration, limit: u32) -> Result<u64, StoreError>;
+
+    /// All that is on record about a message: the jobs it led to, one per
+    /// subscription, and those it was a duplicate of.
+    async fn stories(&self, message_id: &str) -> Result<Vec<Story>, StoreError>;
 
     /// Jobs, newest first.
     async fn jobs(&self, filter: &JobFilter) -> Result<Vec<Job>, StoreError>;
@@ -196,6 +265,16 @@ fn is_passing(code: Option<&str>) -> bool {
             .any(|class| code.len() == 5 && code.starts_with(class))
             || ["55P03", "5", "6", "261", "517"].contains(&code)
     })
+}
+
+/// The ledger keeps so many duplicates of one job; the count goes on.
+const MAX_DUPLICATES_IN_LEDGER: u32 = 50;
+
+/// Why a job is parked.
+fn too_many_crashes(max_crashes: u32) -> String {
+    format!(
+        "its worker was lost {max_crashes} times while running it; it is parked so that it takes no more workers down"
+    )
 }
 
 fn final_state(state: &str) -> Option<FinalState> {

@@ -4,17 +4,20 @@ use std::sync::Arc;
 
 use crate::task::Task;
 
+pub mod rehearsal;
 pub mod train_classifier;
 
+use rehearsal::Rehearsal;
 use train_classifier::TrainClassifier;
 
 /// The names that [`builtin`] knows, sorted.
-pub const BUILTIN_NAMES: &[&str] = &[train_classifier::NAME];
+pub const BUILTIN_NAMES: &[&str] = &[rehearsal::NAME, train_classifier::NAME];
 
 /// The built-in task of that name, or `None` when there is none.
 #[must_use]
 pub fn builtin(name: &str) -> Option<Arc<dyn Task>> {
     match name {
+        rehearsal::NAME => Some(Arc::new(Rehearsal)),
         train_classifier::NAME => Some(Arc::new(TrainClassifier)),
         _ => None,
     }

@@ -5,6 +5,8 @@ mod hold;
 mod lease_keeper;
 mod process;
 mod puller;
+mod purger;
+mod reaper;
 mod slots;
 mod supervise;
 
@@ -14,18 +16,21 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::config;
 use crate::guard::Guard;
 use crate::pubsub::Subscription;
 use crate::registry::ConfiguredTasks;
 use crate::shutdown::Shutdown;
+use crate::store::Reach;
 
 pub use events::{Event, EventKind, Events};
 use hold::HeldDeliveries;
 use lease_keeper::LeaseKeeper;
 use process::Processor;
+use puller::Puller;
+use reaper::Reaper;
 use slots::Slots;
 
 /// How long the acks and nacks of settled deliveries may take to be sent.
@@ -36,8 +41,16 @@ pub struct Worker {
     settings: config::Worker,
     guard: Guard,
     tasks: ConfiguredTasks,
-    subscriptions: Vec<(String, Subscription)>,
+    subscriptions: Vec<Source>,
+    retention: Duration,
     events: Events,
+}
+
+/// A subscription with what the configuration says about it.
+pub struct Source {
+    pub name: String,
+    pub settings: config::Subscription,
+    pub subscription: Subscription,
 }
 
 impl Worker {
@@ -46,13 +59,15 @@ impl Worker {
         settings: config::Worker,
         guard: Guard,
         tasks: ConfiguredTasks,
-        subscriptions: Vec<(String, Subscription)>,
+        subscriptions: Vec<Source>,
+        retention: Duration,
     ) -> Self {
         Self {
             settings,
             guard,
             tasks,
             subscriptions,
+            retention,
             events: Events::default(),
         }
     }
@@ -70,8 +85,13 @@ impl Worker {
         let running = TaskTracker::new();
         let slots = Slots::new(self.settings.slots);
         let keeper = LeaseKeeper::new(self.guard.clone(), self.settings.stop_grace);
+        let guard = self.guard;
+        let reach = Reach {
+            subscriptions: self.subscriptions.iter().map(|s| s.name.clone()).collect(),
+            tasks: self.tasks.names().map(str::to_owned).collect(),
+        };
         let processor = Arc::new(Processor {
-            guard: self.guard,
+            guard: guard.clone(),
             tasks: self.tasks,
             keeper: keeper.clone(),
             held: HeldDeliveries::new(running.clone()),
@@ -80,16 +100,34 @@ impl Worker {
             events: self.events,
         });
 
-        let keeping = tokio::spawn(keeper.run());
+        // These go on while runs drain: leases are kept to the end.
+        let mut background = JoinSet::new();
+        background.spawn(keeper.run());
+        let looking = guard.clone();
+        background.spawn(async move { looking.keep_looking().await });
+        background.spawn(purger::purge(
+            guard.clone(),
+            self.retention,
+            shutdown.draining.clone(),
+        ));
+        let reaper = Reaper {
+            guard: guard.clone(),
+            reach,
+            slots: slots.clone(),
+            processor: Arc::clone(&processor),
+            running: running.clone(),
+            draining: shutdown.draining.clone(),
+        };
+        let reaping = tokio::spawn(reaper.run());
         let mut pullers = JoinSet::new();
-        for (name, subscription) in self.subscriptions {
-            let puller = puller::Puller {
-                name: name.into(),
-                subscription,
+        for source in self.subscriptions {
+            let puller = Puller {
+                source,
                 slots: slots.clone(),
                 processor: Arc::clone(&processor),
                 running: running.clone(),
                 draining: shutdown.draining.clone(),
+                database_is_up: guard.database_is_up(),
             };
             pullers.spawn(puller.run());
         }
@@ -97,11 +135,15 @@ impl Worker {
         let patience = self.settings.shutdown_grace - self.settings.stop_grace;
         let stopping = tokio::spawn(async move { shutdown.stop_after(patience).await });
         let subscriptions = pullers.join_all().await;
+        // A reaper that was in the middle of a sweep has jobs to hand over.
+        if reaping.await.is_err() {
+            error!("the reaper has panicked");
+        }
         info!(running = slots.taken(), "pulling has stopped");
         running.close();
         running.wait().await;
         stopping.abort();
-        keeping.abort();
+        background.shutdown().await;
         flush(subscriptions).await;
         info!("stopped");
     }

@@ -1,7 +1,8 @@
 use clap::{Args, Subcommand};
 
 use super::Shared;
-use crate::config::timeline;
+use crate::app;
+use crate::config::{Config, timeline};
 
 /// Look at the configuration.
 #[derive(Debug, Subcommand)]
@@ -11,23 +12,53 @@ pub(super) enum ConfigCommand {
 }
 
 /// Prints the configuration in force, from all layers and with secrets masked,
-/// then per task what happens when.
+/// then per task what happens when. Compares it with the subscriptions in
+/// Pub/Sub, as far as they can be looked at.
 #[derive(Debug, Args)]
-pub(super) struct Check {}
+pub(super) struct Check {
+    /// Do not look at Pub/Sub
+    #[arg(long)]
+    offline: bool,
+}
 
 impl ConfigCommand {
-    pub(super) fn execute(self, shared: &Shared) -> anyhow::Result<()> {
-        let Self::Check(Check {}) = self;
+    pub(super) async fn execute(self, shared: &Shared) -> anyhow::Result<()> {
+        let Self::Check(Check { offline }) = self;
         let config = shared.load()?;
         println!("{}", toml::to_string(&config.masked())?);
         match config.tasks.is_empty() {
             true => println!("# no tasks are configured"),
-            false => {
-                for line in timeline(&config).lines() {
-                    println!("# {line}");
-                }
-            }
+            false => comment(&timeline(&config)),
+        }
+        if !offline {
+            check_retention(&config).await;
         }
         Ok(())
+    }
+}
+
+fn comment(text: &str) {
+    for line in text.lines() {
+        println!("# {line}");
+    }
+}
+
+/// A message that Pub/Sub still has when the guard has forgotten it would run
+/// a second time.
+async fn check_retention(config: &Config) {
+    let Ok(connection) = app::connection(config) else {
+        println!("# subscriptions: not compared, since no project is set");
+        return;
+    };
+    for name in config.subscriptions.keys() {
+        match connection.message_retention_of(name).await {
+            Ok(kept) if kept > config.guard.retention => println!(
+                "# warning: subscription {name} keeps messages for {}, longer than [guard] retention = {}: one that is delivered again after that would run a second time",
+                humantime::format_duration(kept),
+                humantime::format_duration(config.guard.retention)
+            ),
+            Ok(_) => println!("# subscription {name}: found"),
+            Err(error) => println!("# subscription {name}: not compared: {error}"),
+        }
     }
 }

@@ -5,7 +5,7 @@ use comfy_table::presets::NOTHING;
 use comfy_table::{ContentArrangement, Table};
 use serde_json::Value;
 
-use crate::job::Job;
+use crate::job::{Job, Story};
 
 /// Longer texts are cut in a table; `jobs show` has them whole.
 const MAX_TEXT: usize = 80;
@@ -32,7 +32,7 @@ pub(super) fn of_jobs(jobs: &[Job]) -> String {
             job.attempts.to_string(),
             job.duplicates.to_string(),
             duration(job),
-            short(&outcome(job)),
+            short(&printable(&outcome(job))),
         ]);
     }
     let lines: Vec<String> = table
@@ -79,7 +79,55 @@ pub(super) fn of_one_job(job: &Job) -> String {
     ];
     lines
         .iter()
-        .map(|(label, value)| format!("{label:<13} {value}\n"))
+        .map(|(label, value)| format!("{label:<13} {}\n", printable(value)))
+        .collect()
+}
+
+/// What happened to a message, a line each.
+pub(super) fn of_story(story: &Story) -> String {
+    let job = &story.job;
+    let mut lines = vec![
+        format!(
+            "message {} in subscription {}: job {}, {}",
+            job.message_id,
+            job.subscription,
+            job.id,
+            job.state.as_str()
+        ),
+        format!("  {}  published", clock(job.publish_time)),
+    ];
+    for entry in &story.ledger {
+        let attempt = entry.attempt.map(|attempt| format!(" attempt {attempt}"));
+        let detail = entry.detail.as_deref().map(|detail| format!(": {detail}"));
+        let message = entry.message_id.as_deref();
+        let message = message.map(|id| format!(" message {id}"));
+        lines.push(format!(
+            "  {}  {:<10}{}{}{}  [{}]",
+            clock(entry.at),
+            entry.kind,
+            attempt.unwrap_or_default(),
+            message.unwrap_or_default(),
+            printable(&detail.unwrap_or_default()),
+            entry.worker
+        ));
+    }
+    if job.finished_at.is_some() {
+        lines.push(format!("  outcome: {}", printable(&outcome(job))));
+    }
+    lines.join("\n")
+}
+
+fn clock(time: DateTime<Utc>) -> String {
+    time.format("%Y-%m-%d %H:%M:%S%.3f").to_string()
+}
+
+/// Text from outside without what a terminal would obey.
+fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| match c.is_control() && c != '\n' && c != '\t' {
+            true => '\u{FFFD}',
+            false => c,
+        })
         .collect()
 }
 

@@ -21,6 +21,9 @@ const SHORTEST_LEASE: Duration = Duration::from_secs(2);
 pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     check_database(config)?;
     check_worker(config)?;
+    if config.guard.max_crashes == 0 {
+        return bad("guard.max_crashes", "at least 1 is needed");
+    }
     for (name, subscription) in &config.subscriptions {
         if !ACK_DEADLINES.contains(&subscription.ack_deadline) {
             return bad(
@@ -104,6 +107,11 @@ mod tests {
             ("[worker]\nslots = 0", "worker.slots"),
             ("[worker]\nlease = '1s'", "worker.lease"),
             ("[worker]\nlease = '20s'", "worker.lease"),
+            ("[guard]\nmax_crashes = 0", "guard.max_crashes"),
+            (
+                "[subscriptions.s]\ndedupe_key = 'attribut:id'",
+                "subscriptions.s.dedupe_key",
+            ),
             (
                 "[worker]\nstop_grace = '1m'\nlease = '5m'",
                 "worker.stop_grace",

@@ -9,6 +9,10 @@ use super::{Connection, PubsubError};
 /// How long one of these calls may take before Pub/Sub counts as not answering.
 const TIMEOUT: Duration = Duration::from_secs(15);
 
+/// What Pub/Sub keeps messages for unless told otherwise.
+/// <https://cloud.google.com/pubsub/docs/subscription-properties#message_retention_duration>
+const DEFAULT_RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
 impl Connection {
     /// The topic that a subscription is attached to, as its full path.
     ///
@@ -24,6 +28,25 @@ impl Connection {
         )
         .await?;
         Ok(found.topic)
+    }
+
+    /// How long Pub/Sub keeps a message of the subscription for redelivery.
+    ///
+    /// # Errors
+    /// [`PubsubError::NotFound`] when there is no such subscription.
+    pub async fn message_retention_of(&self, subscription: &str) -> Result<Duration, PubsubError> {
+        let path = self.subscription_path(subscription);
+        let what = format!("subscription {path}");
+        let admin = self.subscription_admin().await?;
+        let found = in_time(
+            &what,
+            admin.get_subscription().set_subscription(&path).send(),
+        )
+        .await?;
+        let kept = found.message_retention_duration;
+        Ok(kept.map_or(DEFAULT_RETENTION, |kept| {
+            Duration::from_secs(kept.seconds().unsigned_abs())
+        }))
     }
 
     /// Whether the topic exists.

@@ -1,6 +1,9 @@
 //! The tables on Postgres.
 
 mod claims;
+mod endings;
+mod ledger;
+mod orphans;
 mod reading;
 
 use std::str::FromStr;
@@ -10,20 +13,40 @@ use async_trait::async_trait;
 use sqlx::PgPool;
 use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use tokio::time::sleep;
 use uuid::Uuid;
 
-use super::{ClaimTerms, Refusal, Refused, SchemaError, Standing, Store, StoreError};
-use crate::job::{Claim, ClaimRequest, Fence, Job, JobFilter, JobKey};
-use crate::outcome::Ending;
+use super::{
+    ClaimTerms, Finish, Reach, Refusal, Refused, SchemaError, Standing, Store, StoreError,
+};
+use crate::job::{Claim, ClaimRequest, Fence, Job, JobFilter, JobKey, Note, Orphan, Story};
+use crate::retry::Backoff;
 
 /// How long a caller waits for a connection before the database counts as
 /// unavailable.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// No statement or lock wait may keep a worker for long, and no transaction
+/// may stay open behind a worker that is gone.
+const LIMITS: [(&str, &str); 3] = [
+    ("statement_timeout", "15s"),
+    ("lock_timeout", "5s"),
+    ("idle_in_transaction_session_timeout", "15s"),
+];
+
+/// Pauses before a rolled-back transaction is tried again.
+const ROLLED_BACK: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(200));
+const ROLLED_BACK_TRIES: u32 = 5;
+
 /// [`Store`] on Postgres 14 or newer.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct PostgresStore {
     pool: PgPool,
+    /// Renewals have a connection of their own, so that no flood of claims
+    /// keeps a lease from being renewed. They do not wait for the disk: a
+    /// renewal that a crash of the server undoes only ends a lease early.
+    renewals: PgPool,
+    url: String,
 }
 
 impl PostgresStore {
@@ -32,14 +55,39 @@ impl PostgresStore {
     /// # Errors
     /// [`StoreError::Unavailable`] when no connection can be made.
     pub async fn open(url: &str, max_connections: u32) -> Result<Self, StoreError> {
-        let options = PgConnectOptions::from_str(url)?.application_name("trainyard");
+        let options = PgConnectOptions::from_str(url)?
+            .application_name("trainyard")
+            .options(LIMITS);
         let pool = PgPoolOptions::new()
             .max_connections(max_connections)
             .acquire_timeout(ACQUIRE_TIMEOUT)
-            .connect_with(options)
+            .connect_with(options.clone())
             .await?;
-        Ok(Self { pool })
+        let renewals = PgPoolOptions::new()
+            .max_connections(1)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .connect_lazy_with(options.clone().options([("synchronous_commit", "off")]));
+        Ok(Self {
+            pool,
+            renewals,
+            url: url.to_owned(),
+        })
     }
+}
+
+/// Tries a transaction again that Postgres rolled back for another's sake
+/// (serialization failure, deadlock): nothing of it has happened.
+async fn retried<T, F: Future<Output = Result<T, StoreError>>>(
+    transaction: impl Fn() -> F,
+) -> Result<T, StoreError> {
+    let mut backoff = Backoff::new(ROLLED_BACK.0, ROLLED_BACK.1);
+    for _ in 1..ROLLED_BACK_TRIES {
+        match transaction().await {
+            Err(error) if error.was_rolled_back() => sleep(backoff.next_delay()).await,
+            answer => return answer,
+        }
+    }
+    transaction().await
 }
 
 #[async_trait]
@@ -47,7 +95,13 @@ impl Store for PostgresStore {
     async fn migrate(&self) -> Result<usize, SchemaError> {
         let migrator = migrator();
         let outstanding = reading::outstanding_migrations(&self.pool, &migrator).await?;
-        migrator.run(&self.pool).await?;
+        // Without the limits of the workers' connections.
+        let unlimited = PgPoolOptions::new()
+            .max_connections(1)
+            .connect(&self.url)
+            .await?;
+        migrator.run(&unlimited).await?;
+        unlimited.close().await;
         Ok(outstanding.unwrap_or_else(|| migrator.iter().count()))
     }
 
@@ -59,12 +113,17 @@ impl Store for PostgresStore {
         }
     }
 
+    async fn ping(&self) -> Result<(), StoreError> {
+        sqlx::query("SELECT 1").execute(&self.pool).await?;
+        Ok(())
+    }
+
     async fn claim(
         &self,
         requests: &[ClaimRequest],
         terms: &ClaimTerms,
     ) -> Result<Vec<Claim>, StoreError> {
-        claims::claim(&self.pool, requests, terms).await
+        retried(|| claims::claim(&self.pool, requests, terms)).await
     }
 
     async fn look(&self, key: &JobKey) -> Result<Standing, StoreError> {
@@ -72,19 +131,40 @@ impl Store for PostgresStore {
     }
 
     async fn renew(&self, fences: &[Fence], lease: Duration) -> Result<Vec<bool>, StoreError> {
-        claims::renew(&self.pool, fences, lease).await
+        retried(|| claims::renew(&self.renewals, fences, lease)).await
     }
 
-    async fn finish(&self, fence: &Fence, ending: &Ending) -> Result<bool, StoreError> {
-        claims::finish(&self.pool, fence, ending).await
+    async fn reap(
+        &self,
+        reach: &Reach,
+        terms: &ClaimTerms,
+        limit: usize,
+    ) -> Result<Vec<Orphan>, StoreError> {
+        retried(|| orphans::reap(&self.pool, reach, terms, limit)).await
+    }
+
+    async fn finish(&self, finishes: &[Finish]) -> Result<Vec<bool>, StoreError> {
+        retried(|| endings::finish(&self.pool, finishes)).await
     }
 
     async fn release(&self, fence: &Fence) -> Result<bool, StoreError> {
-        claims::release(&self.pool, fence).await
+        retried(|| endings::release(&self.pool, fence)).await
     }
 
     async fn refuse(&self, refusal: &Refusal) -> Result<Refused, StoreError> {
-        claims::refuse(&self.pool, refusal).await
+        retried(|| endings::refuse(&self.pool, refusal)).await
+    }
+
+    async fn note(&self, worker: &str, notes: &[Note]) -> Result<(), StoreError> {
+        ledger::note(&self.pool, worker, notes).await
+    }
+
+    async fn purge(&self, retention: Duration, limit: u32) -> Result<u64, StoreError> {
+        ledger::purge(&self.pool, retention, limit).await
+    }
+
+    async fn stories(&self, message_id: &str) -> Result<Vec<Story>, StoreError> {
+        ledger::stories(&self.pool, message_id).await
     }
 
     async fn jobs(&self, filter: &JobFilter) -> Result<Vec<Job>, StoreError> {

@@ -2,6 +2,9 @@
 //! machines. Statements have the names and the order of those for Postgres.
 
 mod claims;
+mod endings;
+mod ledger;
+mod orphans;
 mod reading;
 
 use std::path::Path;
@@ -15,9 +18,10 @@ use sqlx::sqlite::{
 };
 use uuid::Uuid;
 
-use super::{ClaimTerms, Refusal, Refused, SchemaError, Standing, Store, StoreError};
-use crate::job::{Claim, ClaimRequest, Fence, Job, JobFilter, JobKey};
-use crate::outcome::Ending;
+use super::{
+    ClaimTerms, Finish, Reach, Refusal, Refused, SchemaError, Standing, Store, StoreError,
+};
+use crate::job::{Claim, ClaimRequest, Fence, Job, JobFilter, JobKey, Note, Orphan, Story};
 
 /// SQLite has one writer at a time; a few more connections let readers by.
 const CONNECTIONS: u32 = 4;
@@ -76,6 +80,11 @@ impl Store for SqliteStore {
         }
     }
 
+    async fn ping(&self) -> Result<(), StoreError> {
+        sqlx::query("SELECT 1").execute(&self.pool).await?;
+        Ok(())
+    }
+
     async fn claim(
         &self,
         requests: &[ClaimRequest],
@@ -92,16 +101,37 @@ impl Store for SqliteStore {
         claims::renew(&self.pool, fences, lease).await
     }
 
-    async fn finish(&self, fence: &Fence, ending: &Ending) -> Result<bool, StoreError> {
-        claims::finish(&self.pool, fence, ending).await
+    async fn reap(
+        &self,
+        reach: &Reach,
+        terms: &ClaimTerms,
+        limit: usize,
+    ) -> Result<Vec<Orphan>, StoreError> {
+        orphans::reap(&self.pool, reach, terms, limit).await
+    }
+
+    async fn finish(&self, finishes: &[Finish]) -> Result<Vec<bool>, StoreError> {
+        endings::finish(&self.pool, finishes).await
     }
 
     async fn release(&self, fence: &Fence) -> Result<bool, StoreError> {
-        claims::release(&self.pool, fence).await
+        endings::release(&self.pool, fence).await
     }
 
     async fn refuse(&self, refusal: &Refusal) -> Result<Refused, StoreError> {
-        claims::refuse(&self.pool, refusal).await
+        endings::refuse(&self.pool, refusal).await
+    }
+
+    async fn note(&self, worker: &str, notes: &[Note]) -> Result<(), StoreError> {
+        ledger::note(&self.pool, worker, notes).await
+    }
+
+    async fn purge(&self, retention: Duration, limit: u32) -> Result<u64, StoreError> {
+        ledger::purge(&self.pool, retention, limit).await
+    }
+
+    async fn stories(&self, message_id: &str) -> Result<Vec<Story>, StoreError> {
+        ledger::stories(&self.pool, message_id).await
     }
 
     async fn jobs(&self, filter: &JobFilter) -> Result<Vec<Job>, StoreError> {

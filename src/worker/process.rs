@@ -12,10 +12,10 @@ use super::hold::HeldDeliveries;
 use super::lease_keeper::LeaseKeeper;
 use super::slots::Slot;
 use super::supervise::supervise;
-use crate::config::AckTiming;
+use crate::config::{self, AckTiming, WithoutDedupeKey};
 use crate::executor::Attempt;
 use crate::guard::Guard;
-use crate::job::{Acquired, Claim, JobKey};
+use crate::job::{Acquired, Claim, Fence, JobKey, NoteKind, Orphan};
 use crate::message::{Message, Payload, Request};
 use crate::outcome::{Disposition, Outcome, Verdict};
 use crate::pubsub::{Delivery, Receipt};
@@ -23,6 +23,9 @@ use crate::registry::{ConfiguredTask, ConfiguredTasks};
 use crate::shutdown::Shutdown;
 use crate::store::{Refused, StoreError};
 use crate::task::Progress;
+
+/// How long giving a claim back may be tried; after that its lease has ended.
+const GIVE_BACK_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(super) struct Processor {
     pub(super) guard: Guard,
@@ -36,24 +39,70 @@ pub(super) struct Processor {
 
 impl Processor {
     /// Takes one delivery through its life. The slot comes free at the end.
-    pub(super) async fn process(&self, subscription: Arc<str>, delivery: Delivery, slot: Slot) {
+    pub(super) async fn process(
+        &self,
+        subscription: &str,
+        settings: &config::Subscription,
+        delivery: Delivery,
+        slot: Slot,
+    ) {
         let span = info_span!("delivery", message.id = %delivery.message.id, delivery.attempt = delivery.attempt);
         let (message, receipt) = delivery.into_parts();
-        self.process_message(&subscription, message, receipt)
+        self.process_message(subscription, settings, message, receipt)
             .instrument(span)
             .await;
         drop(slot);
     }
 
-    async fn process_message(&self, subscription: &str, message: Message, receipt: Receipt) {
+    /// Takes a job that was left behind to its end, without a delivery.
+    pub(super) async fn process_orphan(&self, orphan: Orphan, slot: Slot) {
+        let id: Arc<str> = orphan.message_id.as_str().into();
+        let fence = &orphan.acquired.fence;
+        match (
+            Request::decode(&orphan.payload),
+            self.tasks.get(&orphan.task),
+        ) {
+            (Ok(request), Some(task)) => {
+                self.run(&id, task, request.payload, orphan.acquired, None)
+                    .await;
+            }
+            // Both were fine when it was claimed, and it was asked for by task.
+            (request, _) => {
+                error!(job = %fence.key, error = ?request.err(), "an orphaned job cannot be read; it is given back");
+                self.guard.release(fence, &self.shutdown.stopping).await;
+            }
+        }
+        drop(slot);
+    }
+
+    async fn process_message(
+        &self,
+        subscription: &str,
+        settings: &config::Subscription,
+        message: Message,
+        receipt: Receipt,
+    ) {
         let id: Arc<str> = message.id.as_str().into();
-        let key = JobKey::of_message_id(subscription, &message);
+        let by_id = JobKey::of_message_id(subscription, &message);
         let request = match Request::decode(&message.data) {
             Ok(request) => request,
             Err(reason) => {
                 let reason = reason.to_string();
-                return self.refuse(key, None, message, reason, receipt).await;
+                return self.refuse(by_id, None, message, reason, receipt).await;
             }
+        };
+        let key = match settings
+            .dedupe_key
+            .of(subscription, &message, &request.payload)
+        {
+            Ok(key) => key,
+            Err(missing) => match settings.without_dedupe_key {
+                WithoutDedupeKey::MessageId => by_id,
+                WithoutDedupeKey::DeadLetter => {
+                    let (task, reason) = (Some(request.task), missing.to_string());
+                    return self.refuse(by_id, task, message, reason, receipt).await;
+                }
+            },
         };
         let Some(task) = self.tasks.get(&request.task) else {
             let known: Vec<&str> = self.tasks.names().collect();
@@ -66,9 +115,17 @@ impl Processor {
                 .refuse(key, Some(request.task), message, reason, receipt)
                 .await;
         };
-        match self.guard.claim(key.clone(), &task.name, message).await {
+        // Once the message is acked only the table can bring its job back.
+        let reap_delay = match task.settings.ack {
+            AckTiming::BeforeRun => Duration::ZERO,
+            AckTiming::AfterRun => settings.ack_deadline,
+        };
+        let claim = self
+            .guard
+            .claim(key.clone(), &task.name, message, reap_delay);
+        match claim.await {
             Ok(Claim::Acquired(acquired)) => {
-                self.run(&id, task, request.payload, acquired, receipt)
+                self.run(&id, task, request.payload, acquired, Some(receipt))
                     .await;
             }
             Ok(Claim::AlreadyFinished(state)) => {
@@ -98,24 +155,31 @@ impl Processor {
         task: &ConfiguredTask,
         payload: Payload,
         acquired: Acquired,
-        receipt: Receipt,
+        receipt: Option<Receipt>,
     ) {
         let span = info_span!("job", job.id = %acquired.job_id, task.name = task.name, attempt = acquired.fence.attempt);
+        let fence = acquired.fence.clone();
         // The claim, payload included, has committed: that is what before_run
         // asks of an ack.
-        let receipt = match task.settings.ack {
-            AckTiming::BeforeRun => {
+        let receipt = match (task.settings.ack, receipt) {
+            (AckTiming::BeforeRun, Some(receipt)) => {
                 receipt.ack_early();
+                self.guard
+                    .note(&fence, NoteKind::Acked, Some("before the run"));
                 None
             }
-            AckTiming::AfterRun => Some(receipt),
+            (_, receipt) => receipt,
         };
         let disposition = self
             .run_to_the_end(id, task, payload, acquired)
             .instrument(span)
             .await;
         match (receipt, disposition) {
-            (Some(receipt), Disposition::Ack) => receipt.ack(),
+            (Some(receipt), Disposition::Ack) => {
+                receipt.ack();
+                self.guard
+                    .note(&fence, NoteKind::Acked, Some("after the run"));
+            }
             (Some(receipt), Disposition::Nack) => receipt.nack(),
             (Some(receipt), Disposition::Hold) => self.held.pause(receipt, self.draining()),
             (None, _) => {}
@@ -165,18 +229,30 @@ impl Processor {
             }
             Verdict::Release => {
                 info!("interrupted by the shutdown; another worker may go on");
-                if let Err(error) = self.guard.release(&fence).await {
-                    warn!(%error, "the claim could not be given back; its lease will end");
-                }
+                self.give_back(&fence).await;
                 Disposition::Nack
             }
             Verdict::Abandon => {
-                warn!("the lease is lost: stopped, and nothing is written");
+                warn!("the lease is lost: the run was stopped and its outcome is not written");
+                self.guard.note(&fence, NoteKind::LeaseLost, None);
+                // What the database says when it is back decides.
+                self.give_back(&fence).await;
                 Disposition::Hold
             }
         };
         self.events.tell(id, EventKind::Ended { outcome: name });
         disposition
+    }
+
+    async fn give_back(&self, fence: &Fence) {
+        let give_up = &self.shutdown.stopping;
+        let given_back =
+            tokio::time::timeout(GIVE_BACK_TIMEOUT, self.guard.release(fence, give_up));
+        match given_back.await.ok().flatten() {
+            Some(true) => info!("the claim is given back"),
+            Some(false) => warn!("another worker has taken the job over: 0 rows changed"),
+            None => warn!("the claim could not be given back; its lease will end"),
+        }
     }
 
     /// Passes reports on until the run ends. Never completes.
@@ -247,7 +323,7 @@ fn after_finish(finished: Option<bool>) -> Disposition {
     match finished {
         Some(true) => Disposition::Ack,
         Some(false) => {
-            warn!("another worker has taken the job over; this run's outcome is not written");
+            warn!("another worker has taken the job over: finishing changed 0 rows");
             Disposition::Hold
         }
         None => {

@@ -3,12 +3,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, warn};
 
+use super::Source;
 use super::process::Processor;
 use super::slots::Slots;
+use crate::config;
 use crate::pubsub::{Delivery, PubsubError, Subscription};
 use crate::retry::Backoff;
 
@@ -18,12 +21,12 @@ const REOPEN: (Duration, Duration) = (Duration::from_millis(100), Duration::from
 const REOPEN_UNCONFIGURED: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 
 pub(super) struct Puller {
-    pub(super) name: Arc<str>,
-    pub(super) subscription: Subscription,
+    pub(super) source: Source,
     pub(super) slots: Slots,
     pub(super) processor: Arc<Processor>,
     pub(super) running: TaskTracker,
     pub(super) draining: CancellationToken,
+    pub(super) database_is_up: watch::Receiver<bool>,
 }
 
 impl Puller {
@@ -31,13 +34,15 @@ impl Puller {
     /// subscription back so that what is settled late can be flushed.
     pub(super) async fn run(mut self) -> Subscription {
         let mut passing = Backoff::new(REOPEN.0, REOPEN.1);
+        let settings = Arc::new(self.source.settings.clone());
+        let name: Arc<str> = self.source.name.as_str().into();
         let mut unconfigured = Backoff::new(REOPEN_UNCONFIGURED.0, REOPEN_UNCONFIGURED.1);
         while self.wait_for_slot().await {
-            let failure = match self.subscription.next(&self.draining).await {
+            let failure = match self.source.subscription.next(&self.draining).await {
                 Ok(Some(delivery)) => {
                     passing.reset();
                     unconfigured.reset();
-                    self.begin(delivery);
+                    self.begin(&name, &settings, delivery);
                     continue;
                 }
                 Ok(None) => break,
@@ -49,36 +54,38 @@ impl Puller {
             };
             self.pause(&failure, backoff.next_delay()).await;
         }
-        self.subscription
+        self.source.subscription
     }
 
-    /// False once the worker drains.
+    /// Waits for a slot, and for a database to claim from; what arrives
+    /// meanwhile is handed back in time. False once the worker drains.
     async fn wait_for_slot(&mut self) -> bool {
         loop {
             tokio::select! {
                 // A stop goes before a free slot.
                 biased;
                 () = self.draining.cancelled() => return false,
-                () = self.slots.some_free() => return true,
-                () = self.subscription.hand_back_when_late() => {}
+                () = ready(&mut self.database_is_up, &self.slots) => return true,
+                () = self.source.subscription.hand_back_when_late() => {}
             }
         }
     }
 
-    fn begin(&mut self, delivery: Delivery) {
+    fn begin(&mut self, name: &Arc<str>, settings: &Arc<config::Subscription>, delivery: Delivery) {
         let Some(slot) = self.slots.try_take() else {
             // Another subscription's message was quicker.
-            self.subscription.put_back(delivery);
+            self.source.subscription.put_back(delivery);
             return;
         };
         let processor = Arc::clone(&self.processor);
-        let name = Arc::clone(&self.name);
-        self.running
-            .spawn(async move { processor.process(name, delivery, slot).await });
+        let (name, settings) = (Arc::clone(name), Arc::clone(settings));
+        self.running.spawn(async move {
+            processor.process(&name, &settings, delivery, slot).await;
+        });
     }
 
     async fn pause(&self, failure: &PubsubError, delay: Duration) {
-        let subscription = self.subscription.path();
+        let subscription = self.source.subscription.path();
         let retry_in = humantime::format_duration(Duration::from_millis(
             u64::try_from(delay.as_millis()).unwrap_or(u64::MAX),
         ));
@@ -91,4 +98,10 @@ impl Puller {
             () = tokio::time::sleep(delay) => {}
         }
     }
+}
+
+async fn ready(database_is_up: &mut watch::Receiver<bool>, slots: &Slots) {
+    // The guard lives as long as the worker, so waiting cannot fail.
+    let _ = database_is_up.wait_for(|up| *up).await;
+    slots.some_free().await;
 }

@@ -13,7 +13,7 @@ use trainyard::job::{
 };
 use trainyard::message::Message;
 use trainyard::outcome::Ending;
-use trainyard::store::{ClaimTerms, Refusal, Refused, SchemaError, Standing, Store};
+use trainyard::store::{ClaimTerms, Finish, Refusal, Refused, SchemaError, Standing, Store};
 use uuid::Uuid;
 
 use crate::on_both_databases;
@@ -68,6 +68,7 @@ fn request_of(subscription: &str, key: &str) -> ClaimRequest {
         token: Uuid::new_v4(),
         task: "train".to_owned(),
         message: message(key),
+        reap_delay: Duration::ZERO,
     }
 }
 
@@ -75,6 +76,7 @@ fn terms(lease: Duration) -> ClaimTerms {
     ClaimTerms {
         worker: "w1".into(),
         lease,
+        max_crashes: 3,
     }
 }
 
@@ -93,6 +95,14 @@ async fn acquire(store: &Arc<dyn Store>, key: &str, lease: Duration) -> Acquired
 /// Passes the millisecond in which a lease of no length ends.
 async fn pass_the_lease() {
     tokio::time::sleep(Duration::from_millis(5)).await;
+}
+
+async fn finish(store: &Arc<dyn Store>, fence: &Fence, ending: Ending) -> bool {
+    let finish = Finish {
+        fence: fence.clone(),
+        ending,
+    };
+    store.finish(&[finish]).await.unwrap()[0]
 }
 
 fn succeeded() -> Ending {
@@ -153,7 +163,7 @@ async fn one_message_in_two_subscriptions_is_two_jobs(database: Database) {
 async fn a_finished_key_is_finished_for_every_later_claim(database: Database) {
     let store = database.open_migrated().await;
     let acquired = acquire(&store, "1", LONG).await;
-    assert!(store.finish(&acquired.fence, &succeeded()).await.unwrap());
+    assert!(finish(&store, &acquired.fence, succeeded()).await);
     for duplicates in 1..=2 {
         assert_eq!(
             claim(&store, "1", LONG).await,
@@ -195,7 +205,7 @@ async fn twice_the_same_key_in_one_batch_is_acquired_once(database: Database) {
 async fn a_batch_is_answered_in_its_order(database: Database) {
     let store = database.open_migrated().await;
     let finished = acquire(&store, "finished", LONG).await;
-    store.finish(&finished.fence, &succeeded()).await.unwrap();
+    finish(&store, &finished.fence, succeeded()).await;
     acquire(&store, "held", LONG).await;
     let batch = ["new", "held", "finished", "also new"].map(request);
     let claims = store.claim(&batch, &terms(LONG)).await.unwrap();
@@ -255,7 +265,7 @@ async fn a_stale_fence_changes_nothing(database: Database) {
             [false]
         );
         assert!(!store.release(fence).await.unwrap());
-        assert!(!store.finish(fence, &succeeded()).await.unwrap());
+        assert!(!finish(&store, fence, succeeded()).await);
     }
     assert_eq!(job_of(&store, &holder).await, before);
 }
@@ -263,10 +273,10 @@ async fn a_stale_fence_changes_nothing(database: Database) {
 async fn finishing_again_with_the_same_fence_is_confirmed(database: Database) {
     let store = database.open_migrated().await;
     let acquired = acquire(&store, "1", LONG).await;
-    assert!(store.finish(&acquired.fence, &succeeded()).await.unwrap());
+    assert!(finish(&store, &acquired.fence, succeeded()).await);
     let after_the_first = job_of(&store, &acquired).await;
     let other = Ending::dead("too late");
-    assert!(store.finish(&acquired.fence, &other).await.unwrap());
+    assert!(finish(&store, &acquired.fence, other).await);
     assert_eq!(job_of(&store, &acquired).await, after_the_first);
 }
 
@@ -279,8 +289,8 @@ async fn a_released_claim_can_be_claimed_and_costs_no_attempt(database: Database
     assert_eq!((waiting.state, waiting.attempts), (JobState::Waiting, 0));
     let second = acquire(&store, "1", LONG).await;
     assert!(second.fence.attempt > first.fence.attempt);
-    assert!(!store.finish(&first.fence, &succeeded()).await.unwrap());
-    assert!(store.finish(&second.fence, &succeeded()).await.unwrap());
+    assert!(!finish(&store, &first.fence, succeeded()).await);
+    assert!(finish(&store, &second.fence, succeeded()).await);
     assert_eq!(job_of(&store, &second).await.attempts, 1);
 }
 
@@ -334,7 +344,7 @@ async fn looking_changes_nothing(database: Database) {
     store.release(&acquired.fence).await.unwrap();
     assert_eq!(store.look(&key).await.unwrap(), Standing::Free);
     let again = acquire(&store, "1", LONG).await;
-    store.finish(&again.fence, &succeeded()).await.unwrap();
+    finish(&store, &again.fence, succeeded()).await;
     assert_eq!(
         store.look(&key).await.unwrap(),
         Standing::Finished(FinalState::Succeeded)
@@ -347,7 +357,7 @@ async fn jobs_are_listed_newest_first_and_filtered(database: Database) {
         acquire(&store, key, LONG).await;
     }
     let ended = acquire(&store, "5", LONG).await;
-    store.finish(&ended.fence, &succeeded()).await.unwrap();
+    finish(&store, &ended.fence, succeeded()).await;
     let released = acquire(&store, "6", LONG).await;
     store.release(&released.fence).await.unwrap();
 
@@ -377,7 +387,7 @@ async fn a_job_is_read_back_as_it_was_written(database: Database) {
     let Claim::Acquired(acquired) = &claims[0] else {
         panic!("not acquired");
     };
-    store.finish(&acquired.fence, &succeeded()).await.unwrap();
+    finish(&store, &acquired.fence, succeeded()).await;
     let job = job_of(&store, acquired).await;
     assert_eq!(job.message_id, sent.id);
     assert_eq!(job.publish_time, sent.publish_time);
@@ -407,6 +417,6 @@ async fn text_with_nul_characters_can_be_stored(database: Database) {
         result: Some(json!("\0")),
         ..Ending::dead("\0")
     };
-    assert!(store.finish(&acquired.fence, &ending).await.unwrap());
+    assert!(finish(&store, &acquired.fence, ending).await);
     assert_eq!(job_of(&store, acquired).await.result, Some(json!("\0")));
 }

@@ -9,10 +9,10 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::super::{
-    ClaimTerms, Refusal, Refused, Standing, StoreError, final_state, json_text, storable,
+    ClaimTerms, MAX_DUPLICATES_IN_LEDGER, Standing, StoreError, final_state, json_text, storable,
+    too_many_crashes,
 };
 use crate::job::{Acquired, Claim, ClaimRequest, Fence, JobKey};
-use crate::outcome::Ending;
 
 /// Answers a batch of claims in one transaction: first the new keys, then the
 /// takeovers, then how the rest stand. A new row that conflicts waits for the
@@ -30,11 +30,12 @@ pub(super) async fn claim(
     let inserted = insert_new(&mut transaction, &rest, terms).await?;
     settle(&mut answers, &mut rest, inserted, claimed_at);
     if !rest.is_empty() {
-        let taken = take_over(&mut transaction, &rest, terms).await?;
+        let takers: Vec<Taker> = rest.iter().map(|request| request.into()).collect();
+        let taken = take_over(&mut transaction, &takers, terms).await?;
         settle(&mut answers, &mut rest, taken, claimed_at);
     }
     if !rest.is_empty() {
-        answers.extend(count_duplicates(&mut transaction, &rest).await?);
+        answers.extend(count_duplicates(&mut transaction, &rest, terms).await?);
     }
     transaction.commit().await?;
 
@@ -48,12 +49,12 @@ pub(super) async fn claim(
         .collect()
 }
 
-/// A lease that a statement of [`claim`] has just given to one request.
+/// A lease that a statement has just given.
 #[derive(sqlx::FromRow)]
-struct Won {
-    token: Uuid,
-    job_id: Uuid,
-    attempt: i32,
+pub(super) struct Won {
+    pub(super) token: Uuid,
+    pub(super) job_id: Uuid,
+    pub(super) attempt: i32,
 }
 
 fn settle(
@@ -87,9 +88,9 @@ const INSERT_NEW: &str = "
 WITH input AS (
     SELECT DISTINCT ON (subscription, key) *
     FROM unnest($1::text[], $2::text[], $3::uuid[], $4::uuid[], $5::text[], $6::timestamptz[],
-                $7::text[], $8::text[], $9::bytea[], $10::text[])
+                $7::text[], $8::text[], $9::bytea[], $10::text[], $11::float8[])
       AS request (subscription, key, token, job_id, message_id, publish_time,
-                  ordering_key, attributes, payload, task)
+                  ordering_key, attributes, payload, task, reap_delay)
     ORDER BY subscription, key
 ), inserted AS (
     INSERT INTO processed_messages
@@ -100,14 +101,19 @@ WITH input AS (
     FROM input
     ON CONFLICT (subscription, key) DO NOTHING
     RETURNING subscription, key, job_id
+), leased AS (
+    INSERT INTO leases
+           (subscription, key, attempt, token, worker, started_at, lease_until, reap_delay)
+    SELECT input.subscription, input.key, 1, input.token, $12, now(),
+           now() + make_interval(secs => $13), input.reap_delay
+    FROM input JOIN inserted USING (subscription, key)
+    RETURNING subscription, key, token, attempt
+), noted AS (
+    INSERT INTO ledger (subscription, key, worker, kind, attempt)
+    SELECT subscription, key, $12, 'claimed', attempt FROM leased
 )
-INSERT INTO leases (subscription, key, attempt, token, worker, started_at, lease_until)
-SELECT input.subscription, input.key, 1, input.token, $11, now(),
-       now() + make_interval(secs => $12)
-FROM input JOIN inserted USING (subscription, key)
-RETURNING token, (SELECT inserted.job_id FROM inserted
-                  WHERE inserted.subscription = leases.subscription
-                    AND inserted.key = leases.key) AS job_id, attempt";
+SELECT leased.token, inserted.job_id, leased.attempt
+FROM leased JOIN inserted USING (subscription, key)";
 
 async fn insert_new(
     connection: &mut PgConnection,
@@ -140,6 +146,7 @@ async fn insert_new(
         .bind(attributes)
         .bind(payloads.collect::<Vec<_>>())
         .bind(column_of_text(requests, |request| &request.task))
+        .bind(delays(requests))
         .bind(&*terms.worker)
         .bind(terms.lease.as_secs_f64())
         .fetch_all(connection)
@@ -161,52 +168,125 @@ fn tokens(requests: &[&ClaimRequest]) -> Vec<Uuid> {
     requests.iter().map(|request| request.token).collect()
 }
 
+fn delays(requests: &[&ClaimRequest]) -> Vec<f64> {
+    requests
+        .iter()
+        .map(|request| request.reap_delay.as_secs_f64())
+        .collect()
+}
+
 /// A lease row that another transaction is writing right now is somebody
-/// else's, hence SKIP LOCKED.
+/// else's, hence SKIP LOCKED. A token that is the request's own already is the
+/// sign of an answer that was lost: the claim is confirmed as it stands.
+///
+/// A lease that ended without a word from its worker is a crash; at the limit
+/// of them the job is dead instead.
 const TAKE_OVER: &str = "
 WITH input AS (
     SELECT DISTINCT ON (subscription, key) *
-    FROM unnest($1::text[], $2::text[], $3::uuid[]) AS request (subscription, key, token)
+    FROM unnest($1::text[], $2::text[], $3::uuid[], $4::float8[])
+      AS request (subscription, key, token, reap_delay)
 ), free AS (
-    SELECT leases.subscription, leases.key, input.token
+    SELECT leases.subscription, leases.key, input.token AS new_token, input.reap_delay AS new_delay,
+           leases.token IS NOT DISTINCT FROM input.token AS mine,
+           leases.token IS NOT NULL AND leases.token <> input.token AS crashed,
+           leases.crashes, leases.worker AS last_worker, leases.token AS last_token
     FROM leases JOIN input USING (subscription, key)
-    WHERE leases.token IS NULL OR leases.lease_until < now()
+    WHERE leases.token IS NULL OR leases.token = input.token OR leases.lease_until < now()
+    ORDER BY leases.subscription, leases.key
     FOR UPDATE OF leases SKIP LOCKED
+), taken AS (
+    UPDATE leases
+    SET attempt = leases.attempt + (NOT free.mine)::int, token = free.new_token, worker = $5,
+        started_at = now(), lease_until = now() + make_interval(secs => $6),
+        crashes = free.crashes + free.crashed::int, reap_delay = free.new_delay
+    FROM free
+    WHERE leases.subscription = free.subscription AND leases.key = free.key
+      AND free.crashes + free.crashed::int < $7
+    RETURNING leases.subscription, leases.key, leases.token, leases.attempt, free.crashed,
+              free.last_worker
+), noted AS (
+    INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
+    SELECT subscription, key, $5, CASE WHEN crashed THEN 'taken_over' ELSE 'claimed' END, attempt,
+           CASE WHEN crashed THEN 'from ' || last_worker || ', whose lease ended' END
+    FROM taken
+), parked AS (
+    DELETE FROM leases USING free
+    WHERE leases.subscription = free.subscription AND leases.key = free.key
+      AND free.crashes + free.crashed::int >= $7
+    RETURNING leases.*
+), dead AS (
+    UPDATE processed_messages
+    SET state = 'dead', error = $8, finished_at = now(), finished_by = parked.token,
+        attempts = parked.attempt - parked.interruptions, worker = parked.worker,
+        started_at = parked.started_at
+    FROM parked
+    WHERE processed_messages.subscription = parked.subscription
+      AND processed_messages.key = parked.key
+), told AS (
+    INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
+    SELECT subscription, key, $5, 'parked', attempt, $8 FROM parked
 )
-UPDATE leases
-SET attempt = leases.attempt + 1, token = free.token, worker = $4, started_at = now(),
-    lease_until = now() + make_interval(secs => $5)
-FROM free JOIN processed_messages USING (subscription, key)
-WHERE leases.subscription = free.subscription AND leases.key = free.key
-RETURNING leases.token, processed_messages.job_id, leases.attempt";
+SELECT taken.token, processed_messages.job_id, taken.attempt
+FROM taken JOIN processed_messages USING (subscription, key)";
 
-async fn take_over(
+/// What a run needs to take a job over.
+pub(super) struct Taker<'a> {
+    pub(super) key: &'a JobKey,
+    pub(super) token: Uuid,
+    pub(super) reap_delay: f64,
+}
+
+impl<'a> From<&&'a ClaimRequest> for Taker<'a> {
+    fn from(request: &&'a ClaimRequest) -> Self {
+        Self {
+            key: &request.key,
+            token: request.token,
+            reap_delay: request.reap_delay.as_secs_f64(),
+        }
+    }
+}
+
+pub(super) async fn take_over(
     connection: &mut PgConnection,
-    requests: &[&ClaimRequest],
+    takers: &[Taker<'_>],
     terms: &ClaimTerms,
 ) -> Result<Vec<Won>, StoreError> {
-    let (subscriptions, keys) = key_columns(requests.iter().map(|request| &request.key));
+    let (subscriptions, keys) = key_columns(takers.iter().map(|taker| taker.key));
+    let delays = takers.iter().map(|taker| taker.reap_delay);
     let rows = sqlx::query_as(TAKE_OVER)
         .bind(subscriptions)
         .bind(keys)
-        .bind(tokens(requests))
+        .bind(takers.iter().map(|taker| taker.token).collect::<Vec<_>>())
+        .bind(delays.collect::<Vec<_>>())
         .bind(&*terms.worker)
         .bind(terms.lease.as_secs_f64())
+        .bind(terms.max_crashes.cast_signed())
+        .bind(too_many_crashes(terms.max_crashes))
         .fetch_all(connection)
         .await?;
     Ok(rows)
 }
 
+/// The ledger keeps so many duplicates of a job; the count goes on.
 const COUNT_DUPLICATES: &str = "
 WITH request AS (
-    SELECT * FROM unnest($1::text[], $2::text[], $3::uuid[]) AS request (subscription, key, token)
+    SELECT * FROM unnest($1::text[], $2::text[], $3::uuid[], $4::text[])
+      AS request (subscription, key, token, message_id)
 ), counted AS (
     UPDATE processed_messages
     SET duplicates = duplicates + repeated.times
     FROM (SELECT subscription, key, count(*)::int AS times FROM request GROUP BY 1, 2) AS repeated
     WHERE processed_messages.subscription = repeated.subscription
       AND processed_messages.key = repeated.key
-    RETURNING processed_messages.subscription, processed_messages.key, processed_messages.state
+    RETURNING processed_messages.subscription, processed_messages.key, processed_messages.state,
+              processed_messages.duplicates, processed_messages.message_id
+), noted AS (
+    INSERT INTO ledger (subscription, key, worker, kind, message_id, detail)
+    SELECT subscription, key, $5, 'suppressed', nullif(request.message_id, counted.message_id),
+           CASE counted.state WHEN 'open' THEN 'it is running' ELSE 'it is ' || counted.state END
+    FROM request JOIN counted USING (subscription, key)
+    WHERE counted.duplicates <= $6
 )
 SELECT request.token, counted.state,
        greatest(extract(epoch FROM leases.lease_until - now()), 0)::float8 AS remaining
@@ -217,12 +297,21 @@ LEFT JOIN leases USING (subscription, key)";
 async fn count_duplicates(
     connection: &mut PgConnection,
     requests: &[&ClaimRequest],
+    terms: &ClaimTerms,
 ) -> Result<Vec<(Uuid, Claim)>, StoreError> {
     let (subscriptions, keys) = key_columns(requests.iter().map(|request| &request.key));
     let rows = sqlx::query(COUNT_DUPLICATES)
         .bind(subscriptions)
         .bind(keys)
         .bind(tokens(requests))
+        .bind(
+            requests
+                .iter()
+                .map(|r| r.message.id.as_str())
+                .collect::<Vec<_>>(),
+        )
+        .bind(&*terms.worker)
+        .bind(MAX_DUPLICATES_IN_LEDGER.cast_signed())
         .fetch_all(connection)
         .await?;
     rows.into_iter()
@@ -283,13 +372,8 @@ pub(super) async fn renew(
     let renewed: Vec<Uuid> = sqlx::query_scalar(RENEW)
         .bind(subscriptions)
         .bind(keys)
-        .bind(
-            fences
-                .iter()
-                .map(|f| f.attempt.cast_signed())
-                .collect::<Vec<_>>(),
-        )
-        .bind(fences.iter().map(|f| f.token).collect::<Vec<_>>())
+        .bind(attempts(fences.iter()))
+        .bind(fence_tokens(fences.iter()))
         .bind(lease.as_secs_f64())
         .fetch_all(pool)
         .await?;
@@ -299,92 +383,16 @@ pub(super) async fn renew(
         .collect())
 }
 
-/// One statement: the lease goes and the job ends, or neither. A second call
-/// with the same token finds the ending that it wrote the first time.
-const FINISH: &str = "
-WITH ended AS (
-    DELETE FROM leases
-    WHERE subscription = $1 AND key = $2 AND attempt = $3 AND token = $4
-    RETURNING *
-), finished AS (
-    UPDATE processed_messages
-    SET state = $5, error = $6, result = $7::text::json, finished_at = now(), finished_by = ended.token,
-        attempts = ended.attempt - ended.interruptions, worker = ended.worker,
-        started_at = ended.started_at
-    FROM ended
-    WHERE processed_messages.subscription = ended.subscription
-      AND processed_messages.key = ended.key
-    RETURNING 1
-)
-SELECT EXISTS (SELECT FROM finished)
-    OR EXISTS (SELECT FROM processed_messages
-               WHERE subscription = $1 AND key = $2 AND finished_by = $4)";
-
-pub(super) async fn finish(
-    pool: &PgPool,
-    fence: &Fence,
-    ending: &Ending,
-) -> Result<bool, StoreError> {
-    let result = ending.result.as_ref().map(json_text).transpose()?;
-    let finished = sqlx::query_scalar(FINISH)
-        .bind(&*fence.key.subscription)
-        .bind(&*fence.key.key)
-        .bind(fence.attempt.cast_signed())
-        .bind(fence.token)
-        .bind(ending.state.as_str())
-        .bind(ending.error.as_deref().map(storable))
-        .bind(result)
-        .fetch_one(pool)
-        .await?;
-    Ok(finished)
-}
-
-const RELEASE: &str = "
-UPDATE leases
-SET token = NULL, interruptions = interruptions + 1
-WHERE subscription = $1 AND key = $2 AND attempt = $3 AND token = $4";
-
-pub(super) async fn release(pool: &PgPool, fence: &Fence) -> Result<bool, StoreError> {
-    let released = sqlx::query(RELEASE)
-        .bind(&*fence.key.subscription)
-        .bind(&*fence.key.key)
-        .bind(fence.attempt.cast_signed())
-        .bind(fence.token)
-        .execute(pool)
-        .await?;
-    Ok(released.rows_affected() == 1)
-}
-
-const REFUSE: &str = "
-INSERT INTO processed_messages AS existing
-       (subscription, key, job_id, message_id, publish_time, ordering_key, attributes, payload,
-        task, state, error, finished_at, worker)
-VALUES ($1, $2, $3, $4, $5, $6, $7::text::json, $8, $9, 'dead', $10, now(), $11)
-ON CONFLICT (subscription, key) DO UPDATE SET duplicates = existing.duplicates + 1
-RETURNING job_id = $3 AS recorded, state";
-
-pub(super) async fn refuse(pool: &PgPool, refusal: &Refusal) -> Result<Refused, StoreError> {
-    let message = &refusal.message;
-    let row = sqlx::query(REFUSE)
-        .bind(&*refusal.key.subscription)
-        .bind(&*refusal.key.key)
-        .bind(refusal.job_id)
-        .bind(&message.id)
-        .bind(message.publish_time)
-        .bind(storable(&message.ordering_key))
-        .bind(json_text(&message.attributes)?)
-        .bind(&message.data[..])
-        .bind(refusal.task.as_deref().map(storable))
-        .bind(storable(&refusal.reason))
-        .bind(&*refusal.worker)
-        .fetch_one(pool)
-        .await?;
-    Ok(Refused::read(
-        row.try_get("recorded")?,
-        row.try_get("state")?,
-    ))
-}
-
-fn key_columns<'a>(keys: impl Iterator<Item = &'a JobKey>) -> (Vec<&'a str>, Vec<&'a str>) {
+pub(super) fn key_columns<'a>(
+    keys: impl Iterator<Item = &'a JobKey>,
+) -> (Vec<&'a str>, Vec<&'a str>) {
     keys.map(|key| (&*key.subscription, &*key.key)).unzip()
+}
+
+pub(super) fn attempts<'a>(fences: impl Iterator<Item = &'a Fence>) -> Vec<i32> {
+    fences.map(|fence| fence.attempt.cast_signed()).collect()
+}
+
+pub(super) fn fence_tokens<'a>(fences: impl Iterator<Item = &'a Fence>) -> Vec<Uuid> {
+    fences.map(|fence| fence.token).collect()
 }

@@ -67,7 +67,7 @@ pub(super) async fn job(pool: &PgPool, id: Uuid) -> Result<Option<Job>, StoreErr
     Ok(Some(job))
 }
 
-fn read_job(row: &PgRow) -> Result<Job, StoreError> {
+pub(super) fn read_job(row: &PgRow) -> Result<Job, StoreError> {
     let live_attempts: Option<i32> = row.try_get("live_attempts")?;
     let attempts = live_attempts.unwrap_or(row.try_get("attempts")?);
     let live_worker: Option<String> = row.try_get("live_worker")?;

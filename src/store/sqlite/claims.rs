@@ -10,14 +10,15 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::super::{
-    ClaimTerms, Refusal, Refused, Standing, StoreError, final_state, json_text, storable,
+    ClaimTerms, MAX_DUPLICATES_IN_LEDGER, Standing, StoreError, final_state, json_text, storable,
+    too_many_crashes,
 };
-use crate::job::{Acquired, Claim, ClaimRequest, Fence, JobKey};
-use crate::outcome::Ending;
+use super::ledger::{Entry, add_to_ledger};
+use crate::job::{Acquired, Claim, ClaimRequest, Fence, FinalState, JobKey};
 
 /// Takes the write lock at once: a transaction that began by reading could
 /// not become a writer after another one's commit.
-const BEGIN: &str = "BEGIN IMMEDIATE";
+pub(super) const BEGIN: &str = "BEGIN IMMEDIATE";
 
 pub(super) async fn claim(
     pool: &SqlitePool,
@@ -31,23 +32,36 @@ pub(super) async fn claim(
     for request in requests {
         let won = match insert_new(&mut transaction, request, terms).await? {
             Some(won) => Some(won),
-            None => take_over(&mut transaction, request, terms).await?,
+            None => take_over(&mut transaction, &request.into(), terms).await?,
         };
         answers.push(match won {
-            Some((job_id, attempt)) => Claim::Acquired(Acquired {
-                fence: Fence {
-                    key: request.key.clone(),
-                    attempt,
-                    token: request.token,
-                },
-                job_id,
-                claimed_at,
-            }),
-            None => count_duplicate(&mut transaction, &request.key).await?,
+            Some(won) => Claim::Acquired(won.acquired(request.key.clone(), claimed_at)),
+            None => count_duplicate(&mut transaction, request, terms).await?,
         });
     }
     transaction.commit().await?;
     Ok(answers)
+}
+
+/// A lease that a statement has just given.
+pub(super) struct Won {
+    token: Uuid,
+    job_id: Uuid,
+    attempt: u32,
+}
+
+impl Won {
+    pub(super) fn acquired(self, key: JobKey, claimed_at: Instant) -> Acquired {
+        Acquired {
+            fence: Fence {
+                key,
+                attempt: self.attempt,
+                token: self.token,
+            },
+            job_id: self.job_id,
+            claimed_at,
+        }
+    }
 }
 
 const INSERT_NEW: &str = "
@@ -58,15 +72,16 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 'open', CAST(unixepoch('subsec') * 1
 ON CONFLICT (subscription, key) DO NOTHING";
 
 const INSERT_LEASE: &str = "
-INSERT INTO leases (subscription, key, attempt, token, worker, started_at, lease_until)
+INSERT INTO leases
+       (subscription, key, attempt, token, worker, started_at, lease_until, reap_delay)
 VALUES ($1, $2, 1, $3, $4, CAST(unixepoch('subsec') * 1000 AS INTEGER),
-        CAST(unixepoch('subsec') * 1000 AS INTEGER) + $5)";
+        CAST(unixepoch('subsec') * 1000 AS INTEGER) + $5, $6)";
 
 async fn insert_new(
     connection: &mut SqliteConnection,
     request: &ClaimRequest,
     terms: &ClaimTerms,
-) -> Result<Option<(Uuid, u32)>, StoreError> {
+) -> Result<Option<Won>, StoreError> {
     let message = &request.message;
     let inserted = sqlx::query(INSERT_NEW)
         .bind(&*request.key.subscription)
@@ -89,57 +104,183 @@ async fn insert_new(
         .bind(request.token)
         .bind(&*terms.worker)
         .bind(milliseconds(terms.lease))
-        .execute(connection)
+        .bind(milliseconds(request.reap_delay))
+        .execute(&mut *connection)
         .await?;
-    Ok(Some((request.job_id, 1)))
+    add_to_ledger(
+        connection,
+        &request.key,
+        &Entry {
+            worker: &terms.worker,
+            kind: "claimed",
+            attempt: Some(1),
+            ..Entry::default()
+        },
+    )
+    .await?;
+    Ok(Some(Won {
+        token: request.token,
+        job_id: request.job_id,
+        attempt: 1,
+    }))
 }
+
+/// What a run needs to take a job over.
+pub(super) struct Taker<'a> {
+    pub(super) key: &'a JobKey,
+    pub(super) token: Uuid,
+    /// In milliseconds.
+    pub(super) reap_delay: i64,
+}
+
+impl<'a> From<&'a ClaimRequest> for Taker<'a> {
+    fn from(request: &'a ClaimRequest) -> Self {
+        Self {
+            key: &request.key,
+            token: request.token,
+            reap_delay: milliseconds(request.reap_delay),
+        }
+    }
+}
+
+/// A token that is the request's own already is the sign of an answer that was
+/// lost: the claim is confirmed as it stands. A lease that ended without a word
+/// from its worker is a crash.
+const FREE: &str = "
+SELECT token IS $3 AS mine, token IS NOT NULL AND token <> $3 AS crashed, crashes, worker
+FROM leases
+WHERE subscription = $1 AND key = $2
+  AND (token IS NULL OR token = $3
+       OR lease_until < CAST(unixepoch('subsec') * 1000 AS INTEGER))";
 
 const TAKE_OVER: &str = "
 UPDATE leases
-SET attempt = attempt + 1, token = $3, worker = $4,
+SET attempt = attempt + (token IS NOT $3), token = $3, worker = $4,
     started_at = CAST(unixepoch('subsec') * 1000 AS INTEGER),
-    lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER) + $5
+    lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER) + $5, crashes = $6, reap_delay = $7
 WHERE subscription = $1 AND key = $2
-  AND (token IS NULL OR lease_until < CAST(unixepoch('subsec') * 1000 AS INTEGER))
 RETURNING attempt, (SELECT job_id FROM processed_messages m
                     WHERE m.subscription = leases.subscription AND m.key = leases.key) AS job_id";
 
-async fn take_over(
+pub(super) async fn take_over(
     connection: &mut SqliteConnection,
-    request: &ClaimRequest,
+    taker: &Taker<'_>,
     terms: &ClaimTerms,
-) -> Result<Option<(Uuid, u32)>, StoreError> {
+) -> Result<Option<Won>, StoreError> {
+    let free = sqlx::query(FREE)
+        .bind(&*taker.key.subscription)
+        .bind(&*taker.key.key)
+        .bind(taker.token)
+        .fetch_optional(&mut *connection)
+        .await?;
+    let Some(free) = free else {
+        return Ok(None);
+    };
+    let crashed: bool = free.try_get("crashed")?;
+    let crashes = free.try_get::<u32, _>("crashes")? + u32::from(crashed);
+    if crashes >= terms.max_crashes {
+        park(connection, taker.key, terms).await?;
+        return Ok(None);
+    }
     let taken = sqlx::query(TAKE_OVER)
-        .bind(&*request.key.subscription)
-        .bind(&*request.key.key)
-        .bind(request.token)
+        .bind(&*taker.key.subscription)
+        .bind(&*taker.key.key)
+        .bind(taker.token)
         .bind(&*terms.worker)
         .bind(milliseconds(terms.lease))
-        .fetch_optional(connection)
+        .bind(crashes)
+        .bind(taker.reap_delay)
+        .fetch_one(&mut *connection)
         .await?;
-    taken
-        .map(|row| Ok((row.try_get("job_id")?, row.try_get("attempt")?)))
-        .transpose()
+    let attempt = taken.try_get("attempt")?;
+    let last_worker: String = free.try_get("worker")?;
+    let detail = crashed.then(|| format!("from {last_worker}, whose lease ended"));
+    let entry = Entry {
+        worker: &terms.worker,
+        kind: if crashed { "taken_over" } else { "claimed" },
+        attempt: Some(attempt),
+        detail: detail.as_deref(),
+        ..Entry::default()
+    };
+    add_to_ledger(connection, taker.key, &entry).await?;
+    Ok(Some(Won {
+        token: taker.token,
+        job_id: taken.try_get("job_id")?,
+        attempt,
+    }))
+}
+
+const PARK_JOB: &str = "
+UPDATE processed_messages
+SET state = 'dead', error = $3, finished_at = CAST(unixepoch('subsec') * 1000 AS INTEGER),
+    finished_by = parked.token, attempts = parked.attempt - parked.interruptions,
+    worker = parked.worker, started_at = parked.started_at
+FROM (SELECT * FROM leases WHERE subscription = $1 AND key = $2) AS parked
+WHERE processed_messages.subscription = $1 AND processed_messages.key = $2
+RETURNING attempts";
+
+const PARK_LEASE: &str = "DELETE FROM leases WHERE subscription = $1 AND key = $2";
+
+async fn park(
+    connection: &mut SqliteConnection,
+    key: &JobKey,
+    terms: &ClaimTerms,
+) -> Result<(), StoreError> {
+    let reason = too_many_crashes(terms.max_crashes);
+    let attempts = sqlx::query_scalar(PARK_JOB)
+        .bind(&*key.subscription)
+        .bind(&*key.key)
+        .bind(&reason)
+        .fetch_one(&mut *connection)
+        .await?;
+    sqlx::query(PARK_LEASE)
+        .bind(&*key.subscription)
+        .bind(&*key.key)
+        .execute(&mut *connection)
+        .await?;
+    let entry = Entry {
+        worker: &terms.worker,
+        kind: "parked",
+        attempt: Some(attempts),
+        detail: Some(&reason),
+        ..Entry::default()
+    };
+    add_to_ledger(connection, key, &entry).await
 }
 
 const COUNT_DUPLICATE: &str = "
 UPDATE processed_messages
 SET duplicates = duplicates + 1
 WHERE subscription = $1 AND key = $2
-RETURNING state, (SELECT max(lease_until - CAST(unixepoch('subsec') * 1000 AS INTEGER), 0)
-                  FROM leases
-                  WHERE leases.subscription = $1 AND leases.key = $2) AS remaining";
+RETURNING state, duplicates, message_id,
+          (SELECT max(lease_until - CAST(unixepoch('subsec') * 1000 AS INTEGER), 0)
+           FROM leases
+           WHERE leases.subscription = $1 AND leases.key = $2) AS remaining";
 
 async fn count_duplicate(
     connection: &mut SqliteConnection,
-    key: &JobKey,
+    request: &ClaimRequest,
+    terms: &ClaimTerms,
 ) -> Result<Claim, StoreError> {
     let row = sqlx::query(COUNT_DUPLICATE)
-        .bind(&*key.subscription)
-        .bind(&*key.key)
-        .fetch_one(connection)
+        .bind(&*request.key.subscription)
+        .bind(&*request.key.key)
+        .fetch_one(&mut *connection)
         .await?;
-    if let Some(state) = final_state(row.try_get("state")?) {
+    let state = final_state(row.try_get("state")?);
+    if row.try_get::<u32, _>("duplicates")? <= MAX_DUPLICATES_IN_LEDGER {
+        let first: &str = row.try_get("message_id")?;
+        let detail = format!("it is {}", state.map_or("running", FinalState::as_str));
+        let entry = Entry {
+            worker: &terms.worker,
+            kind: "suppressed",
+            message_id: Some(&*request.message.id).filter(|id| *id != first),
+            detail: Some(&detail),
+            ..Entry::default()
+        };
+        add_to_ledger(connection, &request.key, &entry).await?;
+    }
+    if let Some(state) = state {
         return Ok(Claim::AlreadyFinished(state));
     }
     let remaining: Option<u64> = row.try_get("remaining")?;
@@ -202,105 +343,6 @@ pub(super) async fn renew(
     Ok(renewed)
 }
 
-const END_JOB: &str = "
-UPDATE processed_messages
-SET state = $5, error = $6, result = $7,
-    finished_at = CAST(unixepoch('subsec') * 1000 AS INTEGER), finished_by = $4,
-    attempts = ended.attempt - ended.interruptions, worker = ended.worker,
-    started_at = ended.started_at
-FROM (SELECT * FROM leases
-      WHERE subscription = $1 AND key = $2 AND attempt = $3 AND token = $4) AS ended
-WHERE processed_messages.subscription = $1 AND processed_messages.key = $2";
-
-const END_LEASE: &str = "
-DELETE FROM leases WHERE subscription = $1 AND key = $2 AND attempt = $3 AND token = $4";
-
-const WAS_ENDED_BY: &str = "
-SELECT EXISTS (SELECT 1 FROM processed_messages
-               WHERE subscription = $1 AND key = $2 AND finished_by = $3)";
-
-pub(super) async fn finish(
-    pool: &SqlitePool,
-    fence: &Fence,
-    ending: &Ending,
-) -> Result<bool, StoreError> {
-    let mut connection = pool.acquire().await?;
-    let mut transaction = connection.begin_with(BEGIN).await?;
-    sqlx::query(END_JOB)
-        .bind(&*fence.key.subscription)
-        .bind(&*fence.key.key)
-        .bind(fence.attempt)
-        .bind(fence.token)
-        .bind(ending.state.as_str())
-        .bind(ending.error.as_deref().map(storable))
-        .bind(ending.result.as_ref().map(json_text).transpose()?)
-        .execute(&mut *transaction)
-        .await?;
-    sqlx::query(END_LEASE)
-        .bind(&*fence.key.subscription)
-        .bind(&*fence.key.key)
-        .bind(fence.attempt)
-        .bind(fence.token)
-        .execute(&mut *transaction)
-        .await?;
-    let finished = sqlx::query_scalar(WAS_ENDED_BY)
-        .bind(&*fence.key.subscription)
-        .bind(&*fence.key.key)
-        .bind(fence.token)
-        .fetch_one(&mut *transaction)
-        .await?;
-    transaction.commit().await?;
-    Ok(finished)
-}
-
-const RELEASE: &str = "
-UPDATE leases
-SET token = NULL, interruptions = interruptions + 1
-WHERE subscription = $1 AND key = $2 AND attempt = $3 AND token = $4";
-
-pub(super) async fn release(pool: &SqlitePool, fence: &Fence) -> Result<bool, StoreError> {
-    let released = sqlx::query(RELEASE)
-        .bind(&*fence.key.subscription)
-        .bind(&*fence.key.key)
-        .bind(fence.attempt)
-        .bind(fence.token)
-        .execute(pool)
-        .await?;
-    Ok(released.rows_affected() == 1)
-}
-
-const REFUSE: &str = "
-INSERT INTO processed_messages
-       (subscription, key, job_id, message_id, publish_time, ordering_key, attributes, payload,
-        task, state, error, received_at, finished_at, worker)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 'dead', $10,
-        CAST(unixepoch('subsec') * 1000 AS INTEGER),
-        CAST(unixepoch('subsec') * 1000 AS INTEGER), $11)
-ON CONFLICT (subscription, key) DO UPDATE SET duplicates = duplicates + 1
-RETURNING job_id = $3 AS recorded, state";
-
-pub(super) async fn refuse(pool: &SqlitePool, refusal: &Refusal) -> Result<Refused, StoreError> {
-    let message = &refusal.message;
-    let row = sqlx::query(REFUSE)
-        .bind(&*refusal.key.subscription)
-        .bind(&*refusal.key.key)
-        .bind(refusal.job_id)
-        .bind(&message.id)
-        .bind(message.publish_time.timestamp_millis())
-        .bind(storable(&message.ordering_key))
-        .bind(json_text(&message.attributes)?)
-        .bind(&message.data[..])
-        .bind(refusal.task.as_deref().map(storable))
-        .bind(storable(&refusal.reason))
-        .bind(&*refusal.worker)
-        .fetch_one(pool)
-        .await?;
-    Ok(Refused::read(
-        row.try_get("recorded")?,
-        row.try_get("state")?,
-    ))
-}
-
-fn milliseconds(duration: Duration) -> i64 {
+pub(super) fn milliseconds(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 2)
 }

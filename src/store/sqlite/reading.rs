@@ -69,7 +69,7 @@ pub(super) async fn job(pool: &SqlitePool, id: Uuid) -> Result<Option<Job>, Stor
     Ok(Some(job))
 }
 
-fn read_job(row: &SqliteRow) -> Result<Job, StoreError> {
+pub(super) fn read_job(row: &SqliteRow) -> Result<Job, StoreError> {
     let state: &str = row.try_get("state")?;
     let ordering_key: String = row.try_get("ordering_key")?;
     let result: Option<String> = row.try_get("result")?;
@@ -98,7 +98,7 @@ fn read_job(row: &SqliteRow) -> Result<Job, StoreError> {
     })
 }
 
-fn time(row: &SqliteRow, column: &str) -> Result<Option<DateTime<Utc>>, StoreError> {
+pub(super) fn time(row: &SqliteRow, column: &str) -> Result<Option<DateTime<Utc>>, StoreError> {
     let milliseconds: Option<i64> = row.try_get(column)?;
     Ok(milliseconds.and_then(DateTime::from_timestamp_millis))
 }

@@ -1,0 +1,138 @@
+//! The statements that end a run: finished, released, or refused unrun.
+
+use sqlx::{PgPool, Row};
+use uuid::Uuid;
+
+use super::super::{
+    Finish, MAX_DUPLICATES_IN_LEDGER, Refusal, Refused, StoreError, json_text, storable,
+};
+use super::claims::{attempts, fence_tokens, key_columns};
+use crate::job::Fence;
+
+/// One statement: the lease goes and the job ends, or neither. A second call
+/// with the same token finds the ending that it wrote the first time.
+const FINISH: &str = "
+WITH input AS (
+    SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::uuid[], $5::text[], $6::text[],
+                         $7::text[])
+      AS finish (subscription, key, attempt, token, state, error, result)
+), held AS (
+    SELECT leases.subscription, leases.key, leases.attempt, leases.interruptions, leases.worker,
+           leases.started_at, input.token, input.state, input.error, input.result
+    FROM leases JOIN input USING (subscription, key, attempt, token)
+    ORDER BY leases.subscription, leases.key
+    FOR UPDATE OF leases
+), ended AS (
+    DELETE FROM leases USING held
+    WHERE leases.subscription = held.subscription AND leases.key = held.key
+    RETURNING held.*
+), finished AS (
+    UPDATE processed_messages
+    SET state = ended.state, error = ended.error, result = ended.result::json,
+        finished_at = now(), finished_by = ended.token,
+        attempts = ended.attempt - ended.interruptions, worker = ended.worker,
+        started_at = ended.started_at
+    FROM ended
+    WHERE processed_messages.subscription = ended.subscription
+      AND processed_messages.key = ended.key
+    RETURNING ended.token
+), noted AS (
+    INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
+    SELECT subscription, key, worker, 'finished', attempt, state FROM ended
+)
+SELECT token FROM finished
+UNION
+SELECT input.token FROM input JOIN processed_messages USING (subscription, key)
+WHERE processed_messages.finished_by = input.token";
+
+pub(super) async fn finish(pool: &PgPool, finishes: &[Finish]) -> Result<Vec<bool>, StoreError> {
+    let (subscriptions, keys) = key_columns(finishes.iter().map(|finish| &finish.fence.key));
+    let results = finishes
+        .iter()
+        .map(|finish| finish.ending.result.as_ref().map(json_text).transpose())
+        .collect::<Result<Vec<Option<String>>, StoreError>>()?;
+    let errors = finishes
+        .iter()
+        .map(|finish| finish.ending.error.as_deref().map(storable));
+    let ended: Vec<Uuid> = sqlx::query_scalar(FINISH)
+        .bind(subscriptions)
+        .bind(keys)
+        .bind(attempts(finishes.iter().map(|finish| &finish.fence)))
+        .bind(fence_tokens(finishes.iter().map(|finish| &finish.fence)))
+        .bind(
+            finishes
+                .iter()
+                .map(|finish| finish.ending.state.as_str())
+                .collect::<Vec<_>>(),
+        )
+        .bind(errors.collect::<Vec<_>>())
+        .bind(results)
+        .fetch_all(pool)
+        .await?;
+    Ok(finishes
+        .iter()
+        .map(|finish| ended.contains(&finish.fence.token))
+        .collect())
+}
+
+/// The lease ends now, so that the job waits no longer than it must.
+const RELEASE: &str = "
+WITH released AS (
+    UPDATE leases
+    SET token = NULL, interruptions = interruptions + 1, lease_until = now()
+    WHERE subscription = $1 AND key = $2 AND attempt = $3 AND token = $4
+    RETURNING subscription, key, worker, attempt
+)
+INSERT INTO ledger (subscription, key, worker, kind, attempt)
+SELECT subscription, key, worker, 'released', attempt FROM released";
+
+pub(super) async fn release(pool: &PgPool, fence: &Fence) -> Result<bool, StoreError> {
+    let released = sqlx::query(RELEASE)
+        .bind(&*fence.key.subscription)
+        .bind(&*fence.key.key)
+        .bind(fence.attempt.cast_signed())
+        .bind(fence.token)
+        .execute(pool)
+        .await?;
+    Ok(released.rows_affected() == 1)
+}
+
+const REFUSE: &str = "
+WITH refused AS (
+    INSERT INTO processed_messages AS existing
+           (subscription, key, job_id, message_id, publish_time, ordering_key, attributes,
+            payload, task, state, error, finished_at, worker)
+    VALUES ($1, $2, $3, $4, $5, $6, $7::text::json, $8, $9, 'dead', $10, now(), $11)
+    ON CONFLICT (subscription, key) DO UPDATE SET duplicates = existing.duplicates + 1
+    RETURNING job_id = $3 AS recorded, state, duplicates
+), noted AS (
+    INSERT INTO ledger (subscription, key, worker, kind, detail)
+    SELECT $1, $2, $11, CASE WHEN recorded THEN 'refused' ELSE 'suppressed' END,
+           CASE WHEN recorded THEN $10 END
+    FROM refused
+    WHERE duplicates <= $12
+)
+SELECT recorded, state FROM refused";
+
+pub(super) async fn refuse(pool: &PgPool, refusal: &Refusal) -> Result<Refused, StoreError> {
+    let message = &refusal.message;
+    let row = sqlx::query(REFUSE)
+        .bind(&*refusal.key.subscription)
+        .bind(&*refusal.key.key)
+        .bind(refusal.job_id)
+        .bind(&message.id)
+        .bind(message.publish_time)
+        .bind(storable(&message.ordering_key))
+        .bind(json_text(&message.attributes)?)
+        .bind(&message.data[..])
+        .bind(refusal.task.as_deref().map(storable))
+        .bind(storable(&refusal.reason))
+        .bind(&*refusal.worker)
+        .bind(MAX_DUPLICATES_IN_LEDGER.cast_signed())
+        .fetch_one(pool)
+        .await?;
+    Ok(Refused::read(
+        row.try_get("recorded")?,
+        row.try_get("state")?,
+    ))
+}

@@ -1,0 +1,165 @@
+//! The statements that end a run: finished, released, or refused unrun.
+
+use sqlx::sqlite::SqlitePool;
+use sqlx::{Connection, Row, SqliteConnection};
+
+use super::super::{
+    Finish, MAX_DUPLICATES_IN_LEDGER, Refusal, Refused, StoreError, json_text, storable,
+};
+use super::claims::BEGIN;
+use super::ledger::{Entry, add_to_ledger};
+use crate::job::Fence;
+
+const END_JOB: &str = "
+UPDATE processed_messages
+SET state = $5, error = $6, result = $7,
+    finished_at = CAST(unixepoch('subsec') * 1000 AS INTEGER), finished_by = $4,
+    attempts = ended.attempt - ended.interruptions, worker = ended.worker,
+    started_at = ended.started_at
+FROM (SELECT * FROM leases
+      WHERE subscription = $1 AND key = $2 AND attempt = $3 AND token = $4) AS ended
+WHERE processed_messages.subscription = $1 AND processed_messages.key = $2
+RETURNING processed_messages.worker";
+
+const END_LEASE: &str = "DELETE FROM leases WHERE subscription = $1 AND key = $2";
+
+const WAS_ENDED_BY: &str = "
+SELECT EXISTS (SELECT 1 FROM processed_messages
+               WHERE subscription = $1 AND key = $2 AND finished_by = $3)";
+
+pub(super) async fn finish(
+    pool: &SqlitePool,
+    finishes: &[Finish],
+) -> Result<Vec<bool>, StoreError> {
+    let mut connection = pool.acquire().await?;
+    let mut transaction = connection.begin_with(BEGIN).await?;
+    let mut finished = Vec::with_capacity(finishes.len());
+    for finish in finishes {
+        finished.push(finish_one(&mut transaction, finish).await?);
+    }
+    transaction.commit().await?;
+    Ok(finished)
+}
+
+async fn finish_one(
+    connection: &mut SqliteConnection,
+    Finish { fence, ending }: &Finish,
+) -> Result<bool, StoreError> {
+    let worker: Option<String> = sqlx::query_scalar(END_JOB)
+        .bind(&*fence.key.subscription)
+        .bind(&*fence.key.key)
+        .bind(fence.attempt)
+        .bind(fence.token)
+        .bind(ending.state.as_str())
+        .bind(ending.error.as_deref().map(storable))
+        .bind(ending.result.as_ref().map(json_text).transpose()?)
+        .fetch_optional(&mut *connection)
+        .await?;
+    let Some(worker) = worker else {
+        return was_ended_by(connection, fence).await;
+    };
+    sqlx::query(END_LEASE)
+        .bind(&*fence.key.subscription)
+        .bind(&*fence.key.key)
+        .execute(&mut *connection)
+        .await?;
+    let entry = Entry {
+        worker: &worker,
+        kind: "finished",
+        attempt: Some(fence.attempt),
+        detail: Some(ending.state.as_str()),
+        ..Entry::default()
+    };
+    add_to_ledger(connection, &fence.key, &entry).await?;
+    Ok(true)
+}
+
+/// Whether an earlier call with this fence ended the job.
+async fn was_ended_by(
+    connection: &mut SqliteConnection,
+    fence: &Fence,
+) -> Result<bool, StoreError> {
+    let ended = sqlx::query_scalar(WAS_ENDED_BY)
+        .bind(&*fence.key.subscription)
+        .bind(&*fence.key.key)
+        .bind(fence.token)
+        .fetch_one(connection)
+        .await?;
+    Ok(ended)
+}
+
+/// The lease ends now, so that the job waits no longer than it must.
+const RELEASE: &str = "
+UPDATE leases
+SET token = NULL, interruptions = interruptions + 1,
+    lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER)
+WHERE subscription = $1 AND key = $2 AND attempt = $3 AND token = $4
+RETURNING worker";
+
+pub(super) async fn release(pool: &SqlitePool, fence: &Fence) -> Result<bool, StoreError> {
+    let mut connection = pool.acquire().await?;
+    let mut transaction = connection.begin_with(BEGIN).await?;
+    let worker: Option<String> = sqlx::query_scalar(RELEASE)
+        .bind(&*fence.key.subscription)
+        .bind(&*fence.key.key)
+        .bind(fence.attempt)
+        .bind(fence.token)
+        .fetch_optional(&mut *transaction)
+        .await?;
+    let Some(worker) = worker else {
+        return Ok(false);
+    };
+    let entry = Entry {
+        worker: &worker,
+        kind: "released",
+        attempt: Some(fence.attempt),
+        ..Entry::default()
+    };
+    add_to_ledger(&mut transaction, &fence.key, &entry).await?;
+    transaction.commit().await?;
+    Ok(true)
+}
+
+const REFUSE: &str = "
+INSERT INTO processed_messages
+       (subscription, key, job_id, message_id, publish_time, ordering_key, attributes, payload,
+        task, state, error, received_at, finished_at, worker)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 'dead', $10,
+        CAST(unixepoch('subsec') * 1000 AS INTEGER),
+        CAST(unixepoch('subsec') * 1000 AS INTEGER), $11)
+ON CONFLICT (subscription, key) DO UPDATE SET duplicates = duplicates + 1
+RETURNING job_id = $3 AS recorded, state, duplicates";
+
+pub(super) async fn refuse(pool: &SqlitePool, refusal: &Refusal) -> Result<Refused, StoreError> {
+    let message = &refusal.message;
+    let mut connection = pool.acquire().await?;
+    let mut transaction = connection.begin_with(BEGIN).await?;
+    let row = sqlx::query(REFUSE)
+        .bind(&*refusal.key.subscription)
+        .bind(&*refusal.key.key)
+        .bind(refusal.job_id)
+        .bind(&message.id)
+        .bind(message.publish_time.timestamp_millis())
+        .bind(storable(&message.ordering_key))
+        .bind(json_text(&message.attributes)?)
+        .bind(&message.data[..])
+        .bind(refusal.task.as_deref().map(storable))
+        .bind(storable(&refusal.reason))
+        .bind(&*refusal.worker)
+        .fetch_one(&mut *transaction)
+        .await?;
+    let recorded: bool = row.try_get("recorded")?;
+    let refused = Refused::read(recorded, row.try_get("state")?);
+    if row.try_get::<u32, _>("duplicates")? <= MAX_DUPLICATES_IN_LEDGER {
+        let reason = storable(&refusal.reason);
+        let entry = Entry {
+            worker: &refusal.worker,
+            kind: if recorded { "refused" } else { "suppressed" },
+            detail: recorded.then_some(&*reason),
+            ..Entry::default()
+        };
+        add_to_ledger(&mut transaction, &refusal.key, &entry).await?;
+    }
+    transaction.commit().await?;
+    Ok(refused)
+}

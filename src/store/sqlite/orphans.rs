@@ -1,0 +1,58 @@
+//! The statements by which a reaper takes over what no delivery asks for.
+
+use sqlx::sqlite::SqlitePool;
+use sqlx::{Connection, Row};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::super::{ClaimTerms, Reach, StoreError, json_text};
+use super::claims::{BEGIN, Taker, take_over};
+use crate::job::{JobKey, Orphan};
+
+/// Scans the small table only; the task of what it finds is looked up by key.
+const FIND_ORPHANS: &str = "
+SELECT leases.subscription, leases.key, leases.reap_delay, m.task, m.message_id, m.payload
+FROM leases JOIN processed_messages m USING (subscription, key)
+WHERE leases.lease_until + leases.reap_delay < CAST(unixepoch('subsec') * 1000 AS INTEGER)
+  AND leases.subscription IN (SELECT value FROM json_each($1))
+  AND m.task IN (SELECT value FROM json_each($2))
+ORDER BY leases.lease_until
+LIMIT $3";
+
+pub(super) async fn reap(
+    pool: &SqlitePool,
+    reach: &Reach,
+    terms: &ClaimTerms,
+    limit: usize,
+) -> Result<Vec<Orphan>, StoreError> {
+    let claimed_at = Instant::now();
+    let mut connection = pool.acquire().await?;
+    let mut transaction = connection.begin_with(BEGIN).await?;
+    let found = sqlx::query(FIND_ORPHANS)
+        .bind(json_text(&reach.subscriptions)?)
+        .bind(json_text(&reach.tasks)?)
+        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+        .fetch_all(&mut *transaction)
+        .await?;
+    let mut orphans = Vec::with_capacity(found.len());
+    for row in &found {
+        let key = JobKey::new(row.try_get("subscription")?, row.try_get("key")?);
+        let taker = Taker {
+            key: &key,
+            token: Uuid::new_v4(),
+            reap_delay: row.try_get("reap_delay")?,
+        };
+        let Some(won) = take_over(&mut transaction, &taker, terms).await? else {
+            continue;
+        };
+        let payload: Option<Vec<u8>> = row.try_get("payload")?;
+        orphans.push(Orphan {
+            acquired: won.acquired(key, claimed_at),
+            task: row.try_get("task")?,
+            message_id: row.try_get("message_id")?,
+            payload: payload.unwrap_or_default().into(),
+        });
+    }
+    transaction.commit().await?;
+    Ok(orphans)
+}

@@ -1,0 +1,154 @@
+//! A task that trains nothing: for trying a deployment out, and for tests.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context;
+use async_trait::async_trait;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
+
+use crate::task::{Progress, Run, Task, TaskError};
+
+pub const NAME: &str = "rehearsal";
+
+/// How often a rehearsal reports how far it is.
+const REPORT_EVERY: Duration = Duration::from_millis(100);
+
+/// Takes its time and succeeds, or fails as it is told.
+///
+/// Payload: `{"name":"rehearsal","seconds":1.5,"log":PATH,"fail":"transient"}`;
+/// everything but the name may be left out.
+pub struct Rehearsal;
+
+#[derive(Debug, Deserialize)]
+struct Request {
+    /// How long the run takes.
+    #[serde(default)]
+    seconds: f64,
+    /// A file to which each run adds a line when it begins and when it ends.
+    log: Option<PathBuf>,
+    /// How the run fails, after its time.
+    fail: Option<Failure>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Failure {
+    Permanent,
+    Transient,
+    Panic,
+}
+
+#[async_trait]
+impl Task for Rehearsal {
+    async fn run(&self, run: Run) -> Result<Value, TaskError> {
+        let request: Request = run.payload_as()?;
+        let length = Duration::try_from_secs_f64(request.seconds)
+            .map_err(|error| TaskError::permanent(format!("`seconds`: {error}")))?;
+        let log = |event: &str| append(request.log.as_deref(), &run, event);
+        log("start")?;
+        let end = Instant::now() + length;
+        while Instant::now() < end {
+            tokio::select! {
+                () = run.stop_requested() => {
+                    log("stopped")?;
+                    return Err(anyhow::anyhow!("stopped on request").into());
+                }
+                () = sleep(REPORT_EVERY.min(end - Instant::now())) => {}
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            run.report(Progress {
+                fraction: Some(1.0 - left.as_secs_f64() / length.as_secs_f64()),
+                ..Progress::default()
+            });
+        }
+        log("end")?;
+        match request.fail {
+            None => Ok(json!({ "seconds": request.seconds })),
+            Some(Failure::Permanent) => Err(TaskError::permanent("told to fail for good")),
+            Some(Failure::Transient) => Err(anyhow::anyhow!("told to fail").into()),
+            #[expect(clippy::panic, reason = "to rehearse a task that panics")]
+            Some(Failure::Panic) => panic!("told to panic"),
+        }
+    }
+}
+
+/// One line in one write, so that processes can share the file.
+fn append(log: Option<&Path>, run: &Run, event: &str) -> Result<(), TaskError> {
+    let Some(log) = log else {
+        return Ok(());
+    };
+    let at = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let line = json!({
+        "job": run.job_id(),
+        "attempt": run.attempt(),
+        "pid": std::process::id(),
+        "event": event,
+        "at_micros": u64::try_from(at.as_micros()).unwrap_or(u64::MAX),
+    });
+    let mut file = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(log)
+        .with_context(|| format!("cannot open the log {}", log.display()))?;
+    file.write_all(format!("{line}\n").as_bytes())?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio::sync::watch;
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+
+    async fn rehearse(payload: Value, stop: CancellationToken) -> Result<Value, TaskError> {
+        let payload = Arc::new(payload.as_object().unwrap().clone());
+        let run = Run::new("j", 2, payload, watch::Sender::default(), stop);
+        Rehearsal.run(run).await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_takes_its_time_and_logs_both_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("log");
+        let began = Instant::now();
+        let payload = json!({"seconds": 3600, "log": log});
+        rehearse(payload, CancellationToken::new()).await.unwrap();
+        assert!(began.elapsed() >= Duration::from_secs(3600));
+        let lines = std::fs::read_to_string(log).unwrap();
+        let events: Vec<Value> = lines
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        assert_eq!(events[0]["event"], "start");
+        assert_eq!(events[1]["event"], "end");
+        assert_eq!(events[1]["attempt"], 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_stops_when_asked() {
+        let stop = CancellationToken::new();
+        stop.cancel();
+        let stopped = rehearse(json!({"seconds": 3600}), stop).await;
+        assert!(matches!(stopped, Err(TaskError::Transient(_))));
+    }
+
+    #[tokio::test]
+    async fn it_fails_as_told() {
+        let go = CancellationToken::new;
+        let failed = rehearse(json!({"fail": "permanent"}), go()).await;
+        assert!(matches!(failed, Err(TaskError::Permanent(_))));
+        let failed = rehearse(json!({"fail": "transient"}), go()).await;
+        assert!(matches!(failed, Err(TaskError::Transient(_))));
+        let failed = rehearse(json!({"seconds": -1}), go()).await;
+        assert!(matches!(failed, Err(TaskError::Permanent(_))));
+    }
+}

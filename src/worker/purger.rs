@@ -1,0 +1,48 @@
+//! Deletes what has been on record for long enough.
+
+use std::time::Duration;
+
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::guard::Guard;
+use crate::retry::jittered;
+
+/// Many workers purge one table, so each need not look often.
+const EVERY: Duration = Duration::from_secs(60 * 60);
+/// Small, so that no statement takes long.
+const BATCH: u32 = 1000;
+const BETWEEN_BATCHES: Duration = Duration::from_millis(200);
+
+/// Purges now and then until `draining`.
+pub(super) async fn purge(guard: Guard, retention: Duration, draining: CancellationToken) {
+    let purging = async {
+        loop {
+            sleep(jittered(EVERY)).await;
+            purge_all(&guard, retention).await;
+        }
+    };
+    tokio::select! {
+        () = draining.cancelled() => {}
+        never = purging => never,
+    }
+}
+
+async fn purge_all(guard: &Guard, retention: Duration) {
+    let mut total = 0;
+    loop {
+        match guard.purge(retention, BATCH).await {
+            Ok(0) => break,
+            Ok(purged) => total += purged,
+            Err(error) => {
+                warn!(%error, "purging has stopped; the next round goes on");
+                break;
+            }
+        }
+        sleep(BETWEEN_BATCHES).await;
+    }
+    if total > 0 {
+        info!(jobs = total, "purged");
+    }
+}
