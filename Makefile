@@ -1,5 +1,5 @@
 # `make` lists the targets. ARGS is handed to cargo test, for example
-#   make test ARGS='--test worker'
+#   make test ARGS='--test integration'
 CARGO ?= cargo
 ARGS ?=
 

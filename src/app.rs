@@ -12,7 +12,7 @@ use crate::guard::Guard;
 use crate::pubsub::{Connection, PubsubError, Subscription};
 use crate::registry::Registry;
 use crate::shutdown::Shutdown;
-use crate::store::{self, ClaimTerms, Store};
+use crate::store::{self, ClaimTerms, Missing, Store};
 use crate::worker::{Source, Worker};
 
 /// Loads the configuration and runs a worker with the given tasks until
@@ -33,11 +33,18 @@ pub async fn run(config_file: Option<&Path>, registry: Registry) -> anyhow::Resu
 /// As [`run`].
 pub async fn run_worker(config: Config, registry: Registry, migrate: bool) -> anyhow::Result<()> {
     let shutdown = Shutdown::on_signals().context("signals cannot be handled")?;
-    let store = open_store(&config).await?;
-    match migrate {
-        true => drop(store.migrate().await?),
-        false => store.check_schema().await?,
-    }
+    let store = match migrate {
+        true => {
+            let store = open_store(&config, Missing::Create).await?;
+            store.migrate().await?;
+            store
+        }
+        false => {
+            let store = open_store(&config, Missing::Fail).await?;
+            store.check_schema().await?;
+            store
+        }
+    };
     let connection = connection(&config)?;
     let worker = build_worker(&config, registry, store, &connection).await?;
     worker.run(shutdown).await;
@@ -48,13 +55,18 @@ pub async fn run_worker(config: Config, registry: Registry, migrate: bool) -> an
 ///
 /// # Errors
 /// It cannot be reached.
-pub async fn open_store(config: &Config) -> anyhow::Result<Arc<dyn Store>> {
+pub async fn open_store(config: &Config, missing: Missing) -> anyhow::Result<Arc<dyn Store>> {
     let database = &config.database;
-    store::open(&database.url, database.max_connections)
+    let what_to_do = match (database.url.starts_with("sqlite:"), missing) {
+        (true, Missing::Create) => "check [database] url, and that the folder can be written",
+        (true, Missing::Fail) => "check [database] url; `trainyard migrate` makes a new database",
+        (false, _) => "check [database] url, and that the server is up",
+    };
+    store::open(&database.url, database.max_connections, missing)
         .await
         .with_context(|| {
             format!(
-                "cannot open {}; check [database] url and that the server is up",
+                "cannot open {} ({what_to_do})",
                 config::mask_password(&database.url)
             )
         })
@@ -105,7 +117,7 @@ pub async fn build_worker(
         check_subscription(connection, name).await?;
         let path = connection.subscription_path(name);
         subscriptions.push(Source {
-            name: name.clone(),
+            name: connection.short_name(name).to_owned(),
             settings: settings.clone(),
             subscription: Subscription::new(client.clone(), path, settings.ack_deadline),
         });

@@ -10,6 +10,7 @@ mod publish;
 mod run;
 mod table;
 
+use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -97,4 +98,12 @@ pub async fn main() -> anyhow::Result<ExitCode> {
         Command::Emulator(command) => command.execute().await,
     };
     done.map(|()| ExitCode::SUCCESS)
+}
+
+/// Prints a line. Whoever closes the pipe, as `head` does, has read enough.
+fn say(line: &str) -> anyhow::Result<()> {
+    match writeln!(std::io::stdout(), "{line}") {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+        written => Ok(written?),
+    }
 }

@@ -155,7 +155,7 @@ pub struct Task {
 
 /// When a task's message is acknowledged.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", try_from = "String")]
 pub enum AckTiming {
     /// Once the claim, payload included, has committed. For long jobs: Pub/Sub
     /// need not hold the message while they run.
@@ -171,6 +171,20 @@ impl AckTiming {
         match self {
             Self::BeforeRun => "before_run",
             Self::AfterRun => "after_run",
+        }
+    }
+}
+
+impl TryFrom<String> for AckTiming {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        match name.as_str() {
+            "before_run" => Ok(Self::BeforeRun),
+            "after_run" => Ok(Self::AfterRun),
+            _ => Err(format!(
+                "`{name}` is no ack timing: write before_run or after_run"
+            )),
         }
     }
 }

@@ -20,7 +20,7 @@ use crate::message::Message;
 use crate::outcome::Ending;
 use crate::retry::Backoff;
 use crate::store::{ClaimTerms, Finish, Reach, Refusal, Refused, Standing, Store, StoreError};
-use batch::Batcher;
+use batch::{Batcher, in_time};
 use health::Health;
 
 /// Pauses between tries of what has to be written once the database is back.
@@ -138,7 +138,7 @@ impl Guard {
     /// # Errors
     /// The database did not answer.
     pub async fn look(&self, key: &JobKey) -> Result<Standing, StoreError> {
-        self.store.look(key).await
+        in_time(self.store.look(key)).await
     }
 
     /// Extends leases; false for each fence that no longer holds.
@@ -156,7 +156,7 @@ impl Guard {
     /// # Errors
     /// The database did not answer.
     pub async fn reap(&self, reach: &Reach, limit: usize) -> Result<Vec<Orphan>, StoreError> {
-        self.store.reap(reach, &self.terms, limit).await
+        in_time(self.store.reap(reach, &self.terms, limit)).await
     }
 
     /// Writes how a job ended, trying again for as long as the database is
@@ -182,7 +182,7 @@ impl Guard {
     /// Gives a claim back, at no cost of an attempt, trying again for as long
     /// as the database is away. Some(false): it is another worker's by now.
     pub async fn release(&self, fence: &Fence, give_up: &CancellationToken) -> Option<bool> {
-        let asking = || async { self.store.release(fence).await.map_err(Arc::new) };
+        let asking = || async { in_time(self.store.release(fence)).await.map_err(Arc::new) };
         until_answered("the claim is not given back yet", fence, give_up, asking).await
     }
 
@@ -205,7 +205,7 @@ impl Guard {
             reason,
             worker: Arc::clone(&self.terms.worker),
         };
-        self.heard(self.store.refuse(&refusal).await.map_err(Arc::new))
+        self.heard(in_time(self.store.refuse(&refusal)).await.map_err(Arc::new))
     }
 
     /// Adds to a job's ledger, some time soon. Best effort: no state is read
@@ -227,7 +227,7 @@ impl Guard {
     /// # Errors
     /// The database did not answer.
     pub async fn purge(&self, retention: Duration, limit: u32) -> Result<u64, StoreError> {
-        self.store.purge(retention, limit).await
+        in_time(self.store.purge(retention, limit)).await
     }
 
     fn heard<T>(&self, answer: Result<T, Arc<StoreError>>) -> Result<T, Arc<StoreError>> {
@@ -245,9 +245,12 @@ async fn until_answered<F: Future<Output = Result<bool, Arc<StoreError>>>>(
 ) -> Option<bool> {
     let mut backoff = Backoff::new(TRY_AGAIN.0, TRY_AGAIN.1);
     loop {
-        match asking().await {
-            Ok(answer) => return Some(answer),
-            Err(error) => warn!(job = %fence.key, %error, "{not_yet}"),
+        tokio::select! {
+            answer = asking() => match answer {
+                Ok(answer) => return Some(answer),
+                Err(error) => warn!(job = %fence.key, %error, "{not_yet}"),
+            },
+            () = give_up.cancelled() => return None,
         }
         tokio::select! {
             () = give_up.cancelled() => return None,
@@ -260,7 +263,7 @@ async fn until_answered<F: Future<Output = Result<bool, Arc<StoreError>>>>(
 async fn write_notes(store: Arc<dyn Store>, worker: Arc<str>, mut noted: mpsc::Receiver<Note>) {
     let mut notes = Vec::new();
     while noted.recv_many(&mut notes, MAX_NOTES).await > 0 {
-        if let Err(error) = store.note(&worker, &notes).await {
+        if let Err(error) = in_time(store.note(&worker, &notes)).await {
             debug!(%error, lost = notes.len(), "notes for the ledger are lost");
         }
         notes.clear();

@@ -90,6 +90,16 @@ impl Connection {
         }
     }
 
+    /// What to look at when nobody answers.
+    fn hint(&self) -> String {
+        match &self.emulator {
+            Some(endpoint) => format!(
+                "is an emulator running at {endpoint}? PUBSUB_EMULATOR_HOST, or `emulator_host` under [pubsub], says where it is"
+            ),
+            None => "Google Cloud is meant: check the network and the credentials (`gcloud auth application-default login`), or set PUBSUB_EMULATOR_HOST for an emulator".to_owned(),
+        }
+    }
+
     #[must_use]
     pub fn project(&self) -> &str {
         &self.project
@@ -105,6 +115,15 @@ impl Connection {
     #[must_use]
     pub fn subscription_path(&self, name: &str) -> String {
         self.path("subscriptions", name)
+    }
+
+    /// The name that the guard's keys carry: the short one in the connection's
+    /// own project however it was written, or two workers that write it
+    /// differently would each run a message.
+    #[must_use]
+    pub fn short_name<'a>(&self, subscription: &'a str) -> &'a str {
+        let own = format!("projects/{}/subscriptions/", self.project);
+        subscription.strip_prefix(&own).unwrap_or(subscription)
     }
 
     fn path(&self, collection: &str, name: &str) -> String {
@@ -220,5 +239,14 @@ mod tests {
             connection.subscription_path("projects/q/subscriptions/s"),
             "projects/q/subscriptions/s"
         );
+    }
+
+    #[test]
+    fn a_subscription_has_one_name_however_it_is_written() {
+        let connection = Connection::new("p", None);
+        assert_eq!(connection.short_name("projects/p/subscriptions/s"), "s");
+        assert_eq!(connection.short_name("s"), "s");
+        let other = "projects/q/subscriptions/s";
+        assert_eq!(connection.short_name(other), other);
     }
 }

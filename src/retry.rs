@@ -23,12 +23,17 @@ impl Backoff {
 
     /// The delay before the next try.
     pub fn next_delay(&mut self) -> Duration {
+        self.next_ceiling().mul_f64(fastrand::f64())
+    }
+
+    /// The longest that the delay before the next try may be.
+    pub fn next_ceiling(&mut self) -> Duration {
         let ceiling = self
             .initial
             .saturating_mul(2_u32.saturating_pow(self.failures))
             .min(self.max);
         self.failures = self.failures.saturating_add(1);
-        ceiling.mul_f64(fastrand::f64())
+        ceiling
     }
 
     /// A try went well: the next failure starts over.

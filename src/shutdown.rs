@@ -13,6 +13,8 @@ pub struct Shutdown {
     pub draining: CancellationToken,
     /// What still runs is asked to stop.
     pub stopping: CancellationToken,
+    /// What still has to be written is given up.
+    pub giving_up: CancellationToken,
 }
 
 impl Shutdown {
@@ -36,10 +38,17 @@ impl Shutdown {
                     _ = terminate.recv() => "SIGTERM",
                     _ = interrupt.recv() => "SIGINT",
                 };
+                if following.stopping.is_cancelled() {
+                    warn!(
+                        signal = name,
+                        "signalled again while stopping: the process ends now"
+                    );
+                    std::process::exit(1);
+                }
                 if following.draining.is_cancelled() {
                     warn!(signal = name, "second signal: stopping at once");
                     following.stopping.cancel();
-                    return;
+                    continue;
                 }
                 info!(signal = name, "stopping; a second signal stops at once");
                 following.draining.cancel();
@@ -54,12 +63,15 @@ impl Shutdown {
     }
 
     /// Lets what runs run for `patience` after the drain began, then asks it
-    /// to stop; earlier when the second signal comes.
-    pub async fn stop_after(&self, patience: Duration) {
+    /// to stop; earlier when the second signal comes. `last_words` later it
+    /// gives up what could not be written.
+    pub async fn stop_after(&self, patience: Duration, last_words: Duration) {
         self.draining.cancelled().await;
         tokio::select! {
             () = self.stopping.cancelled() => {}
             () = tokio::time::sleep(patience) => self.stopping.cancel(),
         }
+        tokio::time::sleep(last_words).await;
+        self.giving_up.cancel();
     }
 }

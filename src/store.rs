@@ -32,11 +32,11 @@ pub enum StoreError {
     /// The database cannot be reached or refuses to work now. The message is
     /// kept unacknowledged; the same call may succeed later.
     #[error("the database is not available: {0}")]
-    Unavailable(#[source] sqlx::Error),
+    Unavailable(sqlx::Error),
     /// The database turned the statement down. The message is kept
     /// unacknowledged; somebody has to look.
     #[error("the database refused a statement: {0}")]
-    Refused(#[source] sqlx::Error),
+    Refused(sqlx::Error),
     /// The database did not answer in time. What was asked may or may not have
     /// happened; asking again tells.
     #[error("the database did not answer within {} s", .0.as_secs())]
@@ -219,17 +219,32 @@ pub trait Store: Send + Sync + 'static {
     /// Jobs, newest first.
     async fn jobs(&self, filter: &JobFilter) -> Result<Vec<Job>, StoreError>;
 
+    /// The ids of at most `limit` jobs that end with these lower-case
+    /// hexadecimal digits.
+    async fn job_ids_ending_with(&self, end: &str, limit: u32) -> Result<Vec<Uuid>, StoreError>;
+
     /// One job with its payload.
     async fn job(&self, id: Uuid) -> Result<Option<Job>, StoreError>;
 }
 
-/// Opens the store that the URL names. A missing SQLite file is created.
+/// Whether a SQLite file that does not exist is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Missing {
+    Create,
+    Fail,
+}
+
+/// Opens the store that the URL names.
 ///
 /// # Errors
 /// [`StoreError::Unavailable`] when the database cannot be reached.
-pub async fn open(url: &str, max_connections: u32) -> Result<Arc<dyn Store>, StoreError> {
+pub async fn open(
+    url: &str,
+    max_connections: u32,
+    missing: Missing,
+) -> Result<Arc<dyn Store>, StoreError> {
     if url.starts_with("sqlite:") {
-        return Ok(Arc::new(SqliteStore::open(url).await?));
+        return Ok(Arc::new(SqliteStore::open(url, missing).await?));
     }
     Ok(Arc::new(PostgresStore::open(url, max_connections).await?))
 }

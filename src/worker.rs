@@ -33,6 +33,10 @@ use puller::Puller;
 use reaper::Reaper;
 use slots::Slots;
 
+/// How long writing outcomes and giving claims back may take after the last
+/// run has stopped.
+const LAST_WRITES: Duration = Duration::from_secs(5);
+
 /// How long the acks and nacks of settled deliveries may take to be sent.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -132,8 +136,9 @@ impl Worker {
             pullers.spawn(puller.run());
         }
 
+        let last_words = self.settings.stop_grace + LAST_WRITES;
         let patience = self.settings.shutdown_grace - self.settings.stop_grace;
-        let stopping = tokio::spawn(async move { shutdown.stop_after(patience).await });
+        let stopping = tokio::spawn(async move { shutdown.stop_after(patience, last_words).await });
         let subscriptions = pullers.join_all().await;
         // A reaper that was in the middle of a sweep has jobs to hand over.
         if reaping.await.is_err() {

@@ -30,10 +30,27 @@ impl ConfigCommand {
             true => println!("# no tasks are configured"),
             false => comment(&timeline(&config)),
         }
+        warn_of_what_run_refuses(&config);
         if !offline {
             check_retention(&config).await;
         }
         Ok(())
+    }
+}
+
+/// A configuration may be whole for `jobs list` and not for `run`.
+fn warn_of_what_run_refuses(config: &Config) {
+    let refused = [
+        (config.pubsub.project.is_none(), "no project is set"),
+        (config.subscriptions.is_empty(), "nothing is subscribed"),
+        (config.tasks.is_empty(), "no task is configured"),
+        (
+            config.tasks.values().any(|task| task.builtin.is_none()),
+            "a task without `builtin` needs a program that registers it",
+        ),
+    ];
+    for (_, reason) in refused.iter().filter(|(refused, _)| *refused) {
+        println!("# warning: `trainyard run` refuses this: {reason}");
     }
 }
 

@@ -22,7 +22,7 @@ use crate::job::Job;
 use crate::pubsub::{Connection, Outgoing};
 use crate::registry::Registry;
 use crate::shutdown::Shutdown;
-use crate::store::Store;
+use crate::store::{Missing, Store};
 use crate::worker::{Event, EventKind};
 use samples::Sample;
 use screen::Screen;
@@ -65,7 +65,7 @@ impl Dev {
         let serving = tokio::spawn(emulator.serve(emulator_stop.clone()));
 
         let config = config(&self.dir, address);
-        let store = app::open_store(&config).await?;
+        let store = app::open_store(&config, Missing::Create).await?;
         store.migrate().await?;
         let connection = app::connection(&config)?;
         for name in config.subscriptions.keys() {
@@ -74,7 +74,8 @@ impl Dev {
         }
         let worker =
             app::build_worker(&config, Registry::new(), Arc::clone(&store), &connection).await?;
-        let events = worker.events().watch();
+        let happening = worker.events();
+        let events = happening.watch();
         let working = tokio::spawn(worker.run(shutdown.clone()));
 
         println!("Pub/Sub emulator on {address}, project {PROJECT}");
@@ -85,14 +86,19 @@ impl Dev {
             watched = watch(events, &published) => Some(watched),
             () = shutdown.draining.cancelled() => None,
         };
-        let mut as_expected = true;
+        // A run that was cut short has shown nothing.
+        let mut as_expected = !self.once;
         if let Some(jobs) = watched {
             as_expected = report(&store, &jobs?, &published).await?;
             if !self.once {
                 say_how_to_go_on(address, &config.database.url, &dataset, &self.dir);
-                shutdown.draining.cancelled().await;
+                tokio::select! {
+                    () = shutdown.draining.cancelled() => {}
+                    () = tell(happening.watch()) => {}
+                }
             }
         }
+        println!("stopping");
         shutdown.drain();
         working.await?;
         emulator_stop.cancel();
@@ -157,7 +163,7 @@ async fn publish(
             broker.duplicate(&topic, &message_id)?;
         }
         let twice = match sample.delivered_twice {
-            true => ", delivered twice under one message id",
+            true => ", delivered twice",
             false => "",
         };
         println!(
@@ -187,7 +193,8 @@ async fn watch(mut events: Receiver<Event>, published: &[Published]) -> anyhow::
     while !unfinished.values().all(Waiting::is_over) {
         let event = match events.recv().await {
             Ok(event) => event,
-            Err(RecvError::Lagged(_)) => continue,
+            // There are far fewer events than a channel holds.
+            Err(RecvError::Lagged(_)) => anyhow::bail!("the samples' events were missed"),
             Err(RecvError::Closed) => anyhow::bail!("the worker stopped before the samples ended"),
         };
         let Some(waiting) = unfinished.get_mut(&*event.message_id) else {
@@ -208,6 +215,18 @@ async fn watch(mut events: Receiver<Event>, published: &[Published]) -> anyhow::
         .iter()
         .filter_map(|published| jobs.get(&published.message_id).copied())
         .collect())
+}
+
+/// Tells what becomes of later messages, a line each. Ends with the worker.
+async fn tell(mut events: Receiver<Event>) {
+    let mut screen = Screen::plain();
+    loop {
+        match events.recv().await {
+            Ok(event) => screen.show(&format!("message {}", event.message_id), &event.kind),
+            Err(RecvError::Lagged(missed)) => println!("({missed} events not shown)"),
+            Err(RecvError::Closed) => return,
+        }
+    }
 }
 
 /// What is still to come for one sample.

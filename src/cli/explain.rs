@@ -1,7 +1,8 @@
 use clap::Args;
 
-use super::{Shared, table};
+use super::{Shared, say, table};
 use crate::app;
+use crate::store::Missing;
 
 /// Tell the whole story of a message.
 ///
@@ -19,7 +20,7 @@ pub(super) struct Explain {
 
 impl Explain {
     pub(super) async fn execute(self, shared: &Shared) -> anyhow::Result<()> {
-        let store = app::open_store(&shared.load()?).await?;
+        let store = app::open_store(&shared.load()?, Missing::Fail).await?;
         store.check_schema().await?;
         let stories = store.stories(&self.message_id).await?;
         anyhow::ensure!(
@@ -28,11 +29,10 @@ impl Explain {
             self.message_id
         );
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&stories)?);
-            return Ok(());
+            return say(&serde_json::to_string_pretty(&stories)?);
         }
         for story in &stories {
-            println!("{}", table::of_story(story));
+            say(&table::of_story(story))?;
         }
         Ok(())
     }

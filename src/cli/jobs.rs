@@ -1,10 +1,13 @@
 use anyhow::Context;
 use clap::{Args, Subcommand};
+use serde_json::Value;
 use uuid::Uuid;
 
-use super::{Shared, table};
+use super::table::SHORT_ID;
+use super::{Shared, say, table};
 use crate::app;
 use crate::job::{Job, JobFilter, JobState};
+use crate::store::{Missing, Store};
 
 /// Look at jobs.
 #[derive(Debug, Subcommand)]
@@ -33,8 +36,8 @@ pub(super) struct List {
 
 #[derive(Debug, Args)]
 pub(super) struct Show {
-    /// The job's id, as `jobs list` prints it
-    id: Uuid,
+    /// The job's id, whole or its end as `jobs list` prints it
+    id: String,
     /// As JSON
     #[arg(long)]
     json: bool,
@@ -42,7 +45,7 @@ pub(super) struct Show {
 
 impl Jobs {
     pub(super) async fn execute(self, shared: &Shared) -> anyhow::Result<()> {
-        let store = app::open_store(&shared.load()?).await?;
+        let store = app::open_store(&shared.load()?, Missing::Fail).await?;
         store.check_schema().await?;
         match self {
             Self::List(list) => {
@@ -54,7 +57,8 @@ impl Jobs {
                 print_list(&store.jobs(&filter).await?, list.json)
             }
             Self::Show(show) => {
-                let job = store.job(show.id).await?;
+                let id = whole_id(&*store, &show.id).await?;
+                let job = store.job(id).await?;
                 let job = job.with_context(|| format!("there is no job {}", show.id))?;
                 print_job(&job, show.json)
             }
@@ -62,24 +66,44 @@ impl Jobs {
     }
 }
 
-fn print_list(jobs: &[Job], json: bool) -> anyhow::Result<()> {
-    if json {
-        for job in jobs {
-            println!("{}", serde_json::to_string(job)?);
-        }
-        return Ok(());
+async fn whole_id(store: &dyn Store, id: &str) -> anyhow::Result<Uuid> {
+    if let Ok(id) = id.parse() {
+        return Ok(id);
     }
-    match jobs.is_empty() {
-        true => println!("no jobs"),
-        false => println!("{}", table::of_jobs(jobs)),
+    let hexadecimal = id.chars().all(|digit| digit.is_ascii_hexdigit());
+    anyhow::ensure!(
+        hexadecimal && id.len() >= SHORT_ID,
+        "`{id}` is no job id: give the whole id, or its end of {SHORT_ID} digits or more"
+    );
+    let ids = store.job_ids_ending_with(&id.to_lowercase(), 2).await?;
+    match ids[..] {
+        [] => anyhow::bail!("there is no job {id}"),
+        [id] => Ok(id),
+        _ => anyhow::bail!("several jobs end with {id}; give more of the id"),
+    }
+}
+
+fn print_list(jobs: &[Job], json: bool) -> anyhow::Result<()> {
+    if !json {
+        return say(&match jobs.is_empty() {
+            true => "no jobs".to_owned(),
+            false => table::of_jobs(jobs),
+        });
+    }
+    for job in jobs {
+        say(&serde_json::to_string(job)?)?;
     }
     Ok(())
 }
 
 fn print_job(job: &Job, json: bool) -> anyhow::Result<()> {
-    match json {
-        true => println!("{}", serde_json::to_string_pretty(job)?),
-        false => print!("{}", table::of_one_job(job)),
+    if !json {
+        return say(table::of_one_job(job).trim_end());
     }
-    Ok(())
+    let mut value = serde_json::to_value(job)?;
+    // Data that is no JSON can only be shown as text.
+    value["payload"] = job.payload.as_ref().map_or(Value::Null, |payload| {
+        serde_json::from_slice(payload).unwrap_or_else(|_| String::from_utf8_lossy(payload).into())
+    });
+    say(&serde_json::to_string_pretty(&value)?)
 }

@@ -3,6 +3,7 @@ use clap::Args;
 use super::Shared;
 use crate::app;
 use crate::config::mask_password;
+use crate::store::Missing;
 
 /// Bring the database's tables up to date.
 ///
@@ -14,7 +15,10 @@ pub(super) struct Migrate {}
 impl Migrate {
     pub(super) async fn execute(self, shared: &Shared) -> anyhow::Result<()> {
         let config = shared.load()?;
-        let applied = app::open_store(&config).await?.migrate().await?;
+        let applied = app::open_store(&config, Missing::Create)
+            .await?
+            .migrate()
+            .await?;
         let url = mask_password(&config.database.url);
         match applied {
             0 => println!("{url} is up to date"),

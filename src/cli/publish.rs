@@ -64,8 +64,13 @@ fn check_payload(json: &str) -> anyhow::Result<()> {
 }
 
 async fn topic_for(connection: &Connection, target: &str) -> anyhow::Result<String> {
-    if connection.topic_exists(target).await? {
-        return Ok(connection.topic_path(target));
+    match connection.topic_exists(target).await {
+        // Whoever may publish need not be allowed to look.
+        Ok(true) | Err(PubsubError::PermissionDenied { .. }) => {
+            return Ok(connection.topic_path(target));
+        }
+        Ok(false) => {}
+        Err(other) => return Err(other.into()),
     }
     match connection.topic_of(target).await {
         Ok(topic) => Ok(topic),

@@ -7,8 +7,12 @@ use serde_json::Value;
 
 use crate::job::{Job, Story};
 
-/// Longer texts are cut in a table; `jobs show` has them whole.
-const MAX_TEXT: usize = 80;
+/// The width of a table where there is no terminal to ask.
+const WIDTH: usize = 120;
+/// Of the result's column, however narrow the terminal is.
+const LEAST_RESULT: usize = 15;
+/// So much of a job's id tells it apart; `jobs show` takes it.
+pub(super) const SHORT_ID: usize = 8;
 
 pub(super) fn of_jobs(jobs: &[Job]) -> String {
     let mut table = Table::new();
@@ -16,30 +20,33 @@ pub(super) fn of_jobs(jobs: &[Job]) -> String {
         .load_style(NOTHING)
         .set_content_arrangement(ContentArrangement::Disabled)
         .set_header([
-            "JOB",
-            "TASK",
-            "STATE",
-            "ATTEMPTS",
-            "DUPLICATES",
-            "DURATION",
-            "RESULT",
+            "JOB", "TASK", "STATE", "ATTEMPTS", "DUPS", "DURATION", "RESULT",
         ]);
+    let widest_task = jobs.iter().filter_map(|job| job.task.as_ref());
+    let widest_task = widest_task.map(String::len).max().unwrap_or_default();
+    // The other columns at their widest, with the gaps between.
+    let others = SHORT_ID + widest_task.max(4) + 9 + 8 + 4 + 8 + 14;
+    let width = terminal_size::terminal_size().map_or(WIDTH, |(width, _)| width.0.into());
+    let room = width.saturating_sub(others).max(LEAST_RESULT);
     for job in jobs {
         table.add_row([
-            job.id.to_string(),
+            short_id(job),
             job.task.clone().unwrap_or_else(|| "?".to_owned()),
             job.state.to_string(),
             job.attempts.to_string(),
             job.duplicates.to_string(),
             duration(job),
-            short(&printable(&outcome(job))),
+            short(&printable(&outcome(job)), room),
         ]);
     }
-    let lines: Vec<String> = table
-        .lines()
-        .map(|line| line.trim_end().to_owned())
-        .collect();
+    let lines: Vec<String> = table.lines().map(|line| line.trim().to_owned()).collect();
     lines.join("\n")
+}
+
+/// The end of a job's id: its beginning is the time, alike for all.
+pub(super) fn short_id(job: &Job) -> String {
+    let id = job.id.simple().to_string();
+    id[id.len() - SHORT_ID..].to_owned()
 }
 
 pub(super) fn of_one_job(job: &Job) -> String {
@@ -169,13 +176,13 @@ fn duration(job: &Job) -> String {
     }
 }
 
-/// One line of at most [`MAX_TEXT`] characters.
-fn short(text: &str) -> String {
+/// One line of at most `room` characters.
+fn short(text: &str, room: usize) -> String {
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    if line.chars().count() <= MAX_TEXT {
+    if line.chars().count() <= room {
         return line;
     }
-    let cut: String = line.chars().take(MAX_TEXT - 1).collect();
+    let cut: String = line.chars().take(room.saturating_sub(1)).collect();
     format!("{cut}…")
 }
 
@@ -185,13 +192,13 @@ mod tests {
 
     #[test]
     fn a_long_text_is_cut_at_a_character() {
-        let cut = short(&"é".repeat(200));
-        assert_eq!(cut.chars().count(), MAX_TEXT);
+        let cut = short(&"é".repeat(200), 80);
+        assert_eq!(cut.chars().count(), 80);
         assert!(cut.ends_with('…'));
     }
 
     #[test]
     fn a_text_of_several_lines_becomes_one() {
-        assert_eq!(short("a\n  b"), "a b");
+        assert_eq!(short("a\n  b", 80), "a b");
     }
 }

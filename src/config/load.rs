@@ -95,6 +95,10 @@ fn explain(path: &str, reason: &str) -> ConfigError {
     let Some(rest) = reason.split("unknown field `").nth(1) else {
         // The loader repeats the key that we name ourselves.
         let reason = reason.split(" for key `").next().unwrap_or(reason);
+        let reason = match reason.ends_with("expected a duration") {
+            true => "write a duration with its unit, such as \"90s\" or \"2m\"",
+            false => reason,
+        };
         return ConfigError::BadValue {
             key: path.to_owned(),
             reason: reason.to_owned(),

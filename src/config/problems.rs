@@ -14,6 +14,9 @@ const ACK_DEADLINES: std::ops::RangeInclusive<Duration> =
 /// Shorter leases would be lost to an ordinary pause of the database.
 const SHORTEST_LEASE: Duration = Duration::from_secs(2);
 
+/// Longer ones would help nobody.
+const LONGEST_LEASE: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// Refuses what cannot work, naming the key and what to set instead.
 ///
 /// # Errors
@@ -33,6 +36,12 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
         }
     }
     for (name, task) in &config.tasks {
+        if task.timeout.is_some_and(|timeout| timeout.is_zero()) {
+            return bad(
+                &format!("tasks.{name}.timeout"),
+                "it must be longer than nothing; leave it out for no limit",
+            );
+        }
         let Some(builtin) = &task.builtin else {
             continue;
         };
@@ -70,7 +79,13 @@ fn check_worker(config: &Config) -> Result<(), ConfigError> {
     if worker.lease < SHORTEST_LEASE {
         return bad("worker.lease", "it must be at least 2s");
     }
-    if worker.lease < worker.stop_grace * 3 {
+    if worker.lease > LONGEST_LEASE {
+        return bad(
+            "worker.lease",
+            "it must be at most 1d: so long would a dead worker's job wait",
+        );
+    }
+    if worker.lease < worker.stop_grace.saturating_mul(3) {
         return bad(
             "worker.lease",
             "it must be at least three times worker.stop_grace, so that a run whose lease is lost has ended before another begins",
@@ -107,6 +122,10 @@ mod tests {
             ("[worker]\nslots = 0", "worker.slots"),
             ("[worker]\nlease = '1s'", "worker.lease"),
             ("[worker]\nlease = '20s'", "worker.lease"),
+            ("[worker]\nlease = '100years'", "worker.lease"),
+            ("[worker]\nlease = 120", "worker.lease"),
+            ("[tasks.t]\ntimeout = '0s'", "tasks.t.timeout"),
+            ("[tasks.t]\nack = 'afterrun'", "tasks.t.ack"),
             ("[guard]\nmax_crashes = 0", "guard.max_crashes"),
             (
                 "[subscriptions.s]\ndedupe_key = 'attribut:id'",

@@ -105,10 +105,11 @@ fn only<A>(answers: Vec<A>) -> Answer<A> {
     answer.ok_or_else(|| Arc::new(StoreError::Unreadable("no row answers".to_owned())))
 }
 
-async fn in_time<A>(
-    running: BoxFuture<'static, Result<Vec<A>, StoreError>>,
-) -> Result<Vec<A>, StoreError> {
-    timeout(TIMEOUT, running)
+/// An answer of the database, unless it takes too long.
+pub(super) async fn in_time<A>(
+    asking: impl Future<Output = Result<A, StoreError>>,
+) -> Result<A, StoreError> {
+    timeout(TIMEOUT, asking)
         .await
         .unwrap_or(Err(StoreError::NoAnswer(TIMEOUT)))
 }
@@ -172,7 +173,9 @@ mod tests {
         let settled = || tokio::time::sleep(Duration::from_millis(1));
         settled().await;
         let meanwhile =
-            tokio::spawn(async move { join_all((100..149).map(|number| batcher.ask(number))).await });
+            tokio::spawn(
+                async move { join_all((100..149).map(|number| batcher.ask(number))).await },
+            );
         settled().await;
         gate.add_permits(2);
         assert_eq!(alone.await.unwrap().unwrap(), 0);

@@ -14,6 +14,25 @@ const TIMEOUT: Duration = Duration::from_secs(15);
 const DEFAULT_RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 impl Connection {
+    async fn in_time<T>(
+        &self,
+        what: &str,
+        call: impl Future<Output = Result<T, google_cloud_pubsub::Error>>,
+    ) -> Result<T, PubsubError> {
+        let failed = |reason: String| PubsubError::Failed {
+            what: what.to_owned(),
+            reason: format!("{reason}; {}", self.hint()),
+        };
+        match tokio::time::timeout(TIMEOUT, call).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => Err(match PubsubError::about(what, &error) {
+                PubsubError::Failed { reason, .. } => failed(reason),
+                other => other,
+            }),
+            Err(_) => Err(failed(format!("no answer within {} s", TIMEOUT.as_secs()))),
+        }
+    }
+
     /// The topic that a subscription is attached to, as its full path.
     ///
     /// # Errors
@@ -22,11 +41,12 @@ impl Connection {
         let path = self.subscription_path(subscription);
         let what = format!("subscription {path}");
         let admin = self.subscription_admin().await?;
-        let found = in_time(
-            &what,
-            admin.get_subscription().set_subscription(&path).send(),
-        )
-        .await?;
+        let found = self
+            .in_time(
+                &what,
+                admin.get_subscription().set_subscription(&path).send(),
+            )
+            .await?;
         Ok(found.topic)
     }
 
@@ -38,11 +58,12 @@ impl Connection {
         let path = self.subscription_path(subscription);
         let what = format!("subscription {path}");
         let admin = self.subscription_admin().await?;
-        let found = in_time(
-            &what,
-            admin.get_subscription().set_subscription(&path).send(),
-        )
-        .await?;
+        let found = self
+            .in_time(
+                &what,
+                admin.get_subscription().set_subscription(&path).send(),
+            )
+            .await?;
         let kept = found.message_retention_duration;
         Ok(kept.map_or(DEFAULT_RETENTION, |kept| {
             Duration::from_secs(kept.seconds().unsigned_abs())
@@ -57,7 +78,10 @@ impl Connection {
         let path = self.topic_path(topic);
         let what = format!("topic {path}");
         let admin = self.topic_admin().await?;
-        match in_time(&what, admin.get_topic().set_topic(&path).send()).await {
+        match self
+            .in_time(&what, admin.get_topic().set_topic(&path).send())
+            .await
+        {
             Ok(_) => Ok(true),
             Err(PubsubError::NotFound { .. }) => Ok(false),
             Err(error) => Err(error),
@@ -72,7 +96,7 @@ impl Connection {
         let path = self.topic_path(topic);
         let what = format!("topic {path}");
         let admin = self.topic_admin().await?;
-        let made = in_time(&what, async {
+        let made = self.in_time(&what, async {
             existing_is_fine(admin.create_topic().set_name(&path).send().await)
         });
         made.await
@@ -95,7 +119,8 @@ impl Connection {
             .set_name(&path)
             .set_topic(self.topic_path(topic))
             .set_ack_deadline_seconds(30);
-        in_time(&what, async { existing_is_fine(create.send().await) }).await
+        self.in_time(&what, async { existing_is_fine(create.send().await) })
+            .await
     }
 }
 
@@ -113,17 +138,4 @@ fn already_exists(error: &google_cloud_pubsub::Error) -> bool {
         || error
             .status()
             .is_some_and(|status| status.code == Code::AlreadyExists)
-}
-
-async fn in_time<T>(
-    what: &str,
-    call: impl Future<Output = Result<T, google_cloud_pubsub::Error>>,
-) -> Result<T, PubsubError> {
-    match tokio::time::timeout(TIMEOUT, call).await {
-        Ok(answer) => answer.map_err(|error| PubsubError::about(what, &error)),
-        Err(_) => Err(PubsubError::Failed {
-            what: what.to_owned(),
-            reason: format!("no answer within {} s", TIMEOUT.as_secs()),
-        }),
-    }
 }

@@ -101,48 +101,79 @@ impl Subscription {
                 }
             }
         };
+        if arrival.delivery.is_err() {
+            self.pass_over_failures();
+        }
         arrival.delivery.map(Some)
+    }
+
+    /// Streams that break together are one failure, not one each.
+    fn pass_over_failures(&mut self) {
+        while let Ok(arrival) = self.arrivals.try_recv() {
+            self.keep(arrival);
+        }
     }
 
     /// Takes back a delivery that found no free slot.
     pub fn put_back(&mut self, delivery: Delivery) {
-        let deadline = Instant::now() + PATIENCE;
-        self.waiting.push_back((deadline, delivery));
+        self.wait(Instant::now(), delivery);
     }
 
     /// Completes when a delivery has waited for a slot for long enough, and
-    /// hands it back. Never, while none waits.
+    /// hands back all that have. Never, while none waits.
     pub async fn hand_back_when_late(&mut self) {
         loop {
+            while let Ok(arrival) = self.arrivals.try_recv() {
+                self.keep(arrival);
+            }
             if let Some((deadline, _)) = self.waiting.front() {
                 sleep_until(*deadline).await;
-                if let Some((_, delivery)) = self.waiting.pop_front() {
-                    delivery.into_parts().1.hand_back();
-                }
-                return;
+                break;
             }
             match self.arrivals.recv().await {
-                Some(Arrival {
-                    delivery: Ok(delivery),
-                    ..
-                }) => self.put_back(delivery),
-                // The next pull opens another stream, and tells if it fails.
-                Some(_) => {}
+                Some(arrival) => self.keep(arrival),
                 None => std::future::pending().await,
+            }
+        }
+        let now = Instant::now();
+        while self
+            .waiting
+            .front()
+            .is_some_and(|(deadline, _)| *deadline <= now)
+        {
+            if let Some((_, delivery)) = self.waiting.pop_front() {
+                delivery.into_parts().1.hand_back();
             }
         }
     }
 
-    /// Pulls no more: hands back what no job was begun for, and waits until
-    /// the broker has been told about every settled delivery.
-    pub async fn flush(self) {
+    /// Pulls no more, and hands back at once what no job was begun for.
+    pub fn stop_pulling(&mut self) {
         for stream in &self.streams {
             stream.close.cancel();
         }
-        drop(self.waiting);
-        drop(self.arrivals);
+        self.arrivals.close();
+        while self.arrivals.try_recv().is_ok() {}
+        self.waiting.clear();
+    }
+
+    /// Pulls no more, and waits until the broker has been told about every
+    /// settled delivery.
+    pub async fn flush(mut self) {
+        self.stop_pulling();
         self.settling.close();
         self.settling.wait().await;
+    }
+
+    fn keep(&mut self, arrival: Arrival) {
+        // Of a stream that failed the next pull tells, if it fails again.
+        if let Ok(delivery) = arrival.delivery {
+            self.wait(arrival.at, delivery);
+        }
+    }
+
+    fn wait(&mut self, since: Instant, delivery: Delivery) {
+        self.waiting.push_back((since + PATIENCE, delivery));
     }
 
     /// Opens a stream unless one listens.

@@ -171,6 +171,10 @@ impl Store for PostgresStore {
         reading::jobs(&self.pool, filter).await
     }
 
+    async fn job_ids_ending_with(&self, end: &str, limit: u32) -> Result<Vec<Uuid>, StoreError> {
+        reading::job_ids_ending_with(&self.pool, end, limit).await
+    }
+
     async fn job(&self, id: Uuid) -> Result<Option<Job>, StoreError> {
         reading::job(&self.pool, id).await
     }

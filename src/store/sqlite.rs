@@ -19,7 +19,7 @@ use sqlx::sqlite::{
 use uuid::Uuid;
 
 use super::{
-    ClaimTerms, Finish, Reach, Refusal, Refused, SchemaError, Standing, Store, StoreError,
+    ClaimTerms, Finish, Missing, Reach, Refusal, Refused, SchemaError, Standing, Store, StoreError,
 };
 use crate::job::{Claim, ClaimRequest, Fence, Job, JobFilter, JobKey, Note, Orphan, Story};
 
@@ -36,18 +36,21 @@ pub struct SqliteStore {
 }
 
 impl SqliteStore {
-    /// Opens the file that the URL names, making it and its folder if need be.
+    /// Opens the file that the URL names, making it and its folder if it may.
     ///
     /// # Errors
     /// [`StoreError::Unavailable`] when the file cannot be opened.
-    pub async fn open(url: &str) -> Result<Self, StoreError> {
+    pub async fn open(url: &str, missing: Missing) -> Result<Self, StoreError> {
+        let create = missing == Missing::Create;
         let options = SqliteConnectOptions::from_str(url)?
-            .create_if_missing(true)
+            .create_if_missing(create)
             .journal_mode(SqliteJournalMode::Wal)
             // An acknowledged message must be on the disk.
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(BUSY_TIMEOUT);
-        if let Some(folder) = options.get_filename().parent() {
+        if let Some(folder) = options.get_filename().parent()
+            && create
+        {
             create_folder(folder)?;
         }
         let pool = SqlitePoolOptions::new()
@@ -136,6 +139,10 @@ impl Store for SqliteStore {
 
     async fn jobs(&self, filter: &JobFilter) -> Result<Vec<Job>, StoreError> {
         reading::jobs(&self.pool, filter).await
+    }
+
+    async fn job_ids_ending_with(&self, end: &str, limit: u32) -> Result<Vec<Uuid>, StoreError> {
+        reading::job_ids_ending_with(&self.pool, end, limit).await
     }
 
     async fn job(&self, id: Uuid) -> Result<Option<Job>, StoreError> {

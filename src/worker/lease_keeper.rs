@@ -84,37 +84,44 @@ impl LeaseKeeper {
         }
     }
 
-    /// Renews every quarter of a lease. The configuration keeps the margin to
-    /// about a third of it, so that one try may fail.
+    /// Renews every quarter of a lease, and sooner after a try that failed: the
+    /// configuration keeps the margin to about a third of a lease, so that two
+    /// tries may fail, slowly even.
     pub(super) async fn run(self) {
+        let lease = self.guard.lease();
+        let mut pause = lease / 4;
         loop {
-            sleep(self.guard.lease() / 4).await;
-            self.renew_all().await;
+            sleep(pause).await;
+            pause = match self.renew_all().await {
+                true => lease / 4,
+                false => lease / 32,
+            };
         }
     }
 
-    async fn renew_all(&self) {
+    /// False where the database did not answer in time.
+    async fn renew_all(&self) -> bool {
         let fences: Vec<Fence> = lock(&self.kept)
             .values()
             .map(|kept| kept.fence.clone())
             .collect();
         if fences.is_empty() {
-            return;
+            return true;
         }
         let sent_at = Instant::now();
-        let answer = timeout(self.guard.lease() / 4, self.guard.renew(&fences)).await;
+        let answer = timeout(self.guard.lease() / 8, self.guard.renew(&fences)).await;
         let renewed = match answer {
             Ok(Ok(renewed)) => renewed,
             Ok(Err(error)) => {
                 warn!(%error, leases = fences.len(), "leases were not renewed");
-                return;
+                return false;
             }
             Err(_) => {
                 warn!(
                     leases = fences.len(),
                     "leases were not renewed: no answer in time"
                 );
-                return;
+                return false;
             }
         };
         debug!(leases = fences.len(), "leases were renewed");
@@ -128,6 +135,7 @@ impl LeaseKeeper {
                 false => Instant::now(),
             });
         }
+        true
     }
 
     /// A run must be over, not only asked to stop, when its lease ends: hence

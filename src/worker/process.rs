@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument, error, info, info_span, warn};
+use tracing::{Instrument, error, error_span, info, warn};
 
 use super::events::{EventKind, Events};
 use super::hold::HeldDeliveries;
@@ -23,9 +23,6 @@ use crate::registry::{ConfiguredTask, ConfiguredTasks};
 use crate::shutdown::Shutdown;
 use crate::store::{Refused, StoreError};
 use crate::task::Progress;
-
-/// How long giving a claim back may be tried; after that its lease has ended.
-const GIVE_BACK_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(super) struct Processor {
     pub(super) guard: Guard,
@@ -46,7 +43,7 @@ impl Processor {
         delivery: Delivery,
         slot: Slot,
     ) {
-        let span = info_span!("delivery", message.id = %delivery.message.id, delivery.attempt = delivery.attempt);
+        let span = error_span!("delivery", message.id = %delivery.message.id, delivery.attempt = delivery.attempt);
         let (message, receipt) = delivery.into_parts();
         self.process_message(subscription, settings, message, receipt)
             .instrument(span)
@@ -69,7 +66,7 @@ impl Processor {
             // Both were fine when it was claimed, and it was asked for by task.
             (request, _) => {
                 error!(job = %fence.key, error = ?request.err(), "an orphaned job cannot be read; it is given back");
-                self.guard.release(fence, &self.shutdown.stopping).await;
+                self.give_back(fence).await;
             }
         }
         drop(slot);
@@ -157,7 +154,7 @@ impl Processor {
         acquired: Acquired,
         receipt: Option<Receipt>,
     ) {
-        let span = info_span!("job", job.id = %acquired.job_id, task.name = task.name, attempt = acquired.fence.attempt);
+        let span = error_span!("job", job.id = %acquired.job_id, task.name = task.name, attempt = acquired.fence.attempt);
         let fence = acquired.fence.clone();
         // The claim, payload included, has committed: that is what before_run
         // asks of an ack.
@@ -224,7 +221,10 @@ impl Processor {
                     Some(error) => warn!(outcome = name, %error, "ended"),
                     None => info!(outcome = name, "ended"),
                 }
-                let finished = self.guard.finish(&fence, &ending, stopping).await;
+                let finished = self
+                    .guard
+                    .finish(&fence, &ending, &self.shutdown.giving_up)
+                    .await;
                 after_finish(finished)
             }
             Verdict::Release => {
@@ -245,10 +245,7 @@ impl Processor {
     }
 
     async fn give_back(&self, fence: &Fence) {
-        let give_up = &self.shutdown.stopping;
-        let given_back =
-            tokio::time::timeout(GIVE_BACK_TIMEOUT, self.guard.release(fence, give_up));
-        match given_back.await.ok().flatten() {
+        match self.guard.release(fence, &self.shutdown.giving_up).await {
             Some(true) => info!("the claim is given back"),
             Some(false) => warn!("another worker has taken the job over: 0 rows changed"),
             None => warn!("the claim could not be given back; its lease will end"),

@@ -13,7 +13,7 @@ use super::process::Processor;
 use super::slots::Slots;
 use crate::config;
 use crate::pubsub::{Delivery, PubsubError, Subscription};
-use crate::retry::Backoff;
+use crate::retry::{Backoff, jittered};
 
 /// Pauses before a broken stream is opened again.
 const REOPEN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
@@ -48,12 +48,13 @@ impl Puller {
                 Ok(None) => break,
                 Err(failure) => failure,
             };
-            let backoff = match failure.needs_a_person() {
-                true => &mut unconfigured,
-                false => &mut passing,
+            let delay = match failure.needs_a_person() {
+                true => jittered(unconfigured.next_ceiling()),
+                false => passing.next_delay(),
             };
-            self.pause(&failure, backoff.next_delay()).await;
+            self.pause(&failure, delay).await;
         }
+        self.source.subscription.stop_pulling();
         self.source.subscription
     }
 

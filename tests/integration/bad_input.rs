@@ -76,6 +76,15 @@ async fn every_kind_of_bad_message_is_dead_with_its_reason(broker: Broker, datab
         assert_eq!(job.state, JobState::Dead);
         assert!(error.contains(reason), "{error} should say {reason}");
     }
+    // Not in a loop: each came once, and nothing is left to be delivered.
+    assert_eq!(ended.iter().map(|job| job.duplicates).sum::<u32>(), 0);
+    if let Some(inside) = &broker.builtin {
+        let subscription = broker.connection.subscription_path("training");
+        eventually("every message is acked", async || {
+            (inside.backlog_len(&subscription).unwrap() == 0).then_some(())
+        })
+        .await;
+    }
     let log = worker.log();
     assert!(!log.contains("panicked"), "{log}");
     assert_eq!(worker.stop().await.code(), Some(0));

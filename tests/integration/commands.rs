@@ -77,7 +77,9 @@ async fn a_missing_subscription_is_named_with_what_to_do() {
 
 #[tokio::test]
 async fn a_database_without_migrations_says_to_migrate() {
-    let (_broker, _database, yard) = yard(SECTIONS).await;
+    let (_broker, database, yard) = yard(SECTIONS).await;
+    fails(&yard, &["jobs", "list"], OTHER, &["trainyard migrate"]).await;
+    database.open().await;
     fails(&yard, &["run"], OTHER, &["trainyard migrate"]).await;
 }
 
@@ -140,12 +142,22 @@ async fn a_published_request_can_be_followed_to_its_end() {
     })
     .await;
     let id = job["id"].as_str().unwrap();
-    let shown = yard.output(&["jobs", "show", id]).await.stdout;
-    for words in [id, "train-classifier", "succeeded", "accuracy", &request] {
-        assert!(shown.contains(words), "{shown}");
+    let end = &id[id.len() - 8..];
+    for id_or_end in [id, end] {
+        let shown = yard.output(&["jobs", "show", id_or_end]).await.stdout;
+        for words in [id, "train-classifier", "succeeded", "accuracy", &request] {
+            assert!(shown.contains(words), "{shown}");
+        }
     }
+    let shown = yard.output(&["jobs", "show", id, "--json"]).await.stdout;
+    let shown: Value = serde_json::from_str(&shown).unwrap();
+    assert_eq!(shown["payload"]["name"], "train-classifier");
     let table = yard.output(&["jobs", "list", "--task", "train-classifier"]);
-    assert!(table.await.stdout.contains(id));
+    assert!(table.await.stdout.contains(end));
+    let message = job["message_id"].as_str().unwrap();
+    let story = yard.output(&["explain", message]).await.stdout;
+    let told = ["claimed", "finished", "acked"].map(|kind| story.find(kind));
+    assert!(told.iter().all(Option::is_some), "{story}");
     let nothing = yard.output(&["jobs", "list", "--state", "dead"]).await;
     assert_eq!(nothing.stdout, "no jobs\n");
     assert_eq!(worker.stop().await.code(), Some(0));
@@ -157,6 +169,45 @@ async fn publishing_to_nowhere_or_a_useless_payload_is_refused() {
     let nowhere = ["publish", "nowhere", r#"{"name":"t"}"#];
     fails(&yard, &nowhere, OTHER, &["neither a topic nor", "nowhere"]).await;
     fails(&yard, &["publish", "nowhere", "{}"], OTHER, &["`name`"]).await;
+}
+
+#[tokio::test]
+async fn an_emulator_that_is_not_there_is_named() {
+    let (_broker, database, yard) = yard(SECTIONS).await;
+    database.open_migrated().await;
+    let mut command = yard.command(&["run"]);
+    command.env("TRAINYARD__PUBSUB__EMULATOR_HOST", "127.0.0.1:1");
+    let output = output_of(command).await;
+    assert_eq!(output.code, OTHER, "{}", output.stderr);
+    for words in ["127.0.0.1:1", "is an emulator running", "emulator_host"] {
+        assert!(output.stderr.contains(words), "{}", output.stderr);
+    }
+}
+
+#[tokio::test]
+async fn a_message_that_is_not_on_record_is_said_to_be_missing() {
+    let (_broker, database, yard) = yard("").await;
+    database.open_migrated().await;
+    fails(
+        &yard,
+        &["explain", "4711"],
+        OTHER,
+        &["4711", "not been pulled"],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn config_check_warns_where_the_guard_forgets_before_pubsub_does() {
+    let (broker, _database, yard) =
+        yard("[guard]\nretention = \"1d\"\n[subscriptions.training]\n").await;
+    broker.subscribe("training").await;
+    let output = yard.output(&["config", "check"]).await;
+    assert!(
+        output.stdout.contains("training keeps messages for 7days"),
+        "{}",
+        output.stdout
+    );
 }
 
 #[tokio::test]

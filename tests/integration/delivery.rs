@@ -15,7 +15,6 @@ use crate::support::worker::Yard;
 
 on_every_broker_and_database!(
     two_workers_run_200_messages_once_each_with_20_delivered_twice,
-    each_ack_timing_leaves_nothing_to_deliver,
     a_stopped_worker_exits_cleanly_and_another_goes_on,
 );
 
@@ -74,29 +73,6 @@ async fn two_workers_run_200_messages_once_each_with_20_delivered_twice(
     for worker in workers {
         assert_eq!(worker.stop().await.code(), Some(0));
     }
-}
-
-async fn each_ack_timing_leaves_nothing_to_deliver(broker: Broker, database: Database) {
-    let store = database.open_migrated().await;
-    broker.subscribe("training").await;
-    for (round, ack) in ["before_run", "after_run"].into_iter().enumerate() {
-        let yard = Yard::new(&broker, &database, &sections(ack, 1));
-        let dataset = write_tiny_dataset(yard.folder.path());
-        let request = tiny_training(&dataset, &yard.folder.path().join("model")).to_string();
-        let worker = yard.start_worker("w1");
-        broker.publish("training", request).await;
-        all_succeed(&*store, round + 1).await;
-        assert_eq!(worker.stop().await.code(), Some(0));
-    }
-    // A worker that comes later finds nothing: the one message it gets is new.
-    let yard = Yard::new(&broker, &database, &sections("after_run", 1));
-    let dataset = write_tiny_dataset(yard.folder.path());
-    let request = tiny_training(&dataset, &yard.folder.path().join("model")).to_string();
-    let worker = yard.start_worker("late");
-    broker.publish("training", request).await;
-    let jobs = all_succeed(&*store, 3).await;
-    assert_eq!(jobs.iter().map(|job| job.duplicates).sum::<u32>(), 0);
-    assert_eq!(worker.stop().await.code(), Some(0));
 }
 
 async fn a_stopped_worker_exits_cleanly_and_another_goes_on(broker: Broker, database: Database) {

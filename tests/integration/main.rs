@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+mod ack_timing;
 mod architecture;
 mod bad_input;
 mod commands;

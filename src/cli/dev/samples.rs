@@ -88,7 +88,9 @@ fn surprise(job: &Job, sample: &Sample) -> Option<String> {
         let error = job.error.as_deref().unwrap_or("no error on record");
         return Some(format!("it is {}: {error}", job.state));
     }
-    let result = job.result.as_ref()?;
+    let Some(result) = &job.result else {
+        return Some("no result is on record".to_owned());
+    };
     let accuracy = result["accuracy"].as_f64().unwrap_or_default();
     if accuracy < LEAST_ACCURACY {
         return Some(format!(

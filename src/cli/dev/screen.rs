@@ -32,6 +32,11 @@ impl Screen {
                 by_title: HashMap::new(),
             };
         }
+        Self::plain()
+    }
+
+    /// Lines, terminal or not.
+    pub(super) fn plain() -> Self {
         Self::Plain {
             told: HashMap::new(),
         }
@@ -47,7 +52,7 @@ impl Screen {
             }
             Self::Plain { told } => {
                 if let Some(line) = plain(told, title, event) {
-                    eprintln!("{title:<18} {line}");
+                    eprintln!("{title:<15} {line}");
                 }
             }
         }
@@ -65,7 +70,7 @@ impl Screen {
 
 fn new_bar(title: &str) -> ProgressBar {
     // The template is a constant of ours; were it wrong, a plain bar would do.
-    let style = ProgressStyle::with_template("{prefix:<18} {bar:30} {percent:>3}%  {msg}")
+    let style = ProgressStyle::with_template("{prefix:<15} {bar:20} {percent:>3}%  {wide_msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(STEPS)
         .with_style(style)
@@ -81,9 +86,14 @@ fn draw(bar: &ProgressBar, event: &EventKind) {
             }
             bar.set_message(figures(progress));
         }
-        EventKind::Ended { outcome } => bar.set_message(*outcome),
+        EventKind::Ended { outcome } => {
+            if *outcome == "succeeded" {
+                bar.set_position(STEPS);
+            }
+            bar.set_message(*outcome);
+        }
         EventKind::Suppressed => bar.println(format!(
-            "{:<18} second delivery: suppressed, it runs once",
+            "{:<15} second delivery: suppressed, it runs once",
             bar.prefix()
         )),
         EventKind::Refused { reason } => bar.set_message(format!("refused: {reason}")),

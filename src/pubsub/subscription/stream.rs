@@ -11,6 +11,7 @@ use google_cloud_pubsub::model;
 use google_cloud_pubsub::subscriber::MessageStream;
 use google_cloud_pubsub::subscriber::handler::Handler;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use crate::pubsub::delivery::{Delivery, Origin};
@@ -25,6 +26,7 @@ const MAX_KIBIBYTES: usize = 64 << 10;
 #[derive(Debug)]
 pub(super) struct Arrival {
     pub(super) delivery: Result<Delivery, PubsubError>,
+    pub(super) at: Instant,
     _room: Option<OwnedSemaphorePermit>,
 }
 
@@ -104,6 +106,7 @@ impl Reader {
             let room = self.room_for(&delivery).await;
             let arrival = Arrival {
                 delivery,
+                at: Instant::now(),
                 _room: room,
             };
             self.arrivals.send(arrival).await.ok()

@@ -30,7 +30,9 @@ pub(super) async fn outstanding_migrations(
 
 /// Job ids are UUIDs of version 7, so their order is that of first arrival.
 const JOBS: &str = "
-SELECT m.*, leases.attempt - leases.interruptions AS live_attempts, leases.worker AS live_worker,
+SELECT m.job_id, m.subscription, m.key, m.message_id, m.publish_time, m.ordering_key, m.task,
+       m.state, m.attempts, m.duplicates, m.worker, m.received_at, m.started_at, m.finished_at,
+       m.error, m.result, leases.attempt - leases.interruptions AS live_attempts, leases.worker AS live_worker,
        leases.started_at AS live_started_at, coalesce(leases.token IS NOT NULL AND leases.lease_until >= now(), false) AS held
 FROM processed_messages m LEFT JOIN leases USING (subscription, key)
 WHERE ($1::text IS NULL OR m.task = $1)
@@ -49,6 +51,24 @@ pub(super) async fn jobs(pool: &PgPool, filter: &JobFilter) -> Result<Vec<Job>, 
         .fetch_all(pool)
         .await?;
     rows.iter().map(read_job).collect()
+}
+
+const JOB_IDS_ENDING_WITH: &str = "
+SELECT job_id FROM processed_messages
+WHERE replace(job_id::text, '-', '') LIKE '%' || $1
+LIMIT $2";
+
+pub(super) async fn job_ids_ending_with(
+    pool: &PgPool,
+    end: &str,
+    limit: u32,
+) -> Result<Vec<Uuid>, StoreError> {
+    let ids = sqlx::query_scalar(JOB_IDS_ENDING_WITH)
+        .bind(end)
+        .bind(i64::from(limit))
+        .fetch_all(pool)
+        .await?;
+    Ok(ids)
 }
 
 const JOB: &str = "

@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tempfile::TempDir;
-use trainyard::store::{self, Store};
+use trainyard::store::{self, Missing, Store};
 use uuid::Uuid;
 
 use super::not_tested;
@@ -45,7 +45,7 @@ impl Database {
     }
 
     pub async fn open(&self) -> Arc<dyn Store> {
-        store::open(&self.url, 10).await.unwrap()
+        store::open(&self.url, 10, Missing::Create).await.unwrap()
     }
 
     pub async fn open_migrated(&self) -> Arc<dyn Store> {
