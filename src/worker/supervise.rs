@@ -51,3 +51,6 @@ async fn over(limit: Option<Duration>) {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests;
