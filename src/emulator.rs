@@ -9,8 +9,9 @@
 //! - `broker`: the engine behind a lock, the clock, and the waking of waiters.
 //! - `grpc` and `rest`: the protocols, each no more than a translation.
 //!
-//! What it does not have is answered with `UNIMPLEMENTED`, never ignored, as
-//! far as it would change what is delivered.
+//! What it does not have is answered with `UNIMPLEMENTED`. Two policies are
+//! kept and shown but not enforced yet, with a warning in the log: a retry
+//! policy, and a dead-letter policy (its deliveries carry their attempt).
 
 use std::net::SocketAddr;
 use std::time::Duration;

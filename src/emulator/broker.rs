@@ -127,7 +127,14 @@ impl Broker {
         &self,
         subscription: resource::Subscription,
     ) -> Result<resource::Subscription, BrokerError> {
-        self.with(|engine, _| engine.create_subscription(subscription))
+        let made = self.with(|engine, _| engine.create_subscription(subscription))?;
+        if made.retry.is_some() || made.dead_letter.is_some() {
+            tracing::warn!(
+                subscription = %made.name,
+                "the emulator keeps retry and dead-letter policies but does not enforce them"
+            );
+        }
+        Ok(made)
     }
 
     pub(super) fn subscription(&self, name: &str) -> Result<resource::Subscription, BrokerError> {
