@@ -78,3 +78,4 @@ def streaming_pull(subscriber, subscription):
 
 if __name__ == "__main__":
     main()
+    print("Google's Python client publishes into the emulator and pulls from it")
