@@ -12,7 +12,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::{debug, error, warn};
 use uuid::Uuid;
 
 use crate::job::{Claim, ClaimRequest, Fence, JobKey, Note, NoteKind, Orphan};
@@ -168,6 +168,21 @@ impl Guard {
         ending: &Ending,
         give_up: &CancellationToken,
     ) -> Option<bool> {
+        let finished = self.finish_with(fence, ending, give_up).await;
+        if finished.is_some() || give_up.is_cancelled() {
+            return finished;
+        }
+        // A result that cannot be stored must not keep the job from ending.
+        let ending = Ending::dead("its outcome could not be stored; the worker's log says why");
+        self.finish_with(fence, &ending, give_up).await
+    }
+
+    async fn finish_with(
+        &self,
+        fence: &Fence,
+        ending: &Ending,
+        give_up: &CancellationToken,
+    ) -> Option<bool> {
         let finish = Finish {
             fence: fence.clone(),
             ending: ending.clone(),
@@ -248,7 +263,11 @@ async fn until_answered<F: Future<Output = Result<bool, Arc<StoreError>>>>(
         tokio::select! {
             answer = asking() => match answer {
                 Ok(answer) => return Some(answer),
-                Err(error) => warn!(job = %fence.key, %error, "{not_yet}"),
+                Err(error) if error.is_passing() => warn!(job = %fence.key, %error, "{not_yet}"),
+                Err(error) => {
+                    error!(job = %fence.key, %error, "the database does not take what is written");
+                    return None;
+                }
             },
             () = give_up.cancelled() => return None,
         }

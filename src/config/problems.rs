@@ -14,6 +14,9 @@ const ACK_DEADLINES: std::ops::RangeInclusive<Duration> =
 /// Shorter leases would be lost to an ordinary pause of the database.
 const SHORTEST_LEASE: Duration = Duration::from_secs(2);
 
+/// Far below what makes sense; guards against a slip of the unit.
+const SHORTEST_RETENTION: Duration = Duration::from_secs(60 * 60);
+
 /// Longer ones would help nobody.
 const LONGEST_LEASE: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -24,6 +27,12 @@ const LONGEST_LEASE: Duration = Duration::from_secs(24 * 60 * 60);
 pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     check_database(config)?;
     check_worker(config)?;
+    if config.guard.retention < SHORTEST_RETENTION {
+        return bad(
+            "guard.retention",
+            "it must be at least 1h: a message that comes again after it would run a second time",
+        );
+    }
     if config.guard.max_crashes == 0 {
         return bad("guard.max_crashes", "at least 1 is needed");
     }
@@ -127,6 +136,7 @@ mod tests {
             ("[tasks.t]\ntimeout = '0s'", "tasks.t.timeout"),
             ("[tasks.t]\nack = 'afterrun'", "tasks.t.ack"),
             ("[guard]\nmax_crashes = 0", "guard.max_crashes"),
+            ("[guard]\nretention = '0s'", "guard.retention"),
             (
                 "[subscriptions.s]\ndedupe_key = 'attribut:id'",
                 "subscriptions.s.dedupe_key",

@@ -14,7 +14,7 @@ use tokio_util::task::TaskTracker;
 
 use super::PubsubError;
 use super::delivery::{Delivery, Origin};
-use stream::{Arrival, Queue};
+use stream::{Arrival, Queue, Room};
 
 /// The client stops extending the ack deadline silently after its `max_lease`.
 /// Nothing here relies on that, so it is out of reach; timeouts are the task's.
@@ -48,10 +48,19 @@ pub struct Subscription {
     arrivals: mpsc::Receiver<Arrival>,
     queue: Queue,
     streams: Vec<Arc<Origin>>,
-    /// Deliveries without a slot, each with the time to hand it back.
-    waiting: VecDeque<(Instant, Delivery)>,
+    /// Deliveries without a slot, earliest first.
+    waiting: VecDeque<Waiting>,
     /// Streams that are not done yet, and what is still to be settled.
     settling: TaskTracker,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    delivery: Delivery,
+    /// When it is handed back.
+    deadline: Instant,
+    /// What it takes of the bounds on what a broker may send unasked.
+    _room: Option<Room>,
 }
 
 impl Subscription {
@@ -83,8 +92,8 @@ impl Subscription {
         &mut self,
         stop: &CancellationToken,
     ) -> Result<Option<Delivery>, PubsubError> {
-        if let Some((_, delivery)) = self.waiting.pop_front() {
-            return Ok(Some(delivery));
+        if let Some(waiting) = self.waiting.pop_front() {
+            return Ok(Some(waiting.delivery));
         }
         let arrival = match self.arrivals.try_recv() {
             Ok(arrival) => arrival,
@@ -116,7 +125,11 @@ impl Subscription {
 
     /// Takes back a delivery that found no free slot.
     pub fn put_back(&mut self, delivery: Delivery) {
-        self.wait(Instant::now(), delivery);
+        self.waiting.push_back(Waiting {
+            delivery,
+            deadline: Instant::now() + PATIENCE,
+            _room: None,
+        });
     }
 
     /// Completes when a delivery has waited for a slot for long enough, and
@@ -126,8 +139,8 @@ impl Subscription {
             while let Ok(arrival) = self.arrivals.try_recv() {
                 self.keep(arrival);
             }
-            if let Some((deadline, _)) = self.waiting.front() {
-                sleep_until(*deadline).await;
+            if let Some(first) = self.waiting.front() {
+                sleep_until(first.deadline).await;
                 break;
             }
             match self.arrivals.recv().await {
@@ -139,10 +152,10 @@ impl Subscription {
         while self
             .waiting
             .front()
-            .is_some_and(|(deadline, _)| *deadline <= now)
+            .is_some_and(|first| first.deadline <= now)
         {
-            if let Some((_, delivery)) = self.waiting.pop_front() {
-                delivery.into_parts().1.hand_back();
+            if let Some(late) = self.waiting.pop_front() {
+                late.delivery.into_parts().1.hand_back();
             }
         }
     }
@@ -168,12 +181,12 @@ impl Subscription {
     fn keep(&mut self, arrival: Arrival) {
         // Of a stream that failed the next pull tells, if it fails again.
         if let Ok(delivery) = arrival.delivery {
-            self.wait(arrival.at, delivery);
+            self.waiting.push_back(Waiting {
+                delivery,
+                deadline: arrival.at + PATIENCE,
+                _room: arrival.room,
+            });
         }
-    }
-
-    fn wait(&mut self, since: Instant, delivery: Delivery) {
-        self.waiting.push_back((since + PATIENCE, delivery));
     }
 
     /// Opens a stream unless one listens.

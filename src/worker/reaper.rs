@@ -1,6 +1,7 @@
 //! Takes over jobs whose worker is gone, from the table, into free slots.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -13,6 +14,10 @@ use crate::guard::Guard;
 use crate::retry::jittered;
 use crate::store::Reach;
 
+/// Between sweeps, about: so long may a job wait that a stopping worker gave
+/// back. A sweep reads a table that has a row per unfinished job.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
 pub(super) struct Reaper {
     pub(super) guard: Guard,
     pub(super) reach: Reach,
@@ -23,13 +28,14 @@ pub(super) struct Reaper {
 }
 
 impl Reaper {
-    /// Sweeps about four times per lease, so that a job whose worker died runs
-    /// again within a lease and a sweep. Ends when the worker drains.
+    /// Sweeps now and then, so that a job whose worker died runs again within
+    /// a lease and a sweep. Ends when the worker drains.
     pub(super) async fn run(self) {
+        let pause = (self.guard.lease() / 4).min(LONGEST_PAUSE);
         loop {
             tokio::select! {
                 () = self.draining.cancelled() => return,
-                () = sleep(jittered(self.guard.lease() / 4)) => {}
+                () = sleep(jittered(pause)) => {}
             }
             self.sweep().await;
         }

@@ -22,12 +22,15 @@ use crate::pubsub::{PubsubError, to_message};
 const MAX_MESSAGES: usize = 256;
 const MAX_KIBIBYTES: usize = 64 << 10;
 
+/// A share of [`MAX_KIBIBYTES`].
+pub(super) type Room = OwnedSemaphorePermit;
+
 /// What came on a stream.
 #[derive(Debug)]
 pub(super) struct Arrival {
     pub(super) delivery: Result<Delivery, PubsubError>,
     pub(super) at: Instant,
-    _room: Option<OwnedSemaphorePermit>,
+    pub(super) room: Option<Room>,
 }
 
 /// Where all streams of a subscription leave what comes on them.
@@ -107,7 +110,7 @@ impl Reader {
             let arrival = Arrival {
                 delivery,
                 at: Instant::now(),
-                _room: room,
+                room,
             };
             self.arrivals.send(arrival).await.ok()
         };
@@ -119,10 +122,7 @@ impl Reader {
         }
     }
 
-    async fn room_for(
-        &self,
-        delivery: &Result<Delivery, PubsubError>,
-    ) -> Option<OwnedSemaphorePermit> {
+    async fn room_for(&self, delivery: &Result<Delivery, PubsubError>) -> Option<Room> {
         let bytes = delivery.as_ref().ok()?.message.data.len();
         let kibibytes = u32::try_from((bytes >> 10).min(MAX_KIBIBYTES)).ok()?;
         Arc::clone(&self.room)
