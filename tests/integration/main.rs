@@ -9,4 +9,5 @@ mod bad_input;
 mod commands;
 mod delivery;
 mod store;
+mod store_model;
 mod support;

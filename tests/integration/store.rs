@@ -1,23 +1,28 @@
 //! The rules that every store keeps, one suite over both.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::time::Duration;
+mod batches;
+mod crashes;
+mod ledger;
+mod orphans;
+mod purge;
+mod renewals;
 
-use bytes::Bytes;
-use chrono::{DateTime, SubsecRound, Utc};
+use std::sync::Arc;
+
+use chrono::{DateTime, Utc};
 use futures::future::join_all;
 use serde_json::json;
-use trainyard::job::{
-    Acquired, Claim, ClaimRequest, Fence, FinalState, JobFilter, JobKey, JobState,
-};
-use trainyard::message::Message;
+use trainyard::job::{Acquired, Claim, Fence, FinalState, JobFilter, JobKey, JobState};
 use trainyard::outcome::Ending;
-use trainyard::store::{ClaimTerms, Finish, Refusal, Refused, SchemaError, Standing, Store};
+use trainyard::store::{Refusal, Refused, SchemaError, Standing};
 use uuid::Uuid;
 
 use crate::on_both_databases;
 use crate::support::database::Database;
+use crate::support::jobs::{
+    ENDED, LONG, acquire, claim, finish, job_of, pass_the_lease, refusal, request, request_of,
+    succeeded, terms,
+};
 
 on_both_databases!(
     a_new_database_has_no_schema_until_it_is_migrated,
@@ -42,80 +47,6 @@ on_both_databases!(
     a_job_is_read_back_as_it_was_written,
     text_with_nul_characters_can_be_stored,
 );
-
-const LONG: Duration = Duration::from_secs(600);
-/// A lease that has ended by the time the next statement runs.
-const ENDED: Duration = Duration::ZERO;
-
-fn message(id: &str) -> Message {
-    Message {
-        id: id.to_owned(),
-        publish_time: Utc::now().trunc_subsecs(3),
-        data: Bytes::from_static(b"{\"name\":\"train\"}"),
-        attributes: BTreeMap::from([("team".to_owned(), "vision".to_owned())]),
-        ordering_key: "k".to_owned(),
-    }
-}
-
-fn request(key: &str) -> ClaimRequest {
-    request_of("s", key)
-}
-
-fn request_of(subscription: &str, key: &str) -> ClaimRequest {
-    ClaimRequest {
-        key: JobKey::new(subscription, key),
-        job_id: Uuid::now_v7(),
-        token: Uuid::new_v4(),
-        task: "train".to_owned(),
-        message: message(key),
-        reap_delay: Duration::ZERO,
-    }
-}
-
-fn terms(lease: Duration) -> ClaimTerms {
-    ClaimTerms {
-        worker: "w1".into(),
-        lease,
-        max_crashes: 3,
-    }
-}
-
-async fn claim(store: &Arc<dyn Store>, key: &str, lease: Duration) -> Claim {
-    let claims = store.claim(&[request(key)], &terms(lease)).await.unwrap();
-    claims.into_iter().next().unwrap()
-}
-
-async fn acquire(store: &Arc<dyn Store>, key: &str, lease: Duration) -> Acquired {
-    match claim(store, key, lease).await {
-        Claim::Acquired(acquired) => acquired,
-        other => panic!("not acquired: {other:?}"),
-    }
-}
-
-/// Passes the millisecond in which a lease of no length ends.
-async fn pass_the_lease() {
-    tokio::time::sleep(Duration::from_millis(5)).await;
-}
-
-async fn finish(store: &Arc<dyn Store>, fence: &Fence, ending: Ending) -> bool {
-    let finish = Finish {
-        fence: fence.clone(),
-        ending,
-    };
-    store.finish(&[finish]).await.unwrap()[0]
-}
-
-fn succeeded() -> Ending {
-    Ending {
-        state: FinalState::Succeeded,
-        error: None,
-        result: Some(json!({"accuracy": 0.5})),
-    }
-}
-
-async fn job_of(store: &Arc<dyn Store>, acquired: &Acquired) -> trainyard::job::Job {
-    store.job(acquired.job_id).await.unwrap().unwrap()
-}
 
 async fn a_new_database_has_no_schema_until_it_is_migrated(database: Database) {
     let store = database.open().await;
@@ -292,17 +223,6 @@ async fn a_released_claim_can_be_claimed_and_costs_no_attempt(database: Database
     assert!(!finish(&store, &first.fence, succeeded()).await);
     assert!(finish(&store, &second.fence, succeeded()).await);
     assert_eq!(job_of(&store, &second).await.attempts, 1);
-}
-
-fn refusal(key: &str) -> Refusal {
-    Refusal {
-        key: JobKey::new("s", key),
-        job_id: Uuid::now_v7(),
-        task: None,
-        message: message(key),
-        reason: "the data is not valid JSON".to_owned(),
-        worker: "w1".into(),
-    }
 }
 
 async fn a_refused_message_is_dead_with_its_reason(database: Database) {

@@ -2,6 +2,7 @@
 
 pub mod broker;
 pub mod database;
+pub mod jobs;
 pub mod requests;
 pub mod worker;
 

@@ -179,13 +179,18 @@ fn delays(requests: &[&ClaimRequest]) -> Vec<f64> {
 /// else's, hence SKIP LOCKED. A token that is the request's own already is the
 /// sign of an answer that was lost: the claim is confirmed as it stands.
 ///
+/// It comes before other claims of its key in the same batch, and is told once.
+///
 /// A lease that ended without a word from its worker is a crash; at the limit
-/// of them the job is dead instead.
+/// of them the job is dead instead. No run ended it, so `finished_by` is unset:
+/// the last one that lost its lease must not take the ending for its own.
 const TAKE_OVER: &str = "
 WITH input AS (
-    SELECT DISTINCT ON (subscription, key) *
+    SELECT DISTINCT ON (subscription, key) request.*
     FROM unnest($1::text[], $2::text[], $3::uuid[], $4::float8[])
       AS request (subscription, key, token, reap_delay)
+    LEFT JOIN leases USING (subscription, key)
+    ORDER BY subscription, key, leases.token IS NOT DISTINCT FROM request.token DESC
 ), free AS (
     SELECT leases.subscription, leases.key, input.token AS new_token, input.reap_delay AS new_delay,
            leases.token IS NOT DISTINCT FROM input.token AS mine,
@@ -203,13 +208,14 @@ WITH input AS (
     FROM free
     WHERE leases.subscription = free.subscription AND leases.key = free.key
       AND free.crashes + free.crashed::int < $7
-    RETURNING leases.subscription, leases.key, leases.token, leases.attempt, free.crashed,
-              free.last_worker
+    RETURNING leases.subscription, leases.key, leases.token, leases.attempt, free.mine,
+              free.crashed, free.last_worker
 ), noted AS (
     INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
     SELECT subscription, key, $5, CASE WHEN crashed THEN 'taken_over' ELSE 'claimed' END, attempt,
            CASE WHEN crashed THEN 'from ' || last_worker || ', whose lease ended' END
     FROM taken
+    WHERE NOT mine
 ), parked AS (
     DELETE FROM leases USING free
     WHERE leases.subscription = free.subscription AND leases.key = free.key
@@ -217,7 +223,7 @@ WITH input AS (
     RETURNING leases.*
 ), dead AS (
     UPDATE processed_messages
-    SET state = 'dead', error = $8, finished_at = now(), finished_by = parked.token,
+    SET state = 'dead', error = $8, finished_at = now(),
         attempts = parked.attempt - parked.interruptions, worker = parked.worker,
         started_at = parked.started_at
     FROM parked
@@ -280,13 +286,14 @@ WITH request AS (
     WHERE processed_messages.subscription = repeated.subscription
       AND processed_messages.key = repeated.key
     RETURNING processed_messages.subscription, processed_messages.key, processed_messages.state,
-              processed_messages.duplicates, processed_messages.message_id
+              processed_messages.duplicates, processed_messages.message_id, repeated.times
 ), noted AS (
     INSERT INTO ledger (subscription, key, worker, kind, message_id, detail)
     SELECT subscription, key, $5, 'suppressed', nullif(request.message_id, counted.message_id),
            CASE counted.state WHEN 'open' THEN 'it is running' ELSE 'it is ' || counted.state END
-    FROM request JOIN counted USING (subscription, key)
-    WHERE counted.duplicates <= $6
+    FROM (SELECT *, row_number() OVER (PARTITION BY subscription, key) AS nth FROM request) AS request
+    JOIN counted USING (subscription, key)
+    WHERE counted.duplicates - counted.times + request.nth <= $6
 )
 SELECT request.token, counted.state,
        greatest(extract(epoch FROM leases.lease_until - now()), 0)::float8 AS remaining

@@ -104,11 +104,11 @@ WITH refused AS (
             payload, task, state, error, finished_at, worker)
     VALUES ($1, $2, $3, $4, $5, $6, $7::text::json, $8, $9, 'dead', $10, now(), $11)
     ON CONFLICT (subscription, key) DO UPDATE SET duplicates = existing.duplicates + 1
-    RETURNING job_id = $3 AS recorded, state, duplicates
+    RETURNING job_id = $3 AS recorded, state, duplicates, message_id
 ), noted AS (
-    INSERT INTO ledger (subscription, key, worker, kind, detail)
+    INSERT INTO ledger (subscription, key, worker, kind, message_id, detail)
     SELECT $1, $2, $11, CASE WHEN recorded THEN 'refused' ELSE 'suppressed' END,
-           CASE WHEN recorded THEN $10 END
+           nullif($4, message_id), CASE WHEN recorded THEN $10 END
     FROM refused
     WHERE duplicates <= $12
 )

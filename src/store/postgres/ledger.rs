@@ -5,7 +5,7 @@ use std::time::Duration;
 use sqlx::postgres::PgRow;
 use sqlx::{PgPool, Row};
 
-use super::super::StoreError;
+use super::super::{StoreError, storable};
 use super::reading::read_job;
 use crate::job::{JobKey, LedgerEntry, Note, Story};
 
@@ -36,7 +36,7 @@ pub(super) async fn note(pool: &PgPool, worker: &str, notes: &[Note]) -> Result<
         .bind(
             notes
                 .iter()
-                .map(|note| note.detail.as_deref())
+                .map(|note| note.detail.as_deref().map(storable))
                 .collect::<Vec<_>>(),
         )
         .execute(pool)

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::super::{ClaimTerms, Reach, StoreError};
-use super::claims::{Taker, take_over};
+use super::claims::{Taker, Won, take_over};
 use crate::job::{Acquired, Fence, JobKey, Orphan};
 
 /// Scans the small table only; the task of what it finds is looked up by key.
@@ -35,35 +35,41 @@ pub(super) async fn reap(
         .bind(i64::try_from(limit).unwrap_or(i64::MAX))
         .fetch_all(&mut *transaction)
         .await?;
-    let mut keys = HashMap::with_capacity(found.len());
-    for row in &found {
-        let key = JobKey::new(row.try_get("subscription")?, row.try_get("key")?);
-        keys.insert(Uuid::new_v4(), (key, row));
-    }
-    let takers: Vec<Taker> = keys
+    let keys = found
         .iter()
-        .map(|(token, (key, row))| {
+        .map(|row| {
+            Ok(JobKey::new(
+                row.try_get("subscription")?,
+                row.try_get("key")?,
+            ))
+        })
+        .collect::<Result<Vec<JobKey>, StoreError>>()?;
+    let takers = keys
+        .iter()
+        .zip(&found)
+        .map(|(key, row)| {
             Ok(Taker {
                 key,
-                token: *token,
+                token: Uuid::new_v4(),
                 reap_delay: row.try_get("reap_delay")?,
             })
         })
-        .collect::<Result<_, StoreError>>()?;
+        .collect::<Result<Vec<Taker>, StoreError>>()?;
     let won = take_over(&mut transaction, &takers, terms).await?;
-    drop(takers);
     transaction.commit().await?;
 
+    let mut won: HashMap<Uuid, Won> = won.into_iter().map(|won| (won.token, won)).collect();
     let mut orphans = Vec::with_capacity(won.len());
-    for won in won {
-        let Some((key, row)) = keys.remove(&won.token) else {
+    // In the order of `found`; what was parked instead is not among the won.
+    for (taker, row) in takers.iter().zip(&found) {
+        let Some(won) = won.remove(&taker.token) else {
             continue;
         };
         let payload: Option<Vec<u8>> = row.try_get("payload")?;
         orphans.push(Orphan {
             acquired: Acquired {
                 fence: Fence {
-                    key,
+                    key: taker.key.clone(),
                     attempt: won.attempt.unsigned_abs(),
                     token: won.token,
                 },

@@ -144,7 +144,7 @@ impl<'a> From<&'a ClaimRequest> for Taker<'a> {
 }
 
 /// A token that is the request's own already is the sign of an answer that was
-/// lost: the claim is confirmed as it stands. A lease that ended without a word
+/// lost: the claim is confirmed as it stands, and told once. A lease that ended without a word
 /// from its worker is a crash.
 const FREE: &str = "
 SELECT token IS $3 AS mine, token IS NOT NULL AND token <> $3 AS crashed, crashes, worker
@@ -193,16 +193,18 @@ pub(super) async fn take_over(
         .fetch_one(&mut *connection)
         .await?;
     let attempt = taken.try_get("attempt")?;
-    let last_worker: String = free.try_get("worker")?;
-    let detail = crashed.then(|| format!("from {last_worker}, whose lease ended"));
-    let entry = Entry {
-        worker: &terms.worker,
-        kind: if crashed { "taken_over" } else { "claimed" },
-        attempt: Some(attempt),
-        detail: detail.as_deref(),
-        ..Entry::default()
-    };
-    add_to_ledger(connection, taker.key, &entry).await?;
+    if !free.try_get::<bool, _>("mine")? {
+        let last_worker: String = free.try_get("worker")?;
+        let detail = crashed.then(|| format!("from {last_worker}, whose lease ended"));
+        let entry = Entry {
+            worker: &terms.worker,
+            kind: if crashed { "taken_over" } else { "claimed" },
+            attempt: Some(attempt),
+            detail: detail.as_deref(),
+            ..Entry::default()
+        };
+        add_to_ledger(connection, taker.key, &entry).await?;
+    }
     Ok(Some(Won {
         token: taker.token,
         job_id: taken.try_get("job_id")?,
@@ -210,16 +212,18 @@ pub(super) async fn take_over(
     }))
 }
 
+/// No run ended the job, so `finished_by` is unset: the last one that lost its
+/// lease must not take the ending for its own.
 const PARK_JOB: &str = "
 UPDATE processed_messages
 SET state = 'dead', error = $3, finished_at = CAST(unixepoch('subsec') * 1000 AS INTEGER),
-    finished_by = parked.token, attempts = parked.attempt - parked.interruptions,
-    worker = parked.worker, started_at = parked.started_at
+    attempts = parked.attempt - parked.interruptions, worker = parked.worker,
+    started_at = parked.started_at
 FROM (SELECT * FROM leases WHERE subscription = $1 AND key = $2) AS parked
-WHERE processed_messages.subscription = $1 AND processed_messages.key = $2
-RETURNING attempts";
+WHERE processed_messages.subscription = $1 AND processed_messages.key = $2";
 
-const PARK_LEASE: &str = "DELETE FROM leases WHERE subscription = $1 AND key = $2";
+const PARK_LEASE: &str =
+    "DELETE FROM leases WHERE subscription = $1 AND key = $2 RETURNING attempt";
 
 async fn park(
     connection: &mut SqliteConnection,
@@ -227,21 +231,21 @@ async fn park(
     terms: &ClaimTerms,
 ) -> Result<(), StoreError> {
     let reason = too_many_crashes(terms.max_crashes);
-    let attempts = sqlx::query_scalar(PARK_JOB)
+    sqlx::query(PARK_JOB)
         .bind(&*key.subscription)
         .bind(&*key.key)
         .bind(&reason)
-        .fetch_one(&mut *connection)
+        .execute(&mut *connection)
         .await?;
-    sqlx::query(PARK_LEASE)
+    let attempt = sqlx::query_scalar(PARK_LEASE)
         .bind(&*key.subscription)
         .bind(&*key.key)
-        .execute(&mut *connection)
+        .fetch_one(&mut *connection)
         .await?;
     let entry = Entry {
         worker: &terms.worker,
         kind: "parked",
-        attempt: Some(attempts),
+        attempt: Some(attempt),
         detail: Some(&reason),
         ..Entry::default()
     };

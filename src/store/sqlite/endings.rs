@@ -128,7 +128,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 'dead', $10,
         CAST(unixepoch('subsec') * 1000 AS INTEGER),
         CAST(unixepoch('subsec') * 1000 AS INTEGER), $11)
 ON CONFLICT (subscription, key) DO UPDATE SET duplicates = duplicates + 1
-RETURNING job_id = $3 AS recorded, state, duplicates";
+RETURNING job_id = $3 AS recorded, state, duplicates, message_id";
 
 pub(super) async fn refuse(pool: &SqlitePool, refusal: &Refusal) -> Result<Refused, StoreError> {
     let message = &refusal.message;
@@ -152,9 +152,11 @@ pub(super) async fn refuse(pool: &SqlitePool, refusal: &Refusal) -> Result<Refus
     let refused = Refused::read(recorded, row.try_get("state")?);
     if row.try_get::<u32, _>("duplicates")? <= MAX_DUPLICATES_IN_LEDGER {
         let reason = storable(&refusal.reason);
+        let first: &str = row.try_get("message_id")?;
         let entry = Entry {
             worker: &refusal.worker,
             kind: if recorded { "refused" } else { "suppressed" },
+            message_id: Some(&*message.id).filter(|id| *id != first),
             detail: recorded.then_some(&*reason),
             ..Entry::default()
         };

@@ -1,8 +1,12 @@
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
-use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use sqlx::postgres::PgRow;
+use sqlx::sqlite::SqliteRow;
+use sqlx::{AssertSqlSafe, Connection, FromRow, PgConnection, PgPool, SqlitePool};
 use tempfile::TempDir;
+use trainyard::job::JobKey;
 use trainyard::store::{self, Missing, Store};
 use uuid::Uuid;
 
@@ -44,6 +48,13 @@ impl Database {
         })
     }
 
+    pub async fn tables(&self) -> Tables {
+        if self.url.starts_with("sqlite:") {
+            return Tables::Sqlite(SqlitePool::connect(&self.url).await.unwrap());
+        }
+        Tables::Postgres(PgPool::connect(&self.url).await.unwrap())
+    }
+
     pub async fn open(&self) -> Arc<dyn Store> {
         store::open(&self.url, 10, Missing::Create).await.unwrap()
     }
@@ -52,6 +63,61 @@ impl Database {
         let store = self.open().await;
         store.migrate().await.unwrap();
         store
+    }
+}
+
+/// The tables without a store in between.
+pub enum Tables {
+    Postgres(PgPool),
+    Sqlite(SqlitePool),
+}
+
+impl Tables {
+    /// The database's clock, this long ago, as these tables store times.
+    pub fn ago(&self, duration: Duration) -> String {
+        let milliseconds = duration.as_millis();
+        match self {
+            Self::Postgres(_) => format!("(now() - interval '{milliseconds} milliseconds')"),
+            Self::Sqlite(_) => {
+                format!("(CAST(unixepoch('subsec') * 1000 AS INTEGER) - {milliseconds})")
+            }
+        }
+    }
+
+    pub async fn execute(&self, sql: String) -> u64 {
+        let sql = AssertSqlSafe(sql);
+        match self {
+            Self::Postgres(pool) => {
+                let done = sqlx::query(sql).execute(pool).await.unwrap();
+                done.rows_affected()
+            }
+            Self::Sqlite(pool) => {
+                let done = sqlx::query(sql).execute(pool).await.unwrap();
+                done.rows_affected()
+            }
+        }
+    }
+
+    pub async fn fetch<T>(&self, sql: String) -> Vec<T>
+    where
+        T: Send + Unpin + for<'r> FromRow<'r, PgRow> + for<'r> FromRow<'r, SqliteRow>,
+    {
+        let sql = AssertSqlSafe(sql);
+        match self {
+            Self::Postgres(pool) => sqlx::query_as(sql).fetch_all(pool).await.unwrap(),
+            Self::Sqlite(pool) => sqlx::query_as(sql).fetch_all(pool).await.unwrap(),
+        }
+    }
+
+    /// As if the lease of the key had ended that long ago.
+    pub async fn end_lease(&self, key: &JobKey, ago: Duration) {
+        let JobKey { subscription, key } = key;
+        let then = self.ago(ago);
+        self.execute(format!(
+            "UPDATE leases SET lease_until = {then}
+             WHERE subscription = '{subscription}' AND key = '{key}'"
+        ))
+        .await;
     }
 }
 
