@@ -172,7 +172,9 @@ mod tests {
         let settled = || tokio::time::sleep(Duration::from_millis(1));
         settled().await;
         let meanwhile =
-            tokio::spawn(async move { join_all((100..149).map(|number| batcher.ask(number))).await });
+            tokio::spawn(
+                async move { join_all((100..149).map(|number| batcher.ask(number))).await },
+            );
         settled().await;
         gate.add_permits(2);
         assert_eq!(alone.await.unwrap().unwrap(), 0);

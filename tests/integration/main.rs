@@ -6,6 +6,7 @@
 mod architecture;
 mod bad_input;
 mod commands;
+mod crashes;
 mod delivery;
 mod store;
 mod support;
