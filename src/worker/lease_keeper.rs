@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{debug, warn};
 use uuid::Uuid;
 
@@ -102,18 +102,10 @@ impl LeaseKeeper {
             return;
         }
         let sent_at = Instant::now();
-        let answer = timeout(self.guard.lease() / 4, self.guard.renew(&fences)).await;
-        let renewed = match answer {
-            Ok(Ok(renewed)) => renewed,
-            Ok(Err(error)) => {
+        let renewed = match self.guard.renew(&fences).await {
+            Ok(renewed) => renewed,
+            Err(error) => {
                 warn!(%error, leases = fences.len(), "leases were not renewed");
-                return;
-            }
-            Err(_) => {
-                warn!(
-                    leases = fences.len(),
-                    "leases were not renewed: no answer in time"
-                );
                 return;
             }
         };

@@ -9,25 +9,27 @@ use crate::support::private_postgres::PrivatePostgres;
 use crate::support::runs::RunEvent;
 use crate::support::worker::WorkerProcess;
 
-const SETTINGS: Settings = Settings {
+/// More than a crash takes to be noticed and mended.
+const LONG_LEASE: Settings = Settings {
     slots: 4,
-    lease: "6s",
+    lease: "9s",
     ..FAST
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_outlives_a_crash_of_the_database() {
+async fn nothing_is_pulled_while_the_database_is_away() {
     let Some(postgres) = PrivatePostgres::start() else {
         return;
     };
     let database = postgres.database();
-    let scene = Scene::new(&database, &database, &SETTINGS).await;
+    let scene = Scene::new(&database, &database, &LONG_LEASE).await;
     let worker = scene.yard.start_worker("worker");
-    scene.publish_run(4.0).await;
+    scene.publish_run(7.0).await;
     scene.runs_have_started(1).await;
 
     postgres.crash();
     it_says(&worker, "the database is away").await;
+    assert_eq!(scene.runs.of(RunEvent::End), [], "the run goes on");
     for _ in 0..10 {
         scene.publish_run(0.0).await;
     }
@@ -40,16 +42,41 @@ async fn a_worker_outlives_a_crash_of_the_database() {
 
     postgres.start_again();
     it_says(&worker, "the database is back").await;
+    every_job_ends_once(&scene, 11).await;
+    assert!(worker.stop().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_that_cannot_be_renewed_stops_and_runs_again() {
+    let Some(postgres) = PrivatePostgres::start() else {
+        return;
+    };
+    let database = postgres.database();
+    let scene = Scene::new(&database, &database, &FAST).await;
+    let worker = scene.yard.start_worker("worker");
+    scene.publish_run(5.0).await;
+    scene.runs_have_started(1).await;
+
+    postgres.crash();
+    it_says(&worker, "the lease is lost").await;
+    assert_eq!(scene.runs.of(RunEvent::Stopped).len(), 1);
+
+    postgres.start_again();
+    every_job_ends_once(&scene, 1).await;
+    assert!(worker.stop().await.success());
+}
+
+/// Each job ends once, and no run begins before the one before it is over.
+async fn every_job_ends_once(scene: &Scene, how_many: usize) {
     let jobs = eventually("all jobs have succeeded", async || {
         let jobs = scene.jobs().await;
         let done = jobs.iter().all(|job| job.state == JobState::Succeeded);
-        (done && jobs.len() == 11).then_some(jobs)
+        (done && jobs.len() == how_many).then_some(jobs)
     })
     .await;
     scene.nothing_is_left_to_deliver().await;
-    // Each ended once, and no run began before the one before it was over. A
-    // run that was given back costs no attempt but its number, so the numbers
-    // are read off the runs.
+    // A run that was given back costs no attempt, only its number, so the
+    // numbers are read off the runs.
     let lines = scene.runs.lines();
     let last_attempt = |job| {
         let of_job = lines.iter().filter(|line| line.job == job);
@@ -61,8 +88,7 @@ async fn a_worker_outlives_a_crash_of_the_database() {
         .collect();
     let wrong = violations(&lines, &[], &attempts);
     assert!(wrong.is_empty(), "{wrong:#?}");
-    assert_eq!(scene.runs.of(RunEvent::End).len(), 11);
-    assert!(worker.stop().await.success());
+    assert_eq!(scene.runs.of(RunEvent::End).len(), how_many);
 }
 
 async fn it_says(worker: &WorkerProcess, what: &str) {
