@@ -13,10 +13,10 @@ use crate::support::eventually;
 use crate::support::runs::RunEvent;
 use crate::support::worker::{Death, WorkerProcess};
 
-const WAVES: usize = 5;
-const MESSAGES_PER_WAVE: usize = 400;
+const WAVES: usize = 8;
+const MESSAGES_PER_WAVE: usize = 250;
 /// How many runs of a wave have begun when a worker is killed.
-const RUNS_BEFORE_A_KILL: usize = 100;
+const RUNS_BEFORE_A_KILL: usize = 50;
 const WORKERS: usize = 3;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -25,7 +25,7 @@ async fn killed_workers_lose_no_message_and_end_none_twice() {
         return;
     };
     let settings = Settings {
-        slots: 8,
+        slots: 24,
         // No job is to be parked, however often it is hit.
         max_crashes: 100,
         ..FAST
