@@ -14,7 +14,7 @@ use chrono::Utc;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use trainyard::job::{Claim, ClaimRequest, Fence, JobKey};
 use trainyard::message::Message;
-use trainyard::store::{self, ClaimTerms, Store};
+use trainyard::store::{self, ClaimTerms, Missing, Store};
 use url::Url;
 use uuid::Uuid;
 
@@ -174,7 +174,7 @@ impl Bench {
         let mut url = Url::parse(server)?;
         url.set_path(&name);
         let url = url.to_string();
-        let store = store::open(&url, 1).await?;
+        let store = store::open(&url, 1, Missing::Create).await?;
         store.migrate().await?;
         let mut connection = PgConnection::connect(&url).await?;
         for fill in [FILL, FILL_LEDGER] {

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 use uuid::Uuid;
@@ -141,12 +142,16 @@ impl Guard {
         in_time(self.store.look(key)).await
     }
 
-    /// Extends leases; false for each fence that no longer holds.
+    /// Extends leases; false for each fence that no longer holds. No answer
+    /// within an eighth of a lease is none: there is time for another try.
     ///
     /// # Errors
     /// The database did not answer; every lease is as it was, or longer.
     pub async fn renew(&self, fences: &[Fence]) -> Result<Vec<bool>, StoreError> {
-        let renewed = self.store.renew(fences, self.terms.lease).await;
+        let patience = self.terms.lease / 8;
+        let renewed = timeout(patience, self.store.renew(fences, self.terms.lease))
+            .await
+            .unwrap_or(Err(StoreError::NoAnswer(patience)));
         self.health.heard(renewed.as_ref().err());
         renewed
     }
@@ -156,7 +161,9 @@ impl Guard {
     /// # Errors
     /// The database did not answer.
     pub async fn reap(&self, reach: &Reach, limit: usize) -> Result<Vec<Orphan>, StoreError> {
-        in_time(self.store.reap(reach, &self.terms, limit)).await
+        let reaped = in_time(self.store.reap(reach, &self.terms, limit)).await;
+        self.health.heard(reaped.as_ref().err());
+        reaped
     }
 
     /// Writes how a job ended, trying again for as long as the database is

@@ -39,7 +39,7 @@ pub enum StoreError {
     Refused(sqlx::Error),
     /// The database did not answer in time. What was asked may or may not have
     /// happened; asking again tells.
-    #[error("the database did not answer within {} s", .0.as_secs())]
+    #[error("the database did not answer within {} ms", .0.as_millis())]
     NoAnswer(Duration),
     /// A row holds what this version cannot read. The message is kept
     /// unacknowledged.

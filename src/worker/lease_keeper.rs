@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{debug, warn};
 use uuid::Uuid;
 
@@ -109,18 +109,10 @@ impl LeaseKeeper {
             return true;
         }
         let sent_at = Instant::now();
-        let answer = timeout(self.guard.lease() / 8, self.guard.renew(&fences)).await;
-        let renewed = match answer {
-            Ok(Ok(renewed)) => renewed,
-            Ok(Err(error)) => {
+        let renewed = match self.guard.renew(&fences).await {
+            Ok(renewed) => renewed,
+            Err(error) => {
                 warn!(%error, leases = fences.len(), "leases were not renewed");
-                return false;
-            }
-            Err(_) => {
-                warn!(
-                    leases = fences.len(),
-                    "leases were not renewed: no answer in time"
-                );
                 return false;
             }
         };

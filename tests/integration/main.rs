@@ -7,6 +7,7 @@ mod ack_timing;
 mod architecture;
 mod bad_input;
 mod commands;
+mod crashes;
 mod delivery;
 mod store;
 mod store_model;

@@ -3,7 +3,10 @@
 pub mod broker;
 pub mod database;
 pub mod jobs;
+pub mod private_postgres;
+pub mod proxy;
 pub mod requests;
+pub mod runs;
 pub mod worker;
 
 use std::io::Write;

@@ -1,7 +1,9 @@
 use std::net::SocketAddr;
 
+use futures::future::try_join_all;
 use google_cloud_auth::credentials::anonymous;
-use google_cloud_pubsub::client::SubscriptionAdmin;
+use google_cloud_pubsub::client::{Publisher, SubscriptionAdmin};
+use google_cloud_pubsub::model::Message;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use trainyard::emulator::{self, Emulator, Options};
 use trainyard::pubsub::{Connection, Outgoing};
@@ -58,13 +60,18 @@ impl Broker {
 
     /// Makes a topic and a subscription of that name.
     pub async fn subscribe(&self, name: &str) {
-        self.connection.ensure_topic(name).await.unwrap();
+        self.subscribe_to(name, name).await;
+    }
+
+    /// Makes a subscription, and its topic unless there is one.
+    pub async fn subscribe_to(&self, topic: &str, name: &str) {
+        self.connection.ensure_topic(topic).await.unwrap();
         let path = self.connection.subscription_path(name);
         let admin = self.subscription_admin().await;
         let create = admin
             .create_subscription()
             .set_name(path)
-            .set_topic(self.connection.topic_path(name))
+            .set_topic(self.connection.topic_path(topic))
             .set_ack_deadline_seconds(10)
             // Google's emulator delivers again what it has kept.
             .set_retain_acked_messages(self.builtin.is_none());
@@ -94,6 +101,26 @@ impl Broker {
             .with_endpoint(format!("http://{}", self.host))
             .with_credentials(anonymous::Builder::new().build());
         builder.build().await.unwrap()
+    }
+
+    /// Publishes all of it side by side and returns the message ids in order.
+    pub async fn publish_all(&self, topic: &str, data: Vec<String>) -> Vec<String> {
+        let publisher = Publisher::builder(self.connection.topic_path(topic))
+            .with_endpoint(format!("http://{}", self.host))
+            .with_credentials(anonymous::Builder::new().build())
+            .build()
+            .await
+            .unwrap();
+        let publishing = data
+            .into_iter()
+            .map(|data| publisher.publish(Message::new().set_data(data)));
+        try_join_all(publishing.collect::<Vec<_>>()).await.unwrap()
+    }
+
+    /// How many messages the built-in emulator still waits to see acknowledged.
+    pub fn backlog(&self, subscription: &str) -> usize {
+        let path = self.connection.subscription_path(subscription);
+        self.builtin.as_ref().unwrap().backlog_len(&path).unwrap()
     }
 
     /// Publishes bytes and returns the message id.

@@ -42,10 +42,12 @@ impl Database {
             .unwrap();
         let mut url = url::Url::from_str(&server).unwrap();
         url.set_path(&name);
-        Some(Self {
-            url: url.to_string(),
-            _folder: None,
-        })
+        Some(Self::at(url.to_string()))
+    }
+
+    /// A database that somebody else keeps.
+    pub fn at(url: String) -> Self {
+        Self { url, _folder: None }
     }
 
     pub async fn tables(&self) -> Tables {

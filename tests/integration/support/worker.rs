@@ -10,6 +10,7 @@ use tokio::time::timeout;
 use super::PATIENCE;
 use super::broker::Broker;
 use super::database::Database;
+use super::runs::micros_now;
 
 /// The program under test.
 pub fn trainyard() -> Command {
@@ -90,6 +91,13 @@ pub async fn output_of(mut command: Command) -> Output {
     }
 }
 
+/// When a worker was killed, by the clock that the runs' log is written with.
+#[derive(Debug, Clone, Copy)]
+pub struct Death {
+    pub pid: u32,
+    pub at_micros: u64,
+}
+
 /// A running worker. Killed when dropped.
 pub struct WorkerProcess {
     child: Child,
@@ -110,6 +118,21 @@ impl WorkerProcess {
     pub fn signal(&self, signal: Signal) {
         let pid = self.child.id().unwrap();
         kill(Pid::from_raw(pid.cast_signed()), signal).unwrap();
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id().unwrap()
+    }
+
+    /// Ends it as the kernel does when memory is short. What it logged stays,
+    /// for a failing test to show.
+    pub async fn kill(&mut self) -> Death {
+        let pid = self.pid();
+        self.signal(Signal::SIGKILL);
+        // From here on the process executes nothing any more.
+        let at_micros = micros_now();
+        self.child.wait().await.unwrap();
+        Death { pid, at_micros }
     }
 
     /// SIGTERM, then the end.

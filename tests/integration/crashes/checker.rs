@@ -1,0 +1,136 @@
+//! Judges the runs by their own log alone, after everything is over.
+
+use std::collections::{BTreeMap, HashMap};
+
+use uuid::Uuid;
+
+use crate::support::runs::{RunEvent, RunLine};
+use crate::support::worker::Death;
+
+/// One attempt as the log tells it.
+#[derive(Debug, Default)]
+struct LoggedRun {
+    pids: Vec<u32>,
+    starts: Vec<u64>,
+    ends: Vec<u64>,
+    stops: Vec<u64>,
+}
+
+type RunsOfJobs = HashMap<Uuid, BTreeMap<u32, LoggedRun>>;
+
+/// All that is wrong: a run that began before the one before it was over, by
+/// its end or by its process's death; a fence used twice; a job whose last
+/// attempt, as the table counts them, never came to its end.
+pub fn violations(
+    lines: &[RunLine],
+    deaths: &[Death],
+    attempts_on_record: &[(Uuid, u32)],
+) -> Vec<String> {
+    let jobs = by_job_and_attempt(lines);
+    let mut wrong = Vec::new();
+    for (job, runs) in &jobs {
+        wrong.extend(overlaps(job, runs, deaths));
+    }
+    for (job, attempts) in attempts_on_record {
+        wrong.extend(unfinished(job, jobs.get(job), *attempts));
+    }
+    wrong
+}
+
+fn by_job_and_attempt(lines: &[RunLine]) -> RunsOfJobs {
+    let mut jobs = RunsOfJobs::new();
+    for line in lines {
+        let runs = jobs.entry(line.job).or_default();
+        let run = runs.entry(line.attempt).or_default();
+        match line.event {
+            RunEvent::Start => {
+                run.pids.push(line.pid);
+                run.starts.push(line.at_micros);
+            }
+            RunEvent::End => run.ends.push(line.at_micros),
+            RunEvent::Stopped => run.stops.push(line.at_micros),
+        }
+    }
+    jobs
+}
+
+fn overlaps(job: &Uuid, runs: &BTreeMap<u32, LoggedRun>, deaths: &[Death]) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let mut before: Option<(u32, &LoggedRun)> = None;
+    for (attempt, run) in runs {
+        if run.starts.len() != 1 || run.ends.len() + run.stops.len() > 1 {
+            wrong.push(format!("{job}: attempt {attempt} ran twice: {run:?}"));
+        }
+        if let Some((last, last_run)) = before {
+            let over = over_at(last_run, deaths);
+            if over.is_none_or(|over| run.starts.iter().any(|start| *start < over)) {
+                wrong.push(format!(
+                    "{job}: attempt {attempt} began at {:?}, attempt {last} was over at {over:?}",
+                    run.starts
+                ));
+            }
+        }
+        before = Some((*attempt, run));
+    }
+    wrong
+}
+
+fn over_at(run: &LoggedRun, deaths: &[Death]) -> Option<u64> {
+    let logged = run.ends.iter().chain(&run.stops).max().copied();
+    let died = || deaths.iter().find(|death| run.pids.contains(&death.pid));
+    logged.or_else(|| died().map(|death| death.at_micros))
+}
+
+fn unfinished(
+    job: &Uuid,
+    runs: Option<&BTreeMap<u32, LoggedRun>>,
+    attempts: u32,
+) -> Option<String> {
+    let last = runs.and_then(|runs| runs.last_key_value());
+    match last {
+        Some((number, run)) if *number == attempts && run.ends.len() == 1 => None,
+        _ => Some(format!(
+            "{job}: {attempts} attempts on record, the last that was logged is {last:?}"
+        )),
+    }
+}
+
+fn line(attempt: u32, event: RunEvent, at_micros: u64) -> RunLine {
+    RunLine {
+        job: Uuid::nil(),
+        attempt,
+        pid: attempt,
+        event,
+        at_micros,
+    }
+}
+
+#[test]
+fn the_checker_accepts_a_run_after_the_death_of_the_one_before() {
+    let lines = [
+        line(1, RunEvent::Start, 10),
+        line(3, RunEvent::Start, 30),
+        line(3, RunEvent::End, 40),
+    ];
+    let death = |at_micros| Death { pid: 1, at_micros };
+    let on_record = [(Uuid::nil(), 3)];
+    assert_eq!(
+        violations(&lines, &[death(29)], &on_record),
+        Vec::<String>::new()
+    );
+    assert_eq!(violations(&lines, &[death(31)], &on_record).len(), 1);
+    assert_eq!(violations(&lines, &[], &on_record).len(), 1);
+}
+
+#[test]
+fn the_checker_finds_what_is_missing_and_what_ran_twice() {
+    let lines = [
+        line(1, RunEvent::Start, 10),
+        line(1, RunEvent::Start, 11),
+        line(1, RunEvent::End, 12),
+    ];
+    assert_eq!(violations(&lines, &[], &[(Uuid::nil(), 1)]).len(), 1);
+    assert_eq!(violations(&lines[1..], &[], &[(Uuid::nil(), 2)]).len(), 1);
+    assert_eq!(violations(&lines[1..2], &[], &[(Uuid::nil(), 1)]).len(), 1);
+    assert_eq!(violations(&[], &[], &[(Uuid::nil(), 1)]).len(), 1);
+}

@@ -1,0 +1,52 @@
+//! The database does what it was asked, and its answer is lost.
+
+use trainyard::job::JobState;
+
+use super::{FAST, Scene};
+use crate::support::database::Database;
+use crate::support::eventually;
+use crate::support::proxy::{Loss, LossyProxy};
+use crate::support::runs::RunEvent;
+
+/// Parts of statements that tell them from all others.
+const CLAIM: Loss = Loss::OfCommitAfter("INSERT INTO processed_messages");
+const FINISH: Loss = Loss::OfStatement("SET state = ended.state");
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_claim_whose_answer_is_lost_is_found_to_be_ones_own() {
+    the_job_runs_once_though_a_reply_is_lost(CLAIM).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_ending_whose_answer_is_lost_is_confirmed() {
+    the_job_runs_once_though_a_reply_is_lost(FINISH).await;
+}
+
+async fn the_job_runs_once_though_a_reply_is_lost(loss: Loss) {
+    let Some(database) = Database::postgres().await else {
+        return;
+    };
+    let proxy = LossyProxy::in_front_of(&database.url).await;
+    let behind = Database::at(proxy.url.clone());
+    let scene = Scene::new(&database, &behind, &FAST).await;
+    // Two, so that one could take over what looks abandoned.
+    let workers = ["one", "other"].map(|name| scene.yard.start_worker(name));
+    proxy.arm(loss);
+    let id = scene.publish_run(0.5).await;
+    eventually("the reply is lost", async || {
+        (proxy.happened() == 1).then_some(())
+    })
+    .await;
+    let job = scene.only_job_ends(JobState::Succeeded).await;
+    scene.nothing_is_left_to_deliver().await;
+    assert_eq!(job.attempts, 1);
+    assert_eq!(scene.runs.of(RunEvent::Start).len(), 1);
+    assert_eq!(scene.runs.of(RunEvent::End).len(), 1);
+    let told = scene
+        .is_explained_by(&id, &["claimed", "finished", "acked"])
+        .await;
+    assert_eq!(told.matches(" finished ").count(), 1, "{told}");
+    for worker in &workers {
+        assert!(!worker.log().contains("0 rows"), "it doubts its writing");
+    }
+}

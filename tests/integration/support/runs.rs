@@ -1,0 +1,63 @@
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Deserialize;
+use serde_json::json;
+use uuid::Uuid;
+
+/// The log that rehearsals write about their own runs, whatever the tables say.
+pub struct RunsLog {
+    path: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunEvent {
+    Start,
+    End,
+    Stopped,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct RunLine {
+    pub job: Uuid,
+    pub attempt: u32,
+    pub pid: u32,
+    pub event: RunEvent,
+    pub at_micros: u64,
+}
+
+impl RunsLog {
+    pub fn in_folder(folder: &Path) -> Self {
+        Self {
+            path: folder.join("runs.jsonl"),
+        }
+    }
+
+    /// A request for a run that takes so long and writes to this log.
+    pub fn request(&self, seconds: f64) -> String {
+        json!({"name": "rehearsal", "seconds": seconds, "log": self.path}).to_string()
+    }
+
+    pub fn lines(&self) -> Vec<RunLine> {
+        let text = std::fs::read_to_string(&self.path).unwrap_or_default();
+        // The last line may be on its way.
+        let complete = text.rfind('\n').map_or("", |end| &text[..end]);
+        complete
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    }
+
+    pub fn of(&self, event: RunEvent) -> Vec<RunLine> {
+        let mut lines = self.lines();
+        lines.retain(|line| line.event == event);
+        lines
+    }
+}
+
+/// The clock that the log is written with.
+pub fn micros_now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    u64::try_from(now.as_micros()).unwrap()
+}
