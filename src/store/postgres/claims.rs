@@ -279,14 +279,21 @@ const COUNT_DUPLICATES: &str = "
 WITH request AS (
     SELECT * FROM unnest($1::text[], $2::text[], $3::uuid[], $4::text[])
       AS request (subscription, key, token, message_id)
+), repeated AS (
+    SELECT subscription, key, count(*)::int AS times FROM request GROUP BY subscription, key
+), locked AS (
+    SELECT subscription, key, repeated.times
+    FROM processed_messages JOIN repeated USING (subscription, key)
+    ORDER BY subscription, key
+    FOR UPDATE OF processed_messages
 ), counted AS (
     UPDATE processed_messages
-    SET duplicates = duplicates + repeated.times
-    FROM (SELECT subscription, key, count(*)::int AS times FROM request GROUP BY 1, 2) AS repeated
-    WHERE processed_messages.subscription = repeated.subscription
-      AND processed_messages.key = repeated.key
+    SET duplicates = duplicates + locked.times
+    FROM locked
+    WHERE processed_messages.subscription = locked.subscription
+      AND processed_messages.key = locked.key
     RETURNING processed_messages.subscription, processed_messages.key, processed_messages.state,
-              processed_messages.duplicates, processed_messages.message_id, repeated.times
+              processed_messages.duplicates, processed_messages.message_id, locked.times
 ), noted AS (
     INSERT INTO ledger (subscription, key, worker, kind, message_id, detail)
     SELECT subscription, key, $5, 'suppressed', nullif(request.message_id, counted.message_id),
