@@ -111,7 +111,9 @@ pub async fn build_worker(
             "no subscription is configured: add a section [subscriptions.NAME]",
         ));
     }
-    let client = connection.subscriber().await?;
+    // A stream for each job that may run, and one that listens.
+    let streams = config.worker.slots + config.subscriptions.len();
+    let client = connection.subscriber(streams).await?;
     let mut subscriptions = Vec::new();
     for (name, settings) in &config.subscriptions {
         check_subscription(connection, name).await?;

@@ -96,8 +96,8 @@ fn json_value(payload: &Payload, pointer: &str) -> Result<String, Missing> {
     let field = payload.get(&first).ok_or_else(missing)?;
     match field.pointer(&rest) {
         None | Some(Value::Null) => Err(missing()),
-        Some(Value::String(text)) => Ok(text.clone()),
-        Some(other) => Ok(other.to_string()),
+        // As JSON, quotes included: the text "3" is not the number 3.
+        Some(value) => Ok(value.to_string()),
     }
 }
 
@@ -142,7 +142,7 @@ mod tests {
             "request_id=r1"
         );
         assert_eq!(key("json:/run/id", payload.clone()).unwrap(), "/run/id=3");
-        assert_eq!(key("json:/a~1b", payload.clone()).unwrap(), "/a~1b=x");
+        assert_eq!(key("json:/a~1b", payload.clone()).unwrap(), "/a~1b=\"x\"");
         assert_eq!(key("content", payload).unwrap().len(), "sha256=".len() + 64);
     }
 

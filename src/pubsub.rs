@@ -66,6 +66,9 @@ impl PubsubError {
     }
 }
 
+/// An HTTP/2 connection carries a hundred streams, as a rule; acks need some.
+const STREAMS_PER_CHANNEL: usize = 50;
+
 /// Which Pub/Sub: a project of Google Cloud's, or of an emulator.
 #[derive(Debug, Clone)]
 pub struct Connection {
@@ -133,12 +136,14 @@ impl Connection {
         format!("projects/{}/{collection}/{name}", self.project)
     }
 
-    /// A client for streaming pull; one per process is enough.
+    /// A client for streaming pull, with room for so many streams at a time;
+    /// one per process is enough.
     ///
     /// # Errors
     /// [`PubsubError::NotConnected`] without usable credentials.
-    pub async fn subscriber(&self) -> Result<Subscriber, PubsubError> {
-        let mut builder = Subscriber::builder();
+    pub async fn subscriber(&self, streams: usize) -> Result<Subscriber, PubsubError> {
+        let channels = streams.div_ceil(STREAMS_PER_CHANNEL).max(1);
+        let mut builder = Subscriber::builder().with_grpc_subchannel_count(channels);
         if let Some(endpoint) = &self.emulator {
             builder = builder
                 .with_endpoint(endpoint)

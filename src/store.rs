@@ -33,8 +33,8 @@ pub enum StoreError {
     /// kept unacknowledged; the same call may succeed later.
     #[error("the database is not available: {0}")]
     Unavailable(sqlx::Error),
-    /// The database turned the statement down. The message is kept
-    /// unacknowledged; somebody has to look.
+    /// The database does not take the values, and never will. The message is
+    /// kept unacknowledged; a job ends without its result.
     #[error("the database refused a statement: {0}")]
     Refused(sqlx::Error),
     /// The database did not answer in time. What was asked may or may not have
@@ -250,36 +250,40 @@ pub async fn open(
 }
 
 impl From<sqlx::Error> for StoreError {
+    /// What is not known to be about the values themselves counts as passing:
+    /// a full disk, a failover to a read-only standby, a schema in the middle
+    /// of a change. The same call may succeed later, and giving up would lose.
     fn from(error: sqlx::Error) -> Self {
         match &error {
-            sqlx::Error::Io(_)
-            | sqlx::Error::Tls(_)
-            | sqlx::Error::PoolTimedOut
-            | sqlx::Error::PoolClosed
-            | sqlx::Error::WorkerCrashed
-            | sqlx::Error::Protocol(_) => Self::Unavailable(error),
-            sqlx::Error::Database(refusal) if is_passing(refusal.code().as_deref()) => {
-                Self::Unavailable(error)
+            sqlx::Error::Database(refusal) if is_about_values(refusal.code().as_deref()) => {
+                Self::Refused(error)
             }
-            sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) => {
-                Self::Unreadable(error.to_string())
-            }
-            _ => Self::Refused(error),
+            sqlx::Error::Encode(_) => Self::Refused(error),
+            sqlx::Error::ColumnDecode { .. }
+            | sqlx::Error::ColumnNotFound(_)
+            | sqlx::Error::Decode(_) => Self::Unreadable(error.to_string()),
+            _ => Self::Unavailable(error),
         }
     }
 }
 
-/// Postgres's classes of errors that pass: connection exceptions (08),
-/// transaction rollbacks (40), insufficient resources (53), operator
-/// intervention (57), lock timeouts (55P03); SQLite's busy (5) and locked (6).
+/// Postgres's classes of errors about what was to be written: data exceptions
+/// (22), constraints (23), program limits (54); SQLite's too big (18) and
+/// constraint (19).
 /// <https://www.postgresql.org/docs/current/errcodes-appendix.html>
-fn is_passing(code: Option<&str>) -> bool {
-    code.is_some_and(|code| {
-        ["08", "40", "53", "57"]
+fn is_about_values(code: Option<&str>) -> bool {
+    let Some(code) = code else {
+        return false;
+    };
+    match code.len() {
+        5 => ["22", "23", "54"]
             .iter()
-            .any(|class| code.len() == 5 && code.starts_with(class))
-            || ["55P03", "5", "6", "261", "517"].contains(&code)
-    })
+            .any(|class| code.starts_with(class)),
+        // The low byte is the primary code of SQLite's extended ones.
+        _ => code
+            .parse::<u32>()
+            .is_ok_and(|code| matches!(code & 0xff, 18 | 19)),
+    }
 }
 
 /// The ledger keeps so many duplicates of one job; the count goes on.

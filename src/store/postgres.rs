@@ -34,6 +34,8 @@ const LIMITS: [(&str, &str); 3] = [
     ("idle_in_transaction_session_timeout", "15s"),
 ];
 
+const RENEWAL_CONNECTIONS: u32 = 3;
+
 /// Pauses before a rolled-back transaction is tried again.
 const ROLLED_BACK: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(200));
 const ROLLED_BACK_TRIES: u32 = 5;
@@ -64,7 +66,8 @@ impl PostgresStore {
             .connect_with(options.clone())
             .await?;
         let renewals = PgPoolOptions::new()
-            .max_connections(1)
+            // More than one: a connection that has gone silent stays taken.
+            .max_connections(RENEWAL_CONNECTIONS)
             .acquire_timeout(ACQUIRE_TIMEOUT)
             .connect_lazy_with(options.clone().options([("synchronous_commit", "off")]));
         Ok(Self {
@@ -90,6 +93,9 @@ async fn retried<T, F: Future<Output = Result<T, StoreError>>>(
     transaction().await
 }
 
+/// A write, though of nothing: a database that only reads is no use.
+const PING: &str = "UPDATE leases SET attempt = attempt WHERE false";
+
 #[async_trait]
 impl Store for PostgresStore {
     async fn migrate(&self) -> Result<usize, SchemaError> {
@@ -114,7 +120,7 @@ impl Store for PostgresStore {
     }
 
     async fn ping(&self) -> Result<(), StoreError> {
-        sqlx::query("SELECT 1").execute(&self.pool).await?;
+        sqlx::query(PING).execute(&self.pool).await?;
         Ok(())
     }
 

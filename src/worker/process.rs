@@ -94,7 +94,7 @@ impl Processor {
         {
             Ok(key) => key,
             Err(missing) => match settings.without_dedupe_key {
-                WithoutDedupeKey::MessageId => by_id,
+                WithoutDedupeKey::MessageId => by_id.clone(),
                 WithoutDedupeKey::DeadLetter => {
                     let (task, reason) = (Some(request.task), missing.to_string());
                     return self.refuse(by_id, task, message, reason, receipt).await;
@@ -108,8 +108,9 @@ impl Processor {
                 request.task,
                 known.join(", ")
             );
+            // By its id: a corrected request may come under the same key.
             return self
-                .refuse(key, Some(request.task), message, reason, receipt)
+                .refuse(by_id, Some(request.task), message, reason, receipt)
                 .await;
         };
         // Once the message is acked only the table can bring its job back.

@@ -11,6 +11,8 @@ use crate::retry::jittered;
 
 /// Many workers purge one table, so each need not look often.
 const EVERY: Duration = Duration::from_secs(60 * 60);
+/// Soon: a worker may be restarted more often than that.
+const AFTER_START: Duration = Duration::from_secs(60);
 /// Small, so that no statement takes long.
 const BATCH: u32 = 1000;
 const BETWEEN_BATCHES: Duration = Duration::from_millis(200);
@@ -18,9 +20,10 @@ const BETWEEN_BATCHES: Duration = Duration::from_millis(200);
 /// Purges now and then until `draining`.
 pub(super) async fn purge(guard: Guard, retention: Duration, draining: CancellationToken) {
     let purging = async {
+        sleep(jittered(AFTER_START)).await;
         loop {
-            sleep(jittered(EVERY)).await;
             purge_all(&guard, retention).await;
+            sleep(jittered(EVERY)).await;
         }
     };
     tokio::select! {

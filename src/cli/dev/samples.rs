@@ -33,8 +33,8 @@ pub(super) fn all(dataset: &Path, dir: &Path) -> Vec<Sample> {
     [
         ("heavy-task", 1, 300, true),
         ("heavy-task", 2, 300, false),
-        ("light-task", 3, 60, false),
-        ("light-task", 4, 60, false),
+        ("light-task", 3, 100, false),
+        ("light-task", 4, 100, false),
     ]
     .into_iter()
     .map(|(topic, seed, max_iterations, delivered_twice)| Sample {

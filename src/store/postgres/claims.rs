@@ -37,16 +37,18 @@ pub(super) async fn claim(
     if !rest.is_empty() {
         answers.extend(count_duplicates(&mut transaction, &rest, terms).await?);
     }
-    transaction.commit().await?;
-
-    requests
+    // Before the commit: were one request without an answer, the others' leases
+    // would be held by nobody.
+    let claims = requests
         .iter()
         .map(|request| {
             answers
                 .remove(&request.token)
                 .ok_or_else(|| StoreError::Unreadable(format!("no row answers {}", request.key)))
         })
-        .collect()
+        .collect::<Result<Vec<Claim>, StoreError>>()?;
+    transaction.commit().await?;
+    Ok(claims)
 }
 
 /// A lease that a statement has just given.
@@ -370,11 +372,18 @@ pub(super) async fn look(pool: &PgPool, key: &JobKey) -> Result<Standing, StoreE
 }
 
 const RENEW: &str = "
+WITH held AS (
+    SELECT leases.subscription, leases.key
+    FROM leases
+    JOIN unnest($1::text[], $2::text[], $3::int[], $4::uuid[])
+      AS fence (subscription, key, attempt, token) USING (subscription, key, attempt, token)
+    ORDER BY leases.subscription, leases.key
+    FOR UPDATE OF leases
+)
 UPDATE leases
 SET lease_until = now() + make_interval(secs => $5)
-FROM unnest($1::text[], $2::text[], $3::int[], $4::uuid[]) AS fence (subscription, key, attempt, token)
-WHERE leases.subscription = fence.subscription AND leases.key = fence.key
-  AND leases.attempt = fence.attempt AND leases.token = fence.token
+FROM held
+WHERE leases.subscription = held.subscription AND leases.key = held.key
 RETURNING leases.token";
 
 pub(super) async fn renew(

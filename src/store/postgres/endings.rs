@@ -1,5 +1,7 @@
 //! The statements that end a run: finished, released, or refused unrun.
 
+use std::collections::HashSet;
+
 use sqlx::{PgPool, Row};
 use uuid::Uuid;
 
@@ -40,10 +42,7 @@ WITH input AS (
     INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
     SELECT subscription, key, worker, 'finished', attempt, state FROM ended
 )
-SELECT token FROM finished
-UNION
-SELECT input.token FROM input JOIN processed_messages USING (subscription, key)
-WHERE processed_messages.finished_by = input.token";
+SELECT token FROM finished";
 
 pub(super) async fn finish(pool: &PgPool, finishes: &[Finish]) -> Result<Vec<bool>, StoreError> {
     let (subscriptions, keys) = key_columns(finishes.iter().map(|finish| &finish.fence.key));
@@ -69,10 +68,36 @@ pub(super) async fn finish(pool: &PgPool, finishes: &[Finish]) -> Result<Vec<boo
         .bind(results)
         .fetch_all(pool)
         .await?;
+    let mut ended: HashSet<Uuid> = ended.into_iter().collect();
+    if finishes
+        .iter()
+        .any(|finish| !ended.contains(&finish.fence.token))
+    {
+        ended.extend(ended_earlier(pool, finishes).await?);
+    }
     Ok(finishes
         .iter()
         .map(|finish| ended.contains(&finish.fence.token))
         .collect())
+}
+
+/// A first try that was still committing is not in the snapshot of the second
+/// one, which waited for it; a statement of its own sees what it wrote.
+const ENDED_EARLIER: &str = "
+SELECT finish.token
+FROM unnest($1::text[], $2::text[], $3::uuid[]) AS finish (subscription, key, token)
+JOIN processed_messages USING (subscription, key)
+WHERE processed_messages.finished_by = finish.token";
+
+async fn ended_earlier(pool: &PgPool, finishes: &[Finish]) -> Result<Vec<Uuid>, StoreError> {
+    let (subscriptions, keys) = key_columns(finishes.iter().map(|finish| &finish.fence.key));
+    let tokens = sqlx::query_scalar(ENDED_EARLIER)
+        .bind(subscriptions)
+        .bind(keys)
+        .bind(fence_tokens(finishes.iter().map(|finish| &finish.fence)))
+        .fetch_all(pool)
+        .await?;
+    Ok(tokens)
 }
 
 /// The lease ends now, so that the job waits no longer than it must.
