@@ -14,7 +14,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
@@ -138,20 +139,34 @@ impl Worker {
 
         let last_words = self.settings.stop_grace + LAST_WRITES;
         let patience = self.settings.shutdown_grace - self.settings.stop_grace;
+        let giving_up = shutdown.giving_up.clone();
         let stopping = tokio::spawn(async move { shutdown.stop_after(patience, last_words).await });
         let subscriptions = pullers.join_all().await;
-        // A reaper that was in the middle of a sweep has jobs to hand over.
-        if reaping.await.is_err() {
-            error!("the reaper has panicked");
-        }
         info!(running = slots.taken(), "pulling has stopped");
-        running.close();
-        running.wait().await;
+        let ending = async {
+            // A reaper that was in the middle of a sweep has jobs to hand over.
+            if reaping.await.is_err() {
+                error!("the reaper has panicked");
+            }
+            running.close();
+            running.wait().await;
+        };
+        tokio::select! {
+            () = ending => {}
+            // Only a database that hangs takes so long; leases will end.
+            () = a_moment_after(giving_up) => warn!("stopping although something still waits for the database"),
+        }
         stopping.abort();
         background.shutdown().await;
         flush(subscriptions).await;
         info!("stopped");
     }
+}
+
+/// Leaves what was given up the time to notice.
+async fn a_moment_after(giving_up: CancellationToken) {
+    giving_up.cancelled().await;
+    sleep(Duration::from_secs(1)).await;
 }
 
 async fn flush(subscriptions: Vec<Subscription>) {
