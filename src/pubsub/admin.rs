@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use google_cloud_gax::error::rpc::Code;
+use google_cloud_pubsub::model::Subscription;
 
 use super::{Connection, PubsubError};
 
@@ -33,21 +34,20 @@ impl Connection {
         }
     }
 
+    async fn found(&self, subscription: &str) -> Result<Subscription, PubsubError> {
+        let path = self.subscription_path(subscription);
+        let what = format!("subscription {path}");
+        let admin = self.subscription_admin().await?;
+        let get = admin.get_subscription().set_subscription(&path);
+        self.in_time(&what, get.send()).await
+    }
+
     /// The topic that a subscription is attached to, as its full path.
     ///
     /// # Errors
     /// [`PubsubError::NotFound`] when there is no such subscription.
     pub async fn topic_of(&self, subscription: &str) -> Result<String, PubsubError> {
-        let path = self.subscription_path(subscription);
-        let what = format!("subscription {path}");
-        let admin = self.subscription_admin().await?;
-        let found = self
-            .in_time(
-                &what,
-                admin.get_subscription().set_subscription(&path).send(),
-            )
-            .await?;
-        Ok(found.topic)
+        Ok(self.found(subscription).await?.topic)
     }
 
     /// How long Pub/Sub keeps a message of the subscription for redelivery.
@@ -55,16 +55,7 @@ impl Connection {
     /// # Errors
     /// [`PubsubError::NotFound`] when there is no such subscription.
     pub async fn message_retention_of(&self, subscription: &str) -> Result<Duration, PubsubError> {
-        let path = self.subscription_path(subscription);
-        let what = format!("subscription {path}");
-        let admin = self.subscription_admin().await?;
-        let found = self
-            .in_time(
-                &what,
-                admin.get_subscription().set_subscription(&path).send(),
-            )
-            .await?;
-        let kept = found.message_retention_duration;
+        let kept = self.found(subscription).await?.message_retention_duration;
         Ok(kept.map_or(DEFAULT_RETENTION, |kept| {
             Duration::from_secs(kept.seconds().unsigned_abs())
         }))
