@@ -54,24 +54,19 @@ impl Shared {
 }
 
 #[derive(Debug, Subcommand)]
+// What a command says of itself stands at its own type.
 enum Command {
-    /// Try it: emulator, database, worker and sample jobs in one process
     Dev(dev::Dev),
-    /// Run the worker: pull messages and train
     Run(run::Run),
-    /// Bring the database's tables up to date
     Migrate(migrate::Migrate),
-    /// Publish a training request
     Publish(publish::Publish),
     /// Look at jobs
     #[command(subcommand)]
     Jobs(jobs::Jobs),
-    /// Tell the whole story of a message
     Explain(explain::Explain),
     /// Look at the configuration
     #[command(subcommand)]
     Config(config_check::ConfigCommand),
-    /// Run the built-in Pub/Sub emulator alone
     Emulator(emulator::Emulator),
 }
 

@@ -7,10 +7,11 @@ use crate::config::{Config, timeline};
 /// Look at the configuration.
 #[derive(Debug, Subcommand)]
 pub(super) enum ConfigCommand {
-    /// Check it, and print what is in force
     Check(Check),
 }
 
+/// Check it, and print what is in force.
+///
 /// Prints the configuration in force, from all layers and with secrets masked,
 /// then per task what happens when. Compares it with the subscriptions in
 /// Pub/Sub, as far as they can be looked at.
