@@ -5,13 +5,16 @@ mod in_process;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use chrono::{DateTime, Utc};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::job::Fence;
 use crate::message::Payload;
 use crate::outcome::Outcome;
-use crate::task::Progress;
+use crate::report::{Checkpoint, Reports};
 
 pub use in_process::InProcess;
 
@@ -19,12 +22,46 @@ pub use in_process::InProcess;
 #[derive(Debug, Clone)]
 pub struct Attempt {
     pub job_id: Uuid,
-    pub number: u32,
+    pub task: Arc<str>,
+    /// Its number and lease token go with everything written about the run.
+    pub fence: Fence,
+    /// The message that asked for the job first.
+    pub message_id: Arc<str>,
     pub payload: Arc<Payload>,
-    /// Where the run's reports go; only the newest is kept.
-    pub progress: watch::Sender<Progress>,
+    /// Where an earlier attempt left off.
+    pub checkpoint: Option<Checkpoint>,
+    /// When the task's timeout will stop the run, for the run to know.
+    pub deadline: Option<DateTime<Utc>>,
+    pub reports: Reports,
+    /// Until when the run may go on without another word: the lease less a
+    /// margin, by this process's clock. Grows with every renewal.
+    pub valid_until: watch::Receiver<Instant>,
     /// Cancelled when the run should end soon.
     pub stop: CancellationToken,
+}
+
+impl Attempt {
+    /// An attempt with nothing special about it, for tests of executors.
+    #[cfg(test)]
+    pub(crate) fn of(payload: serde_json::Value) -> Self {
+        let far = Instant::now() + std::time::Duration::from_secs(60 * 60 * 24 * 365);
+        Self {
+            job_id: Uuid::nil(),
+            task: "test".into(),
+            fence: Fence {
+                key: crate::job::JobKey::new("subscription", "key"),
+                attempt: 1,
+                token: Uuid::nil(),
+            },
+            message_id: "1".into(),
+            payload: Arc::new(payload.as_object().cloned().unwrap_or_default()),
+            checkpoint: None,
+            deadline: None,
+            reports: Reports::default(),
+            valid_until: watch::channel(far).1,
+            stop: CancellationToken::new(),
+        }
+    }
 }
 
 /// Runs attempts of one task.

@@ -21,6 +21,7 @@ pub mod message;
 pub mod outcome;
 pub mod pubsub;
 pub mod registry;
+pub mod report;
 pub mod retry;
 pub mod shutdown;
 pub mod store;

@@ -1,16 +1,16 @@
 //! The trait that an in-process training job implements.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::message::Payload;
+use crate::report::{Checkpoint, Reports};
+
+pub use crate::report::Progress;
 
 /// A named training job that runs inside the worker's process.
 ///
@@ -67,21 +67,6 @@ impl From<std::io::Error> for TaskError {
     }
 }
 
-/// How far a run has come. Later reports replace earlier ones.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Progress {
-    /// Share of the work done, from 0.0 to 1.0.
-    #[serde(rename = "progress", skip_serializing_if = "Option::is_none")]
-    pub fraction: Option<f64>,
-    /// The task's own count: an iteration, an epoch, a batch.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub step: Option<u64>,
-    /// Named figures, such as `loss`.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub metrics: BTreeMap<String, f64>,
-}
-
 /// What a task is handed for one attempt of one job.
 ///
 /// Cheap to clone; a clone can go to a blocking thread.
@@ -90,7 +75,8 @@ pub struct Run {
     job_id: Arc<str>,
     attempt: u32,
     payload: Arc<Payload>,
-    progress: watch::Sender<Progress>,
+    checkpoint: Option<Checkpoint>,
+    reports: Reports,
     stop: CancellationToken,
 }
 
@@ -101,16 +87,24 @@ impl Run {
         job_id: &str,
         attempt: u32,
         payload: Arc<Payload>,
-        progress: watch::Sender<Progress>,
+        reports: Reports,
         stop: CancellationToken,
     ) -> Self {
         Self {
             job_id: job_id.into(),
             attempt,
             payload,
-            progress,
+            checkpoint: None,
+            reports,
             stop,
         }
+    }
+
+    /// The run goes on from where an earlier attempt of its job left off.
+    #[must_use]
+    pub fn resuming_from(mut self, checkpoint: Option<Checkpoint>) -> Self {
+        self.checkpoint = checkpoint;
+        self
     }
 
     #[must_use]
@@ -148,7 +142,20 @@ impl Run {
     /// Reports how far the run has come. Never blocks; a slow reader sees only
     /// the newest report.
     pub fn report(&self, progress: Progress) {
-        self.progress.send_replace(progress);
+        self.reports.progress(progress);
+    }
+
+    /// The last checkpoint of an earlier attempt, if there was one.
+    #[must_use]
+    pub fn checkpoint(&self) -> Option<&str> {
+        self.checkpoint.as_deref()
+    }
+
+    /// Tells where the work so far is kept: a later attempt, on any worker,
+    /// gets it from [`Run::checkpoint`]. Call it when what it names is safe.
+    /// Never blocks; it is written to the database soon after.
+    pub fn save_checkpoint(&self, checkpoint: &str) {
+        self.reports.checkpoint(checkpoint);
     }
 
     /// Whether the run was asked to stop; for loops on blocking threads.

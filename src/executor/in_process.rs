@@ -27,11 +27,12 @@ impl Executor for InProcess {
         let task = Arc::clone(&self.task);
         let run = Run::new(
             &attempt.job_id.to_string(),
-            attempt.number,
+            attempt.fence.attempt,
             attempt.payload,
-            attempt.progress,
+            attempt.reports,
             attempt.stop,
-        );
+        )
+        .resuming_from(attempt.checkpoint);
         // A task of its own, so that a panic ends the run and not the worker.
         let running = tokio::spawn(async move { task.run(run).await });
         match AbortOnDropHandle::new(running).await {
@@ -58,9 +59,6 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
-    use tokio::sync::watch;
-    use tokio_util::sync::CancellationToken;
-    use uuid::Uuid;
 
     use super::*;
 
@@ -74,15 +72,8 @@ mod tests {
     }
 
     async fn outcome_of(script: fn() -> Result<Value, TaskError>) -> Outcome {
-        let attempt = Attempt {
-            job_id: Uuid::nil(),
-            number: 1,
-            payload: Arc::default(),
-            progress: watch::Sender::default(),
-            stop: CancellationToken::new(),
-        };
         InProcess::new(Arc::new(Scripted(script)))
-            .execute(attempt)
+            .execute(Attempt::of(json!({})))
             .await
     }
 

@@ -104,14 +104,14 @@ fn append(log: Option<&Path>, run: &Run, event: &str) -> Result<(), TaskError> {
 mod tests {
     use std::sync::Arc;
 
-    use tokio::sync::watch;
     use tokio_util::sync::CancellationToken;
 
     use super::*;
+    use crate::report::Reports;
 
     async fn rehearse(payload: Value, stop: CancellationToken) -> Result<Value, TaskError> {
         let payload = Arc::new(payload.as_object().unwrap().clone());
-        let run = Run::new("j", 2, payload, watch::Sender::default(), stop);
+        let run = Run::new("j", 2, payload, Reports::default(), stop);
         Rehearsal.run(run).await
     }
 

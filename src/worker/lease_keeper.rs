@@ -38,6 +38,11 @@ pub(super) struct KeptLease {
 }
 
 impl KeptLease {
+    /// Until when the run may go on, as it changes.
+    pub(super) fn validity(&self) -> watch::Receiver<Instant> {
+        self.valid_until.clone()
+    }
+
     /// Completes when the run must stop: its lease was taken over, or could
     /// not be renewed in time.
     pub(super) async fn lost(&mut self) {

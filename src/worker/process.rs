@@ -20,9 +20,9 @@ use crate::message::{Message, Payload, Request};
 use crate::outcome::{Disposition, Outcome, Verdict};
 use crate::pubsub::{Delivery, Receipt};
 use crate::registry::{ConfiguredTask, ConfiguredTasks};
+use crate::report::{Progress, Reports};
 use crate::shutdown::Shutdown;
 use crate::store::{Refused, StoreError};
-use crate::task::Progress;
 
 pub(super) struct Processor {
     pub(super) guard: Guard,
@@ -202,18 +202,24 @@ impl Processor {
                 attempt: fence.attempt,
             },
         );
-        let (progress, reports) = watch::channel(Progress::default());
+        let reports = Reports::default();
+        let progress = reports.watch_progress();
         let attempt = Attempt {
             job_id: acquired.job_id,
-            number: fence.attempt,
+            task: task.name.as_str().into(),
+            fence: fence.clone(),
+            message_id: Arc::clone(id),
             payload: Arc::new(payload),
-            progress,
+            checkpoint: None,
+            deadline: None,
+            reports,
+            valid_until: lease.validity(),
             stop: CancellationToken::new(),
         };
         let stopping = &self.shutdown.stopping;
         let outcome = tokio::select! {
             outcome = supervise(task, attempt, &mut lease, stopping, self.stop_grace) => outcome,
-            never = self.relay_progress(id, reports) => never,
+            never = self.relay_progress(id, progress) => never,
         };
         let name = outcome.name();
         let disposition = match outcome.verdict() {

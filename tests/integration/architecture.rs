@@ -16,7 +16,9 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("crate::emulator", &["emulator", "cli"]),
 ];
 
-const WORDS: &[&str] = &["dedupe", "message", "job", "outcome", "retry", "task"];
+const WORDS: &[&str] = &[
+    "dedupe", "message", "job", "outcome", "report", "retry", "task",
+];
 const OUTSIDE_SYSTEMS: &[&str] = &["pubsub", "store", "executor", "emulator"];
 const SERVICES: &[&str] = &["guard", "registry", "worker", "app", "cli"];
 

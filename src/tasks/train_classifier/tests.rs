@@ -6,6 +6,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::message::Payload;
+use crate::report::Reports;
 
 const DIGITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/digits.csv.gz");
 
@@ -25,9 +26,10 @@ fn run_of(payload: Value) -> (Run, watch::Receiver<Progress>, CancellationToken)
         panic!("a payload is an object");
     };
     let payload: Payload = payload;
-    let (progress, seen) = watch::channel(Progress::default());
+    let reports = Reports::default();
+    let seen = reports.watch_progress();
     let stop = CancellationToken::new();
-    let run = Run::new("job", 1, Arc::new(payload), progress, stop.clone());
+    let run = Run::new("job", 1, Arc::new(payload), reports, stop.clone());
     (run, seen, stop)
 }
 

@@ -3,7 +3,6 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use serde_json::{Value, json};
-use tokio::sync::watch;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -167,13 +166,7 @@ async fn play(scene: Scene) -> (Outcome, Duration) {
             stops_within: scene.stops_within,
         }),
     };
-    let attempt = Attempt {
-        job_id: Uuid::nil(),
-        number: 1,
-        payload: Arc::default(),
-        progress: watch::Sender::default(),
-        stop: CancellationToken::new(),
-    };
+    let attempt = Attempt::of(json!({}));
     let began = Instant::now();
     let outcome = supervise(&task, attempt, &mut lease, &scene.stopping, STOP_GRACE).await;
     keeping.abort();
