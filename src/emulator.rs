@@ -1,17 +1,15 @@
 //! A Pub/Sub emulator in this process: the v1 API over gRPC and over REST/JSON
 //! on one port, with nothing kept on disk.
 //!
-//! It enforces what the worker relies on: flow control, ack deadlines,
-//! redelivery and ordering keys. Three layers:
+//! It enforces flow control, ack deadlines, redelivery, ordering keys, retry
+//! policies and dead-letter policies. Three layers:
 //!
 //! - `engine` (`feed`, `backlog`, `streams`): a state machine without clock or
 //!   I/O. Time is an argument, so every rule is tested with made-up instants.
 //! - `broker`: the engine behind a lock, the clock, and the waking of waiters.
 //! - `grpc` and `rest`: the protocols, each no more than a translation.
 //!
-//! What it does not have is answered with `UNIMPLEMENTED`. Two policies are
-//! kept and shown but not enforced yet, with a warning in the log: a retry
-//! policy, and a dead-letter policy (its deliveries carry their attempt).
+//! What it does not have is answered with `UNIMPLEMENTED`.
 
 use std::net::SocketAddr;
 use std::time::Duration;

@@ -30,7 +30,7 @@ pub struct Broker {
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    /// The ack deadline to wait for became earlier.
+    /// The time to wait for became earlier.
     timer: Notify,
     closing: CancellationToken,
     options: Options,
@@ -127,14 +127,7 @@ impl Broker {
         &self,
         subscription: resource::Subscription,
     ) -> Result<resource::Subscription, BrokerError> {
-        let made = self.with(|engine, _| engine.create_subscription(subscription))?;
-        if made.retry.is_some() || made.dead_letter.is_some() {
-            tracing::warn!(
-                subscription = %made.name,
-                "the emulator keeps retry and dead-letter policies but does not enforce them"
-            );
-        }
-        Ok(made)
+        self.with(|engine, _| engine.create_subscription(subscription))
     }
 
     pub(super) fn subscription(&self, name: &str) -> Result<resource::Subscription, BrokerError> {
@@ -239,7 +232,7 @@ impl Broker {
         })
     }
 
-    /// Makes messages ready again at their ack deadline, until shutdown.
+    /// Lets happen what waits for a time, until shutdown.
     pub(super) async fn run_timers(&self) {
         loop {
             let next = self.arm();

@@ -17,6 +17,7 @@ use super::name;
 use super::resource;
 use super::streams::{StreamId, StreamOptions};
 
+mod dead_letters;
 mod page;
 mod resources;
 #[cfg(test)]
@@ -54,8 +55,11 @@ pub struct Engine {
     memory: Memory,
     /// The last number given to a message, a subscription or a stream.
     last_number: u64,
-    /// Not later than the earliest ack deadline.
+    /// Not later than the earliest ack deadline or end of a backoff.
     next_timer: Option<Instant>,
+    /// What the wall clock showed at the last publishing, from which the
+    /// publish times of dead letters follow.
+    last_publish: Option<(Instant, DateTime<Utc>)>,
     wakes: Vec<Wake>,
 }
 
@@ -69,6 +73,7 @@ impl Engine {
             memory: Memory::new(max_retained_bytes),
             last_number: microseconds(started),
             next_timer: None,
+            last_publish: None,
             wakes: Vec::new(),
         }
     }
@@ -84,14 +89,31 @@ impl Engine {
         wall: DateTime<Utc>,
     ) -> Result<Vec<String>, BrokerError> {
         message::check_request(&messages)?;
-        let subscriptions = self.known_topic(topic)?.subscriptions.clone();
-        let charge = |message: &NewMessage| message.charge(subscriptions.len());
-        self.make_room(topic, messages.iter().map(charge).sum())?;
+        let subscriptions = self.known_topic(topic)?.subscriptions.len();
+        let bytes = messages.iter().map(|new| new.charge(subscriptions)).sum();
+        self.make_room(topic, bytes)?;
+        self.last_publish = Some((now, wall));
+        Ok(self.spread(topic, messages, now, wall))
+    }
+
+    /// Gives messages to the topic's subscriptions, whether there is memory
+    /// for them or not, and returns their ids.
+    fn spread(
+        &mut self,
+        topic: &str,
+        messages: Vec<NewMessage>,
+        now: Instant,
+        wall: DateTime<Utc>,
+    ) -> Vec<String> {
+        let Some(known) = self.topics.get(topic) else {
+            return Vec::new();
+        };
+        let subscriptions = known.subscriptions.clone();
         self.last_number = self.last_number.max(microseconds(wall));
         let publish_time = wall.trunc_subsecs(PUBLISH_TIME_DIGITS);
         let mut ids = Vec::with_capacity(messages.len());
         for new in messages {
-            let reservation = self.memory.reserve(charge(&new));
+            let reservation = self.memory.reserve(new.charge(subscriptions.len()));
             let message = Arc::new(Message::new(
                 new,
                 self.next_number(),
@@ -101,15 +123,15 @@ impl Engine {
             ids.push(message.id());
             for name in &subscriptions {
                 if let Some(feed) = self.feeds.get_mut(name) {
-                    feed.add(Arc::clone(&message));
+                    feed.add(Arc::clone(&message), now);
                 }
             }
             self.remember(topic, message);
         }
         for name in &subscriptions {
-            self.settle_down(name, now);
+            self.hand_out(name, now);
         }
-        Ok(ids)
+        ids
     }
 
     /// Delivers a published message once more, to every subscription of its
@@ -132,7 +154,7 @@ impl Engine {
         };
         for name in known.subscriptions.clone() {
             if let Some(feed) = self.feeds.get_mut(&name) {
-                feed.add_copies(message, &published);
+                feed.add_copies(message, &published, now);
             }
             self.settle_down(&name, now);
         }
@@ -168,7 +190,7 @@ impl Engine {
 
     pub fn close_stream(&mut self, subscription: &str, id: StreamId, now: Instant) {
         if let Some(feed) = self.feeds.get_mut(subscription) {
-            feed.close(id);
+            feed.close(id, now);
             self.settle_down(subscription, now);
         }
     }
@@ -209,13 +231,13 @@ impl Engine {
     ) -> Result<(), BrokerError> {
         let feed = self.feed(subscription)?;
         feed.expire(now);
-        feed.acknowledge(parse(ack_ids)?);
+        feed.acknowledge(parse(ack_ids)?, now);
         self.settle_down(subscription, now);
         Ok(())
     }
 
     /// Sets ack deadlines to so many seconds from now; 0 makes the messages
-    /// ready again at once. Ack ids that are no longer good are ignored.
+    /// ready again, at once or as the retry policy says. Ack ids that are no longer good are ignored.
     pub fn modify_ack_deadline(
         &mut self,
         subscription: &str,
@@ -233,7 +255,8 @@ impl Engine {
 
     // Time.
 
-    /// Makes every message ready again whose ack deadline has come.
+    /// Lets happen what the time has come for: ack deadlines and the ends of
+    /// backoffs.
     pub fn expire(&mut self, now: Instant) {
         self.next_timer = None;
         let names: Vec<String> = self.feeds.keys().cloned().collect();
@@ -262,9 +285,14 @@ impl Engine {
         Ok(feed.backlog_len())
     }
 
-    /// After every change to a feed: hands out what can be handed out and
-    /// notes whom to wake and when.
+    /// After every change to a feed.
     fn settle_down(&mut self, name: &str, now: Instant) {
+        self.forward_dead_letters(name, now);
+        self.hand_out(name, now);
+    }
+
+    /// Hands out what can be handed out and notes whom to wake and when.
+    fn hand_out(&mut self, name: &str, now: Instant) {
         let Some(feed) = self.feeds.get_mut(name) else {
             return;
         };

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::ack_id::AckId;
-use super::backlog::{Backlog, Delivery, Freed};
+use super::backlog::{Backlog, DeadLetter, Delivery, Freed};
 use super::message::Message;
 use super::resource;
 use super::streams::{StreamId, StreamOptions, Streams};
@@ -24,22 +24,22 @@ impl Feed {
     /// name.
     pub fn new(settings: resource::Subscription, creation: u64) -> Self {
         Self {
-            backlog: Backlog::new(creation, settings.ordered),
+            backlog: Backlog::new(creation, &settings),
             settings,
             streams: Streams::default(),
         }
     }
 
-    pub fn add(&mut self, message: Arc<Message>) {
-        self.backlog.add(message);
+    pub fn add(&mut self, message: Arc<Message>, now: Instant) {
+        self.backlog.add(message, now);
     }
 
     /// Adds a message once more. If it has an ordering key, the later ones of
     /// its key follow it again: "If messages with the same ordering key are
     /// redelivered, all subsequent messages are also redelivered",
     /// <https://cloud.google.com/pubsub/docs/ordering>.
-    pub fn add_copies(&mut self, message: &Arc<Message>, published: &[Arc<Message>]) {
-        self.backlog.add_copy(Arc::clone(message));
+    pub fn add_copies(&mut self, message: &Arc<Message>, published: &[Arc<Message>], now: Instant) {
+        self.backlog.add_copy(Arc::clone(message), now);
         if !self.settings.ordered || message.ordering_key.is_empty() {
             return;
         }
@@ -48,9 +48,17 @@ impl Feed {
                 && later.ordering_key == message.ordering_key
                 && !self.backlog.awaits_first_delivery(later.sequence)
             {
-                self.backlog.add_copy(Arc::clone(later));
+                self.backlog.add_copy(Arc::clone(later), now);
             }
         }
+    }
+
+    pub fn set_dead_letter_topic_exists(&mut self, exists: bool) {
+        self.backlog.set_dead_letter_topic_exists(exists);
+    }
+
+    pub fn take_dead_letters(&mut self) -> Vec<DeadLetter> {
+        self.backlog.take_dead_letters()
     }
 
     pub fn backlog_len(&self) -> usize {
@@ -76,9 +84,9 @@ impl Feed {
     /// Ends a stream. What it was sent stays outstanding until its ack
     /// deadline, since acks may come by unary calls; what it was not sent is
     /// ready for others.
-    pub fn close(&mut self, id: StreamId) {
+    pub fn close(&mut self, id: StreamId, now: Instant) {
         for unsent in self.streams.close(id) {
-            self.backlog.take_back(unsent.ack_id);
+            self.backlog.take_back(unsent.ack_id, now);
         }
     }
 
@@ -102,7 +110,7 @@ impl Feed {
             };
             bytes += delivery.message.size();
             if bytes > PULL_BYTES && !pulled.is_empty() {
-                self.backlog.take_back(delivery.ack_id);
+                self.backlog.take_back(delivery.ack_id, now);
                 break;
             }
             pulled.push(delivery);
@@ -110,9 +118,9 @@ impl Feed {
         pulled
     }
 
-    pub fn acknowledge(&mut self, ids: impl IntoIterator<Item = AckId>) {
+    pub fn acknowledge(&mut self, ids: impl IntoIterator<Item = AckId>, now: Instant) {
         for id in ids {
-            let freed = self.backlog.acknowledge(id);
+            let freed = self.backlog.acknowledge(id, now);
             self.free(freed);
         }
     }
@@ -126,7 +134,7 @@ impl Feed {
     ) {
         for id in ids {
             if ack_deadline.is_zero() {
-                let freed = self.backlog.nack(id);
+                let freed = self.backlog.nack(id, now);
                 self.free(freed);
             } else {
                 self.backlog.extend(id, now + ack_deadline);

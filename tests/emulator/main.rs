@@ -17,6 +17,7 @@ use trainyard::emulator::{Broker, Emulator, Options};
 
 mod grpc;
 mod official_client;
+mod policies;
 mod rest;
 
 const TOPIC: &str = "projects/test/topics/requests";

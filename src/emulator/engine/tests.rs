@@ -2,6 +2,7 @@
 
 use super::*;
 
+mod failures;
 mod ordering;
 mod redelivery;
 mod resources;
@@ -33,6 +34,16 @@ impl Fixture {
         let mut fixture = Self::empty(1 << 30);
         fixture.subscribe(SUBSCRIPTION, subscription);
         fixture
+    }
+
+    fn with_retry(minimum: u64, maximum: u64) -> Self {
+        Self::with(resource::Subscription {
+            retry: Some(resource::RetryPolicy {
+                minimum_backoff: Some(Duration::from_secs(minimum)),
+                maximum_backoff: Some(Duration::from_secs(maximum)),
+            }),
+            ..resource::Subscription::default()
+        })
     }
 
     fn empty(max_retained_bytes: usize) -> Self {
