@@ -2,7 +2,7 @@
 //! on one port, with nothing kept on disk.
 //!
 //! It enforces flow control, ack deadlines, redelivery, ordering keys, retry
-//! policies and dead-letter policies. Three layers:
+//! policies, dead-letter policies and exactly-once delivery. Three layers:
 //!
 //! - `engine` (`feed`, `backlog`, `streams`): a state machine without clock or
 //!   I/O. Time is an argument, so every rule is tested with made-up instants.
@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 mod ack_id;
 mod backlog;
 mod broker;
+mod confirmation;
 mod engine;
 mod error;
 mod feed;

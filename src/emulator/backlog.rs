@@ -193,19 +193,17 @@ impl Backlog {
         self.give_back(id.position, now);
     }
 
-    /// Moves the ack deadline of an outstanding delivery; ignores any other.
-    pub fn extend(&mut self, id: AckId, until: Instant) {
-        if self.freed_by(id).is_none() {
-            return;
-        }
-        let Some(entry) = self.entries.get_mut(&id.position) else {
-            return;
-        };
+    /// Moves the ack deadline of an outstanding delivery. `None` as for
+    /// [`Self::acknowledge`].
+    pub fn extend(&mut self, id: AckId, until: Instant) -> Option<()> {
+        self.freed_by(id)?;
+        let entry = self.entries.get_mut(&id.position)?;
         if let State::Outstanding { deadline, .. } = &mut entry.state {
             self.timers.remove(&(*deadline, id.position));
             *deadline = until;
             self.timers.insert((until, id.position));
         }
+        Some(())
     }
 
     /// Ends every delivery whose ack deadline has come, and every wait that is

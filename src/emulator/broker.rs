@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Options;
 use super::backlog::Delivery;
+use super::confirmation::Confirmation;
 use super::engine::{Engine, Page, PageRequest, Wake};
 use super::error::BrokerError;
 use super::message::NewMessage;
@@ -68,7 +69,7 @@ impl Broker {
     /// (<https://cloud.google.com/pubsub/docs/subscription-overview#default_properties>).
     /// On a subscription with ordering, the later messages of its key follow
     /// it again. A topic remembers its last 10 000 messages, fewer when memory
-    /// is short.
+    /// is short. Subscriptions with exactly-once delivery get no duplicate.
     ///
     /// # Errors
     /// [`BrokerError::NotFound`] if there is no such topic or the topic does
@@ -158,7 +159,7 @@ impl Broker {
         &self,
         subscription: &str,
         ack_ids: &[String],
-    ) -> Result<(), BrokerError> {
+    ) -> Result<Confirmation, BrokerError> {
         self.with(|engine, now| engine.acknowledge(subscription, ack_ids, now))
     }
 
@@ -167,7 +168,7 @@ impl Broker {
         subscription: &str,
         ack_ids: &[String],
         seconds: i32,
-    ) -> Result<(), BrokerError> {
+    ) -> Result<Confirmation, BrokerError> {
         self.with(|engine, now| engine.modify_ack_deadline(subscription, ack_ids, seconds, now))
     }
 

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use chrono::{DateTime, SubsecRound, Utc};
 
-use super::ack_id::AckId;
 use super::backlog::Delivery;
+use super::confirmation::Confirmation;
 use super::error::BrokerError;
 use super::feed::Feed;
 use super::message::{self, Memory, Message, NewMessage};
@@ -222,35 +222,37 @@ impl Engine {
         Ok(())
     }
 
-    /// Acknowledges deliveries; ack ids that are no longer good are ignored.
+    /// Acknowledges deliveries. Ack ids that are no longer good are ignored,
+    /// and with exactly-once delivery told.
     pub fn acknowledge(
         &mut self,
         subscription: &str,
         ack_ids: &[String],
         now: Instant,
-    ) -> Result<(), BrokerError> {
+    ) -> Result<Confirmation, BrokerError> {
         let feed = self.feed(subscription)?;
         feed.expire(now);
-        feed.acknowledge(parse(ack_ids)?, now);
+        let settled = feed.acknowledge(ack_ids, now);
         self.settle_down(subscription, now);
-        Ok(())
+        settled
     }
 
     /// Sets ack deadlines to so many seconds from now; 0 makes the messages
-    /// ready again, at once or as the retry policy says. Ack ids that are no longer good are ignored.
+    /// ready again, at once or as the retry policy says. Ack ids that are no
+    /// longer good are ignored, and with exactly-once delivery told.
     pub fn modify_ack_deadline(
         &mut self,
         subscription: &str,
         ack_ids: &[String],
         seconds: i32,
         now: Instant,
-    ) -> Result<(), BrokerError> {
+    ) -> Result<Confirmation, BrokerError> {
         let ack_deadline = modified_ack_deadline(seconds)?;
         let feed = self.feed(subscription)?;
         feed.expire(now);
-        feed.modify_ack_deadline(parse(ack_ids)?, ack_deadline, now);
+        let settled = feed.modify_ack_deadline(ack_ids, ack_deadline, now);
         self.settle_down(subscription, now);
-        Ok(())
+        settled
     }
 
     // Time.
@@ -370,15 +372,4 @@ fn modified_ack_deadline(seconds: i32) -> Result<Duration, BrokerError> {
              {MAX_ACK_DEADLINE_SECONDS}."
         ))),
     }
-}
-
-fn parse(ack_ids: &[String]) -> Result<Vec<AckId>, BrokerError> {
-    let parse = |text: &String| {
-        text.parse().map_err(|_not_an_ack_id| {
-            BrokerError::InvalidArgument(format!(
-                "Not an ack ID of this emulator: (ack_id={text})."
-            ))
-        })
-    };
-    ack_ids.iter().map(parse).collect()
 }

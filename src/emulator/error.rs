@@ -1,7 +1,9 @@
 //! What the broker answers when it refuses a request.
 
-/// A refusal. Each variant is one gRPC status of the same name; the text is
-/// what the client sees.
+use std::collections::BTreeMap;
+
+/// A refusal. Each variant but the last is one gRPC status of the same name;
+/// the text is what the client sees.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BrokerError {
     /// The named topic, subscription or message does not exist.
@@ -22,7 +24,16 @@ pub enum BrokerError {
     /// The emulator is shutting down.
     #[error("{0}")]
     Unavailable(String),
+    /// Some ack ids of a subscription with exactly-once delivery could not be
+    /// settled; the others were. Each comes with Pub/Sub's name for why:
+    /// <https://cloud.google.com/pubsub/docs/exactly-once-delivery>.
+    #[error("{} of the request's ack IDs could not be settled.", .0.len())]
+    AckIds(BTreeMap<String, &'static str>),
 }
+
+/// What `google.rpc.ErrorInfo` says of failed ack ids.
+pub(super) const ACK_IDS_REASON: &str = "EXACTLY_ONCE_ACKID_FAILURE";
+pub(super) const DOMAIN: &str = "pubsub.googleapis.com";
 
 impl BrokerError {
     pub(super) fn not_found(resource: &str) -> Self {

@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::ack_id::AckId;
-use super::backlog::{Backlog, DeadLetter, Delivery, Freed};
+use super::backlog::{Backlog, DeadLetter, Delivery};
+use super::confirmation::Confirmation;
+use super::error::BrokerError;
 use super::message::Message;
 use super::resource;
 use super::streams::{StreamId, StreamOptions, Streams};
@@ -37,8 +39,12 @@ impl Feed {
     /// Adds a message once more. If it has an ordering key, the later ones of
     /// its key follow it again: "If messages with the same ordering key are
     /// redelivered, all subsequent messages are also redelivered",
-    /// <https://cloud.google.com/pubsub/docs/ordering>.
+    /// <https://cloud.google.com/pubsub/docs/ordering>. With exactly-once
+    /// delivery there are no duplicates, so nothing is added.
     pub fn add_copies(&mut self, message: &Arc<Message>, published: &[Arc<Message>], now: Instant) {
+        if self.settings.exactly_once {
+            return;
+        }
         self.backlog.add_copy(Arc::clone(message), now);
         if !self.settings.ordered || message.ordering_key.is_empty() {
             return;
@@ -118,28 +124,69 @@ impl Feed {
         pulled
     }
 
-    pub fn acknowledge(&mut self, ids: impl IntoIterator<Item = AckId>, now: Instant) {
-        for id in ids {
-            let freed = self.backlog.acknowledge(id, now);
-            self.free(freed);
-        }
+    /// # Errors
+    /// `InvalidArgument` if text is no ack id, unless that can be confirmed.
+    pub fn acknowledge(
+        &mut self,
+        ack_ids: &[String],
+        now: Instant,
+    ) -> Result<Confirmation, BrokerError> {
+        self.settle(ack_ids, |feed, id| {
+            let freed = feed.backlog.acknowledge(id, now)?;
+            feed.streams.free(freed);
+            Some(())
+        })
     }
 
     /// A duration of zero is a nack.
+    ///
+    /// # Errors
+    /// As for [`Self::acknowledge`].
     pub fn modify_ack_deadline(
         &mut self,
-        ids: impl IntoIterator<Item = AckId>,
+        ack_ids: &[String],
         ack_deadline: Duration,
         now: Instant,
-    ) {
-        for id in ids {
-            if ack_deadline.is_zero() {
-                let freed = self.backlog.nack(id, now);
-                self.free(freed);
-            } else {
-                self.backlog.extend(id, now + ack_deadline);
+    ) -> Result<Confirmation, BrokerError> {
+        self.settle(ack_ids, |feed, id| {
+            if !ack_deadline.is_zero() {
+                return feed.backlog.extend(id, now + ack_deadline);
             }
+            let freed = feed.backlog.nack(id, now)?;
+            feed.streams.free(freed);
+            Some(())
+        })
+    }
+
+    /// Applies an operation, which is `None` where the ack id is no longer
+    /// good.
+    fn settle(
+        &mut self,
+        ack_ids: &[String],
+        operation: impl Fn(&mut Self, AckId) -> Option<()>,
+    ) -> Result<Confirmation, BrokerError> {
+        let confirmed = self.settings.exactly_once;
+        let parsed: Vec<Option<AckId>> = ack_ids.iter().map(|text| text.parse().ok()).collect();
+        if let Some(bad) = parsed
+            .iter()
+            .position(Option::is_none)
+            .filter(|_| !confirmed)
+        {
+            return Err(BrokerError::InvalidArgument(format!(
+                "Not an ack ID of this emulator: (ack_id={}).",
+                ack_ids[bad]
+            )));
         }
+        let mut confirmation = Confirmation::default();
+        for (text, id) in ack_ids.iter().zip(parsed) {
+            let done = id.and_then(|id| operation(self, id)).is_some();
+            let list = match done || !confirmed {
+                true => &mut confirmation.done,
+                false => &mut confirmation.invalid,
+            };
+            list.push(text.clone());
+        }
+        Ok(confirmation)
     }
 
     pub fn expire(&mut self, now: Instant) {
@@ -165,11 +212,5 @@ impl Feed {
             self.streams.assign(id, delivery);
         }
         fed
-    }
-
-    fn free(&mut self, freed: Option<Freed>) {
-        if let Some(freed) = freed {
-            self.streams.free(freed);
-        }
     }
 }

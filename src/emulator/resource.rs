@@ -34,6 +34,9 @@ pub struct Subscription {
     pub labels: HashMap<String, String>,
     /// Messages of one ordering key are delivered in the order of publishing.
     pub ordered: bool,
+    /// Acks are confirmed, and there are no duplicates:
+    /// <https://cloud.google.com/pubsub/docs/exactly-once-delivery>.
+    pub exactly_once: bool,
     /// Kept and shown, not enforced.
     pub retain_acked_messages: bool,
     /// Kept and shown, not enforced.

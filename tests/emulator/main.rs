@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use trainyard::emulator::{Broker, Emulator, Options};
 
+mod exactly_once;
 mod grpc;
 mod official_client;
 mod policies;

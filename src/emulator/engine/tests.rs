@@ -2,6 +2,7 @@
 
 use super::*;
 
+mod exactly_once;
 mod failures;
 mod ordering;
 mod redelivery;

@@ -7,6 +7,9 @@ use axum::extract::{Request, State};
 use axum::routing::{MethodRouter, post};
 use futures::future::BoxFuture;
 use googleapis_tonic_google_pubsub_v1::google::pubsub::v1 as proto;
+use proto::streaming_pull_response::{
+    AcknowledgeConfirmation, ModifyAckDeadlineConfirmation, SubscriptionProperties,
+};
 use tokio::sync::mpsc::{self, Sender};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use tokio_stream::wrappers::ReceiverStream;
@@ -15,6 +18,7 @@ use tonic::{Response, Status, Streaming};
 
 use super::convert;
 use crate::emulator::broker::{Broker, OpenStream};
+use crate::emulator::confirmation::Confirmation;
 use crate::emulator::error::BrokerError;
 use crate::emulator::resource;
 use crate::emulator::streams::StreamOptions;
@@ -63,9 +67,12 @@ struct StreamingPull {
     answers: Sender<Answer>,
     /// `None` for clients that do not know heartbeats.
     heartbeat: Option<Interval>,
-    properties: proto::streaming_pull_response::SubscriptionProperties,
+    properties: SubscriptionProperties,
     /// Whether deliveries show their attempt.
     counted: bool,
+    /// What the client is yet to hear of its acks. Empty unless the
+    /// subscription has exactly-once delivery.
+    unconfirmed: proto::StreamingPullResponse,
 }
 
 enum End {
@@ -94,14 +101,15 @@ impl StreamingPull {
             first.max_outstanding_bytes,
         );
         let stream = broker.open_stream(&first.subscription, options)?;
-        let pull = Self {
+        let mut pull = Self {
             heartbeat: (first.protocol_version >= 1)
                 .then(|| heartbeats(broker.options().heartbeat)),
-            properties: proto::streaming_pull_response::SubscriptionProperties {
-                exactly_once_delivery_enabled: false,
+            properties: SubscriptionProperties {
+                exactly_once_delivery_enabled: subscription.exactly_once,
                 message_ordering_enabled: subscription.ordered,
             },
             counted: subscription.dead_letter.is_some(),
+            unconfirmed: proto::StreamingPullResponse::default(),
             broker,
             stream,
             requests,
@@ -133,10 +141,16 @@ impl StreamingPull {
                     Ok(None) | Err(_) => Err(End::ByClient),
                 },
                 () = self.answers.closed() => Err(End::ByClient),
+                () = room(&self.answers), if self.owes_confirmation() => {
+                    let confirmation = std::mem::take(&mut self.unconfirmed);
+                    // There is room, since nobody else sends.
+                    let _sent = self.answers.try_send(Ok(self.completed(confirmation)));
+                    Ok(())
+                }
                 sent = deliver(&self.stream, &self.answers, self.properties, self.counted) => sent,
                 () = next_heartbeat(&mut self.heartbeat) => {
                     // With a response under way there is no need for one.
-                    let _busy = self.answers.try_send(Ok(self.empty()));
+                    let _busy = self.answers.try_send(Ok(self.completed(Default::default())));
                     Ok(())
                 }
             };
@@ -147,7 +161,7 @@ impl StreamingPull {
     }
 
     /// A request after the first.
-    fn obey(&self, request: &proto::StreamingPullRequest) -> Result<(), End> {
+    fn obey(&mut self, request: &proto::StreamingPullRequest) -> Result<(), End> {
         if !request.subscription.is_empty() && request.subscription != self.stream.subscription {
             return Err(End::Refused(Status::invalid_argument(
                 "Only the first request of a stream may name the subscription.",
@@ -161,10 +175,11 @@ impl StreamingPull {
     }
 
     /// The acks and ack deadlines in a request.
-    fn settle(&self, request: &proto::StreamingPullRequest) -> Result<(), BrokerError> {
-        let subscription = &self.stream.subscription;
+    fn settle(&mut self, request: &proto::StreamingPullRequest) -> Result<(), BrokerError> {
         if !request.ack_ids.is_empty() {
-            self.broker.acknowledge(subscription, &request.ack_ids)?;
+            let subscription = &self.stream.subscription;
+            let acked = self.broker.acknowledge(subscription, &request.ack_ids)?;
+            self.confirm_acks(acked);
         }
         let seconds = &request.modify_deadline_seconds;
         let ids = &request.modify_deadline_ack_ids;
@@ -179,15 +194,45 @@ impl StreamingPull {
         for (seconds, id) in seconds.iter().zip(ids) {
             by_seconds.entry(*seconds).or_default().push(id.clone());
         }
-        by_seconds.into_iter().try_for_each(|(seconds, ids)| {
-            self.broker.modify_ack_deadline(subscription, &ids, seconds)
-        })
+        for (seconds, ids) in by_seconds {
+            let subscription = &self.stream.subscription;
+            let modified = self
+                .broker
+                .modify_ack_deadline(subscription, &ids, seconds)?;
+            self.confirm_ack_deadlines(modified);
+        }
+        Ok(())
     }
 
-    fn empty(&self) -> proto::StreamingPullResponse {
+    fn owes_confirmation(&self) -> bool {
+        self.unconfirmed != proto::StreamingPullResponse::default()
+    }
+
+    fn confirm_acks(&mut self, settled: Confirmation) {
+        if !self.properties.exactly_once_delivery_enabled {
+            return;
+        }
+        let confirmation = &mut self.unconfirmed.acknowledge_confirmation;
+        let confirmation = confirmation.get_or_insert_with(AcknowledgeConfirmation::default);
+        confirmation.ack_ids.extend(settled.done);
+        confirmation.invalid_ack_ids.extend(settled.invalid);
+        // None is out of order, since a key has one message out at a time.
+    }
+
+    fn confirm_ack_deadlines(&mut self, settled: Confirmation) {
+        if !self.properties.exactly_once_delivery_enabled {
+            return;
+        }
+        let confirmation = &mut self.unconfirmed.modify_ack_deadline_confirmation;
+        let confirmation = confirmation.get_or_insert_with(ModifyAckDeadlineConfirmation::default);
+        confirmation.ack_ids.extend(settled.done);
+        confirmation.invalid_ack_ids.extend(settled.invalid);
+    }
+
+    fn completed(&self, response: proto::StreamingPullResponse) -> proto::StreamingPullResponse {
         proto::StreamingPullResponse {
             subscription_properties: Some(self.properties),
-            ..proto::StreamingPullResponse::default()
+            ..response
         }
     }
 }
@@ -197,7 +242,7 @@ impl StreamingPull {
 async fn deliver(
     stream: &OpenStream,
     answers: &Sender<Answer>,
-    properties: proto::streaming_pull_response::SubscriptionProperties,
+    properties: SubscriptionProperties,
     counted: bool,
 ) -> Result<(), End> {
     let Ok(place) = answers.reserve().await else {
@@ -212,6 +257,14 @@ async fn deliver(
         ..proto::StreamingPullResponse::default()
     }));
     Ok(())
+}
+
+/// Until a response can be sent; forever if the client is gone.
+async fn room(answers: &Sender<Answer>) {
+    match answers.reserve().await {
+        Ok(place) => drop(place),
+        Err(_gone) => std::future::pending().await,
+    }
 }
 
 fn heartbeats(period: Duration) -> Interval {
