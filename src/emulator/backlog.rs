@@ -4,7 +4,7 @@
 //! Every message is in one of four states. `Ready` may be delivered;
 //! `Behind` waits for an earlier message of its ordering key; `Outstanding` was
 //! delivered and is neither acknowledged nor past its ack deadline; `Delayed`
-//! waits for its backoff to pass. All ways back to `Ready` lead through
+//! waits for its backoff, or an added latency, to pass. All ways back to `Ready` lead through
 //! [`Backlog::give_back`], all ways out through [`Backlog::settle`].
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,13 +12,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use self::lines::Lines;
+use self::ready::{Place, Ready};
 use super::ack_id::{AckId, Position};
+use super::faults::Moment;
 use super::message::Message;
 use super::resource::{self, RetryPolicy};
 use super::streams::StreamId;
 
+mod copies;
 mod delivery;
 mod lines;
+mod ready;
 
 pub use delivery::{DeadLetter, Delivery, Freed};
 
@@ -33,7 +37,9 @@ struct Entry {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    Ready,
+    Ready {
+        place: Place,
+    },
     Behind,
     Outstanding {
         delivery: u64,
@@ -50,12 +56,13 @@ pub struct Backlog {
     /// Goes into the ack ids.
     subscription: u64,
     ordered: bool,
+    exactly_once: bool,
     retry: Option<RetryPolicy>,
     /// A message whose delivery of this number fails is a dead letter.
     max_attempts: Option<u32>,
     dead_letter_topic_exists: bool,
     entries: BTreeMap<Position, Entry>,
-    ready: BTreeSet<Position>,
+    ready: Ready,
     /// The ack deadlines of the outstanding messages, and the ends of the
     /// delayed ones' waiting.
     timers: BTreeSet<(Instant, Position)>,
@@ -73,11 +80,12 @@ impl Backlog {
         Self {
             subscription,
             ordered: settings.ordered,
+            exactly_once: settings.exactly_once,
             retry: settings.retry.clone(),
             max_attempts: settings.dead_letter.as_ref().map(attempts),
             dead_letter_topic_exists: false,
             entries: BTreeMap::new(),
-            ready: BTreeSet::new(),
+            ready: Ready::default(),
             timers: BTreeSet::new(),
             lines: Lines::default(),
             dead_letters: Vec::new(),
@@ -111,40 +119,21 @@ impl Backlog {
     }
 
     /// Adds a newly published message.
-    pub fn add(&mut self, message: Arc<Message>, now: Instant) {
-        self.insert(message, 0, now);
+    pub fn add(&mut self, message: Arc<Message>, at: &mut Moment<'_>) {
+        self.insert(message, 0, at);
     }
 
-    /// Adds a message that was added before, whatever became of it.
-    pub fn add_copy(&mut self, message: Arc<Message>, now: Instant) {
-        self.copies += 1;
-        self.insert(message, self.copies, now);
-    }
-
-    /// Whether the message, or a copy of it, still waits for its first
-    /// delivery.
-    pub fn awaits_first_delivery(&self, sequence: u64) -> bool {
-        let first = Position { sequence, copy: 0 };
-        let last = Position {
-            sequence,
-            copy: u64::MAX,
-        };
-        self.entries
-            .range(first..=last)
-            .any(|(_, entry)| entry.deliveries == 0)
-    }
-
-    /// Delivers the oldest ready message. It is outstanding for `ack_deadline`.
+    /// Delivers the first ready message. It is outstanding for `ack_deadline`.
     pub fn deliver(
         &mut self,
-        now: Instant,
         ack_deadline: Duration,
         stream: Option<StreamId>,
+        at: &mut Moment<'_>,
     ) -> Option<Delivery> {
         let position = self.ready.pop_first()?;
         let entry = self.entries.get_mut(&position)?;
         self.deliveries += 1;
-        let deadline = now + ack_deadline;
+        let deadline = at.now + ack_deadline;
         entry.deliveries = entry.deliveries.saturating_add(1);
         entry.state = State::Outstanding {
             delivery: self.deliveries,
@@ -152,7 +141,7 @@ impl Backlog {
             stream,
         };
         self.timers.insert((deadline, position));
-        Some(Delivery {
+        let delivery = Delivery {
             ack_id: AckId {
                 subscription: self.subscription,
                 position,
@@ -160,37 +149,43 @@ impl Backlog {
             },
             message: Arc::clone(&entry.message),
             attempt: entry.deliveries,
-        })
+        };
+        self.duplicate_by_chance(&delivery, at);
+        Some(delivery)
+    }
+
+    pub fn is_outstanding(&self, id: AckId) -> bool {
+        self.freed_by(id).is_some()
     }
 
     /// Acknowledges a delivery. `None` if it is not outstanding: acknowledged
     /// before, past its ack deadline, or superseded by a redelivery, whose
     /// message it must not settle. Pub/Sub, too, may ignore such an ack:
     /// <https://cloud.google.com/pubsub/docs/lease-management>.
-    pub fn acknowledge(&mut self, id: AckId, now: Instant) -> Option<Freed> {
+    pub fn acknowledge(&mut self, id: AckId, at: &mut Moment<'_>) -> Option<Freed> {
         let freed = self.freed_by(id)?;
-        self.settle(id.position, now);
+        self.settle(id.position, at);
         Some(freed)
     }
 
     /// Makes a delivery's message ready again, at once or after its backoff.
     /// `None` as for [`Self::acknowledge`].
-    pub fn nack(&mut self, id: AckId, now: Instant) -> Option<Freed> {
+    pub fn nack(&mut self, id: AckId, at: &mut Moment<'_>) -> Option<Freed> {
         let freed = self.freed_by(id)?;
-        self.fail(id.position, now);
+        self.fail(id.position, at);
         Some(freed)
     }
 
     /// Takes back a delivery that was never sent, so that it does not count as
     /// an attempt.
-    pub fn take_back(&mut self, id: AckId, now: Instant) {
+    pub fn take_back(&mut self, id: AckId, at: &mut Moment<'_>) {
         if self.freed_by(id).is_none() {
             return;
         }
         if let Some(entry) = self.entries.get_mut(&id.position) {
             entry.deliveries = entry.deliveries.saturating_sub(1);
         }
-        self.give_back(id.position, now);
+        self.give_back(id.position, at);
     }
 
     /// Moves the ack deadline of an outstanding delivery. `None` as for
@@ -208,27 +203,27 @@ impl Backlog {
 
     /// Ends every delivery whose ack deadline has come, and every wait that is
     /// over.
-    pub fn expire(&mut self, now: Instant) -> Vec<Freed> {
+    pub fn expire(&mut self, at: &mut Moment<'_>) -> Vec<Freed> {
         let mut freed = Vec::new();
         while let Some(&(due, position)) = self.timers.first() {
-            if due > now {
+            if due > at.now {
                 break;
             }
             match self.room_of(position) {
                 Some(room) => {
                     freed.push(room);
-                    self.fail(position, now);
+                    self.fail(position, at);
                 }
                 None => {
                     self.timers.pop_first();
-                    self.offer(position, now);
+                    self.make_ready(position, at);
                 }
             }
         }
         freed
     }
 
-    fn insert(&mut self, message: Arc<Message>, copy: u64, now: Instant) {
+    fn insert(&mut self, message: Arc<Message>, copy: u64, at: &mut Moment<'_>) {
         let position = Position {
             sequence: message.sequence,
             copy,
@@ -244,12 +239,12 @@ impl Backlog {
             },
         );
         let Some(key) = key else {
-            self.offer(position, now);
+            self.offer(position, at);
             return;
         };
         self.lines.join(&key, position);
         self.step_back(&key);
-        self.advance(&key, now);
+        self.advance(&key, at);
     }
 
     fn key_of<'a>(&self, message: &'a Message) -> Option<&'a str> {
@@ -263,26 +258,38 @@ impl Backlog {
     }
 
     /// Makes a message ready, now or at the end of its backoff.
-    fn offer(&mut self, position: Position, now: Instant) {
+    fn offer(&mut self, position: Position, at: &mut Moment<'_>) {
         let Some(entry) = self.entries.get_mut(&position) else {
             return;
         };
-        match entry.not_before.filter(|end| *end > now) {
-            Some(until) => {
-                entry.state = State::Delayed { until };
-                self.timers.insert((until, position));
-            }
-            None => {
-                entry.state = State::Ready;
-                self.ready.insert(position);
-            }
+        let end = entry.not_before.map_or(at.now, |end| end.max(at.now));
+        let until = end + at.dice.latency();
+        if until <= at.now {
+            self.make_ready(position, at);
+            return;
         }
+        entry.state = State::Delayed { until };
+        self.timers.insert((until, position));
+    }
+
+    fn make_ready(&mut self, position: Position, at: &mut Moment<'_>) {
+        let Some(entry) = self.entries.get_mut(&position) else {
+            return;
+        };
+        let again = entry.deliveries > 0;
+        let others = self.ready.len();
+        let moved = again.then(|| at.dice.out_of_order(others)).flatten();
+        let place = match moved {
+            Some(index) => self.ready.insert_behind(index, position),
+            None => self.ready.insert(position),
+        };
+        entry.state = State::Ready { place };
     }
 
     /// Offers the first message of the key, if none is active.
-    fn advance(&mut self, key: &str, now: Instant) {
+    fn advance(&mut self, key: &str, at: &mut Moment<'_>) {
         if let Some(first) = self.lines.advance(key) {
-            self.offer(first, now);
+            self.offer(first, at);
         }
     }
 
@@ -296,9 +303,7 @@ impl Backlog {
             return;
         };
         match entry.state {
-            State::Ready => {
-                self.ready.remove(&active);
-            }
+            State::Ready { place } => self.ready.remove(place, active),
             State::Delayed { until } => {
                 self.timers.remove(&(until, active));
             }
@@ -334,7 +339,7 @@ impl Backlog {
     }
 
     /// Ends a delivery that came to nothing: nacked, or past its ack deadline.
-    fn fail(&mut self, position: Position, now: Instant) {
+    fn fail(&mut self, position: Position, at: &mut Moment<'_>) {
         let Some(entry) = self.entries.get_mut(&position) else {
             return;
         };
@@ -346,36 +351,36 @@ impl Backlog {
                 message: Arc::clone(&entry.message),
                 attempts: entry.deliveries,
             });
-            self.settle(position, now);
+            self.settle(position, at);
             return;
         }
         let backoff = self.retry.as_ref();
         let backoff = backoff.map(|policy| policy.backoff(entry.deliveries));
-        entry.not_before = backoff.map(|backoff| now + backoff);
-        self.give_back(position, now);
+        entry.not_before = backoff.map(|backoff| at.now + backoff);
+        self.give_back(position, at);
     }
 
     /// Ends the outstanding delivery of a message and makes it ready, now or
     /// at the end of its backoff.
-    fn give_back(&mut self, position: Position, now: Instant) {
+    fn give_back(&mut self, position: Position, at: &mut Moment<'_>) {
         self.end_delivery(position);
         let Some(key) = self.key_at(position) else {
-            self.offer(position, now);
+            self.offer(position, at);
             return;
         };
         self.lines.release(&key);
-        self.advance(&key, now);
+        self.advance(&key, at);
     }
 
     /// Removes a message for good.
-    fn settle(&mut self, position: Position, now: Instant) {
+    fn settle(&mut self, position: Position, at: &mut Moment<'_>) {
         self.end_delivery(position);
         let key = self.key_at(position);
         self.entries.remove(&position);
         let Some(key) = key else { return };
         self.lines.leave(&key, position);
         self.lines.release(&key);
-        self.advance(&key, now);
+        self.advance(&key, at);
     }
 
     fn end_delivery(&mut self, position: Position) {

@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
-use tokio::sync::Notify;
+use google_cloud_gax::error::rpc::Code;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::Options;
@@ -16,6 +17,8 @@ use super::error::BrokerError;
 use super::message::NewMessage;
 use super::resource;
 use super::streams::{StreamId, StreamOptions};
+
+mod faults;
 
 /// What one pull returns at most:
 /// <https://cloud.google.com/pubsub/quotas#resource_limits>.
@@ -34,6 +37,11 @@ struct Shared {
     /// The time to wait for became earlier.
     timer: Notify,
     closing: CancellationToken,
+    /// Whether streams send nothing.
+    silence: watch::Sender<bool>,
+    /// The status that all streams are to end with; each stream has one
+    /// receiver.
+    resets: watch::Sender<Code>,
     options: Options,
 }
 
@@ -48,8 +56,10 @@ struct State {
 
 impl Broker {
     pub(super) fn new(options: Options) -> Self {
+        let faults = options.faults.clone();
+        let silence = watch::Sender::new(faults.silence);
         let state = State {
-            engine: Engine::new(options.max_retained_bytes, Utc::now()),
+            engine: Engine::new(options.max_retained_bytes, faults, Utc::now()),
             armed: None,
             streams: HashMap::new(),
             pulls: HashMap::new(),
@@ -59,6 +69,8 @@ impl Broker {
                 state: Mutex::new(state),
                 timer: Notify::new(),
                 closing: CancellationToken::new(),
+                silence,
+                resets: watch::Sender::new(Code::Ok),
                 options,
             }),
         }
@@ -328,6 +340,11 @@ impl OpenStream {
             }
             self.wake.notified().await;
         }
+    }
+
+    /// Whether the stream is to end, now that it has sent messages, and how.
+    pub fn reset_by_chance(&self) -> Option<Code> {
+        self.broker.with(|engine, _| engine.reset_by_chance())
     }
 
     pub fn set_ack_deadline(&self, ack_deadline: Duration) -> Result<(), BrokerError> {

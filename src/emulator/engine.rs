@@ -1,5 +1,6 @@
 //! The whole emulator as a state machine: every topic and subscription, no
-//! clock, no I/O. Callers pass the time in, and fetch out of it which streams
+//! clock, no I/O, and no chance but a seeded one. Callers pass the time in, and
+//! fetch out of it which streams
 //! and pulls to wake.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -11,6 +12,7 @@ use chrono::{DateTime, SubsecRound, Utc};
 use super::backlog::Delivery;
 use super::confirmation::Confirmation;
 use super::error::BrokerError;
+use super::faults::{Dice, Faults, Moment};
 use super::feed::Feed;
 use super::message::{self, Memory, Message, NewMessage};
 use super::name;
@@ -18,6 +20,7 @@ use super::resource;
 use super::streams::{StreamId, StreamOptions};
 
 mod dead_letters;
+mod faults;
 mod page;
 mod resources;
 #[cfg(test)]
@@ -53,6 +56,7 @@ pub struct Engine {
     topics: BTreeMap<String, Topic>,
     feeds: BTreeMap<String, Feed>,
     memory: Memory,
+    dice: Dice,
     /// The last number given to a message, a subscription or a stream.
     last_number: u64,
     /// Not later than the earliest ack deadline or end of a backoff.
@@ -66,11 +70,12 @@ pub struct Engine {
 impl Engine {
     /// Numbers start at the wall clock's microseconds and grow from there, so
     /// that an id is not given twice even across restarts.
-    pub fn new(max_retained_bytes: usize, started: DateTime<Utc>) -> Self {
+    pub fn new(max_retained_bytes: usize, faults: Faults, started: DateTime<Utc>) -> Self {
         Self {
             topics: BTreeMap::new(),
             feeds: BTreeMap::new(),
             memory: Memory::new(max_retained_bytes),
+            dice: Dice::new(faults),
             last_number: microseconds(started),
             next_timer: None,
             last_publish: None,
@@ -123,7 +128,8 @@ impl Engine {
             ids.push(message.id());
             for name in &subscriptions {
                 if let Some(feed) = self.feeds.get_mut(name) {
-                    feed.add(Arc::clone(&message), now);
+                    let dice = &mut self.dice;
+                    feed.add(Arc::clone(&message), &mut Moment { now, dice });
                 }
             }
             self.remember(topic, message);
@@ -153,10 +159,9 @@ impl Engine {
             return Ok(());
         };
         for name in known.subscriptions.clone() {
-            if let Some(feed) = self.feeds.get_mut(&name) {
-                feed.add_copies(message, &published, now);
-            }
-            self.settle_down(&name, now);
+            self.change_feed(&name, now, |feed, at| {
+                feed.add_copies(message, &published, at);
+            });
         }
         Ok(())
     }
@@ -169,11 +174,7 @@ impl Engine {
         max_messages: usize,
         now: Instant,
     ) -> Result<Vec<Delivery>, BrokerError> {
-        let feed = self.feed(subscription)?;
-        feed.expire(now);
-        let pulled = feed.pull(max_messages, now);
-        self.settle_down(subscription, now);
-        Ok(pulled)
+        self.with_feed(subscription, now, |feed, at| feed.pull(max_messages, at))
     }
 
     pub fn open_stream(
@@ -189,10 +190,8 @@ impl Engine {
     }
 
     pub fn close_stream(&mut self, subscription: &str, id: StreamId, now: Instant) {
-        if let Some(feed) = self.feeds.get_mut(subscription) {
-            feed.close(id, now);
-            self.settle_down(subscription, now);
-        }
+        // A subscription that was deleted in the meantime needs nothing.
+        let _closed = self.with_feed(subscription, now, |feed, at| feed.close(id, at));
     }
 
     /// For a stream that can send now: its deliveries. If there are none, the
@@ -203,11 +202,7 @@ impl Engine {
         id: StreamId,
         now: Instant,
     ) -> Result<Vec<Delivery>, BrokerError> {
-        let feed = self.feed(subscription)?;
-        feed.expire(now);
-        let taken = feed.take(id, now);
-        self.settle_down(subscription, now);
-        Ok(taken)
+        self.with_feed(subscription, now, |feed, at| feed.take(id, at))
     }
 
     pub fn set_stream_ack_deadline(
@@ -230,11 +225,7 @@ impl Engine {
         ack_ids: &[String],
         now: Instant,
     ) -> Result<Confirmation, BrokerError> {
-        let feed = self.feed(subscription)?;
-        feed.expire(now);
-        let settled = feed.acknowledge(ack_ids, now);
-        self.settle_down(subscription, now);
-        settled
+        self.with_feed(subscription, now, |feed, at| feed.acknowledge(ack_ids, at))?
     }
 
     /// Sets ack deadlines to so many seconds from now; 0 makes the messages
@@ -248,11 +239,9 @@ impl Engine {
         now: Instant,
     ) -> Result<Confirmation, BrokerError> {
         let ack_deadline = modified_ack_deadline(seconds)?;
-        let feed = self.feed(subscription)?;
-        feed.expire(now);
-        let settled = feed.modify_ack_deadline(ack_ids, ack_deadline, now);
-        self.settle_down(subscription, now);
-        settled
+        self.with_feed(subscription, now, |feed, at| {
+            feed.modify_ack_deadline(ack_ids, ack_deadline, at)
+        })?
     }
 
     // Time.
@@ -263,10 +252,7 @@ impl Engine {
         self.next_timer = None;
         let names: Vec<String> = self.feeds.keys().cloned().collect();
         for name in names {
-            if let Some(feed) = self.feeds.get_mut(&name) {
-                feed.expire(now);
-            }
-            self.settle_down(&name, now);
+            self.change_feed(&name, now, |feed, at| feed.expire(at));
         }
     }
 
@@ -287,6 +273,34 @@ impl Engine {
         Ok(feed.backlog_len())
     }
 
+    /// Does something with a subscription, as it is now.
+    fn with_feed<R>(
+        &mut self,
+        name: &str,
+        now: Instant,
+        operation: impl FnOnce(&mut Feed, &mut Moment<'_>) -> R,
+    ) -> Result<R, BrokerError> {
+        name::check_subscription(name)?;
+        let result = self.change_feed(name, now, |feed, at| {
+            feed.expire(at);
+            operation(feed, at)
+        });
+        result.ok_or_else(|| BrokerError::not_found(name))
+    }
+
+    fn change_feed<R>(
+        &mut self,
+        name: &str,
+        now: Instant,
+        change: impl FnOnce(&mut Feed, &mut Moment<'_>) -> R,
+    ) -> Option<R> {
+        let feed = self.feeds.get_mut(name)?;
+        let dice = &mut self.dice;
+        let result = change(feed, &mut Moment { now, dice });
+        self.settle_down(name, now);
+        Some(result)
+    }
+
     /// After every change to a feed.
     fn settle_down(&mut self, name: &str, now: Instant) {
         self.forward_dead_letters(name, now);
@@ -298,7 +312,8 @@ impl Engine {
         let Some(feed) = self.feeds.get_mut(name) else {
             return;
         };
-        let fed = feed.dispatch(now);
+        let dice = &mut self.dice;
+        let fed = feed.dispatch(&mut Moment { now, dice });
         self.wakes.extend(fed.into_iter().map(Wake::Stream));
         if feed.has_ready() {
             self.wakes.push(Wake::Pull(name.to_owned()));

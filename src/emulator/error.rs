@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use super::confirmation::TEMPORARY;
+
 /// A refusal. Each variant but the last is one gRPC status of the same name;
 /// the text is what the client sees.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -36,6 +38,11 @@ pub(super) const ACK_IDS_REASON: &str = "EXACTLY_ONCE_ACKID_FAILURE";
 pub(super) const DOMAIN: &str = "pubsub.googleapis.com";
 
 impl BrokerError {
+    /// Whether all that failed may be tried again. Only for ack ids.
+    pub(super) fn is_temporary(failed: &BTreeMap<String, &'static str>) -> bool {
+        failed.values().all(|why| *why == TEMPORARY)
+    }
+
     pub(super) fn not_found(resource: &str) -> Self {
         Self::NotFound(format!("Resource not found (resource={resource})."))
     }

@@ -4,15 +4,24 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::ack_id::AckId;
-use super::backlog::{Backlog, DeadLetter, Delivery};
+use super::backlog::{Backlog, DeadLetter, Delivery, Freed};
 use super::confirmation::Confirmation;
 use super::error::BrokerError;
+use super::faults::Moment;
 use super::message::Message;
 use super::resource;
 use super::streams::{StreamId, StreamOptions, Streams};
 
 /// About the most bytes of one pull response, below what clients accept.
 const PULL_BYTES: usize = 10_000_000;
+
+/// What became of an ack id.
+enum Fate {
+    Done,
+    Invalid,
+    /// By a fault.
+    Dropped,
+}
 
 #[derive(Debug)]
 pub struct Feed {
@@ -32,8 +41,8 @@ impl Feed {
         }
     }
 
-    pub fn add(&mut self, message: Arc<Message>, now: Instant) {
-        self.backlog.add(message, now);
+    pub fn add(&mut self, message: Arc<Message>, at: &mut Moment<'_>) {
+        self.backlog.add(message, at);
     }
 
     /// Adds a message once more. If it has an ordering key, the later ones of
@@ -41,11 +50,16 @@ impl Feed {
     /// redelivered, all subsequent messages are also redelivered",
     /// <https://cloud.google.com/pubsub/docs/ordering>. With exactly-once
     /// delivery there are no duplicates, so nothing is added.
-    pub fn add_copies(&mut self, message: &Arc<Message>, published: &[Arc<Message>], now: Instant) {
+    pub fn add_copies(
+        &mut self,
+        message: &Arc<Message>,
+        published: &[Arc<Message>],
+        at: &mut Moment<'_>,
+    ) {
         if self.settings.exactly_once {
             return;
         }
-        self.backlog.add_copy(Arc::clone(message), now);
+        self.backlog.add_copy(Arc::clone(message), at);
         if !self.settings.ordered || message.ordering_key.is_empty() {
             return;
         }
@@ -54,7 +68,7 @@ impl Feed {
                 && later.ordering_key == message.ordering_key
                 && !self.backlog.awaits_first_delivery(later.sequence)
             {
-                self.backlog.add_copy(Arc::clone(later), now);
+                self.backlog.add_copy(Arc::clone(later), at);
             }
         }
     }
@@ -90,9 +104,9 @@ impl Feed {
     /// Ends a stream. What it was sent stays outstanding until its ack
     /// deadline, since acks may come by unary calls; what it was not sent is
     /// ready for others.
-    pub fn close(&mut self, id: StreamId, now: Instant) {
+    pub fn close(&mut self, id: StreamId, at: &mut Moment<'_>) {
         for unsent in self.streams.close(id) {
-            self.backlog.take_back(unsent.ack_id, now);
+            self.backlog.take_back(unsent.ack_id, at);
         }
     }
 
@@ -101,22 +115,22 @@ impl Feed {
     }
 
     /// The stream can send: what is there for it?
-    pub fn take(&mut self, id: StreamId, now: Instant) -> Vec<Delivery> {
+    pub fn take(&mut self, id: StreamId, at: &mut Moment<'_>) -> Vec<Delivery> {
         self.streams.want(id);
-        self.dispatch(now);
+        self.dispatch(at);
         self.streams.take(id)
     }
 
-    pub fn pull(&mut self, max_messages: usize, now: Instant) -> Vec<Delivery> {
+    pub fn pull(&mut self, max_messages: usize, at: &mut Moment<'_>) -> Vec<Delivery> {
         let mut pulled = Vec::new();
         let mut bytes = 0;
         while pulled.len() < max_messages && bytes < PULL_BYTES {
-            let Some(delivery) = self.backlog.deliver(now, self.settings.ack_deadline, None) else {
+            let Some(delivery) = self.backlog.deliver(self.settings.ack_deadline, None, at) else {
                 break;
             };
             bytes += delivery.message.size();
             if bytes > PULL_BYTES && !pulled.is_empty() {
-                self.backlog.take_back(delivery.ack_id, now);
+                self.backlog.take_back(delivery.ack_id, at);
                 break;
             }
             pulled.push(delivery);
@@ -129,12 +143,14 @@ impl Feed {
     pub fn acknowledge(
         &mut self,
         ack_ids: &[String],
-        now: Instant,
+        at: &mut Moment<'_>,
     ) -> Result<Confirmation, BrokerError> {
         self.settle(ack_ids, |feed, id| {
-            let freed = feed.backlog.acknowledge(id, now)?;
-            feed.streams.free(freed);
-            Some(())
+            if feed.backlog.is_outstanding(id) && at.dice.drops_ack() {
+                return Fate::Dropped;
+            }
+            let freed = feed.backlog.acknowledge(id, at);
+            feed.free(freed)
         })
     }
 
@@ -146,24 +162,25 @@ impl Feed {
         &mut self,
         ack_ids: &[String],
         ack_deadline: Duration,
-        now: Instant,
+        at: &mut Moment<'_>,
     ) -> Result<Confirmation, BrokerError> {
         self.settle(ack_ids, |feed, id| {
-            if !ack_deadline.is_zero() {
-                return feed.backlog.extend(id, now + ack_deadline);
+            if ack_deadline.is_zero() {
+                let freed = feed.backlog.nack(id, at);
+                return feed.free(freed);
             }
-            let freed = feed.backlog.nack(id, now)?;
-            feed.streams.free(freed);
-            Some(())
+            match feed.backlog.extend(id, at.now + ack_deadline) {
+                Some(()) => Fate::Done,
+                None => Fate::Invalid,
+            }
         })
     }
 
-    /// Applies an operation, which is `None` where the ack id is no longer
-    /// good.
+    /// Applies an operation to each ack id.
     fn settle(
         &mut self,
         ack_ids: &[String],
-        operation: impl Fn(&mut Self, AckId) -> Option<()>,
+        mut operation: impl FnMut(&mut Self, AckId) -> Fate,
     ) -> Result<Confirmation, BrokerError> {
         let confirmed = self.settings.exactly_once;
         let parsed: Vec<Option<AckId>> = ack_ids.iter().map(|text| text.parse().ok()).collect();
@@ -179,31 +196,43 @@ impl Feed {
         }
         let mut confirmation = Confirmation::default();
         for (text, id) in ack_ids.iter().zip(parsed) {
-            let done = id.and_then(|id| operation(self, id)).is_some();
-            let list = match done || !confirmed {
-                true => &mut confirmation.done,
-                false => &mut confirmation.invalid,
+            let fate = id.map_or(Fate::Invalid, |id| operation(self, id));
+            let list = match fate {
+                _ if !confirmed => &mut confirmation.done,
+                Fate::Done => &mut confirmation.done,
+                Fate::Invalid => &mut confirmation.invalid,
+                Fate::Dropped => &mut confirmation.temporary,
             };
             list.push(text.clone());
         }
         Ok(confirmation)
     }
 
-    pub fn expire(&mut self, now: Instant) {
-        for freed in self.backlog.expire(now) {
+    pub fn expire(&mut self, at: &mut Moment<'_>) {
+        for freed in self.backlog.expire(at) {
             self.streams.free(freed);
+        }
+    }
+
+    /// Takes back what streams were given but did not take.
+    pub fn withdraw(&mut self, at: &mut Moment<'_>) {
+        for unsent in self.streams.withdraw() {
+            self.backlog.take_back(unsent.ack_id, at);
         }
     }
 
     /// Gives ready messages to streams with room, one each in turn. Returns
     /// the streams that got some.
-    pub fn dispatch(&mut self, now: Instant) -> Vec<StreamId> {
+    pub fn dispatch(&mut self, at: &mut Moment<'_>) -> Vec<StreamId> {
         let mut fed = Vec::new();
+        if at.dice.is_silent() {
+            return fed;
+        }
         while self.backlog.has_ready() {
             let Some((id, ack_deadline)) = self.streams.next_with_room() else {
                 break;
             };
-            let Some(delivery) = self.backlog.deliver(now, ack_deadline, Some(id)) else {
+            let Some(delivery) = self.backlog.deliver(ack_deadline, Some(id), at) else {
                 break;
             };
             if !self.streams.has_outbox(id) {
@@ -212,5 +241,13 @@ impl Feed {
             self.streams.assign(id, delivery);
         }
         fed
+    }
+
+    fn free(&mut self, freed: Option<Freed>) -> Fate {
+        let Some(freed) = freed else {
+            return Fate::Invalid;
+        };
+        self.streams.free(freed);
+        Fate::Done
     }
 }

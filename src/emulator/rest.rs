@@ -289,6 +289,9 @@ impl IntoResponse for BrokerError {
         let (code, status) = match &self {
             Self::NotFound(_) => (StatusCode::NOT_FOUND, "NOT_FOUND"),
             Self::AlreadyExists(_) => (StatusCode::CONFLICT, "ALREADY_EXISTS"),
+            Self::AckIds(failed) if Self::is_temporary(failed) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "UNAVAILABLE")
+            }
             Self::InvalidArgument(_) | Self::AckIds(_) => {
                 (StatusCode::BAD_REQUEST, "INVALID_ARGUMENT")
             }

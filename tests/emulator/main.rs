@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use trainyard::emulator::{Broker, Emulator, Options};
 
 mod exactly_once;
+mod faults;
 mod grpc;
 mod official_client;
 mod policies;

@@ -4,6 +4,7 @@ use super::*;
 
 mod exactly_once;
 mod failures;
+mod faults;
 mod ordering;
 mod redelivery;
 mod resources;
@@ -49,7 +50,7 @@ impl Fixture {
 
     fn empty(max_retained_bytes: usize) -> Self {
         let wall = Utc::now();
-        let mut engine = Engine::new(max_retained_bytes, wall);
+        let mut engine = Engine::new(max_retained_bytes, Faults::default(), wall);
         let topic = resource::Topic {
             name: TOPIC.to_owned(),
             ..resource::Topic::default()

@@ -49,7 +49,10 @@ impl From<BrokerError> for Status {
 }
 
 fn ack_ids(failed: BTreeMap<String, &'static str>, text: String) -> Status {
-    let code = Code::InvalidArgument;
+    let code = match BrokerError::is_temporary(&failed) {
+        true => Code::Unavailable,
+        false => Code::InvalidArgument,
+    };
     let failed = failed.into_iter();
     let info = ErrorInfo {
         reason: ACK_IDS_REASON.to_owned(),

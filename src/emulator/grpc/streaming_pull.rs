@@ -11,12 +11,14 @@ use proto::streaming_pull_response::{
     AcknowledgeConfirmation, ModifyAckDeadlineConfirmation, SubscriptionProperties,
 };
 use tokio::sync::mpsc::{self, Sender};
+use tokio::sync::watch;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::server::StreamingService;
-use tonic::{Response, Status, Streaming};
+use tonic::{Code, Response, Status, Streaming};
 
 use super::convert;
+use crate::emulator::StatusCode;
 use crate::emulator::broker::{Broker, OpenStream};
 use crate::emulator::confirmation::Confirmation;
 use crate::emulator::error::BrokerError;
@@ -73,6 +75,10 @@ struct StreamingPull {
     /// What the client is yet to hear of its acks. Empty unless the
     /// subscription has exactly-once delivery.
     unconfirmed: proto::StreamingPullResponse,
+    /// Whether to send nothing.
+    silence: watch::Receiver<bool>,
+    /// Changes when the stream is to end.
+    resets: watch::Receiver<StatusCode>,
 }
 
 enum End {
@@ -110,6 +116,8 @@ impl StreamingPull {
             },
             counted: subscription.dead_letter.is_some(),
             unconfirmed: proto::StreamingPullResponse::default(),
+            silence: broker.silence(),
+            resets: broker.resets(),
             broker,
             stream,
             requests,
@@ -125,6 +133,8 @@ impl StreamingPull {
             end = self.exchange() => end,
             () = closing.cancelled() => BrokerError::shutting_down().into(),
         };
+        // Before the client hears of the end, so that it finds this stream gone.
+        drop((self.stream, self.resets));
         if let End::Refused(status) = end {
             // Fails if the client is gone, which is what was to be said.
             let _gone = self.answers.send(Err(status)).await;
@@ -133,6 +143,7 @@ impl StreamingPull {
 
     async fn exchange(&mut self) -> End {
         loop {
+            let may_send = !*self.silence.borrow_and_update();
             let step = tokio::select! {
                 // Acks first: they make room for what comes next.
                 biased;
@@ -141,14 +152,17 @@ impl StreamingPull {
                     Ok(None) | Err(_) => Err(End::ByClient),
                 },
                 () = self.answers.closed() => Err(End::ByClient),
-                () = room(&self.answers), if self.owes_confirmation() => {
+                status = reset(&mut self.resets) => Err(End::Refused(status)),
+                Ok(()) = self.silence.changed() => Ok(()),
+                () = room(&self.answers), if may_send && self.owes_confirmation() => {
                     let confirmation = std::mem::take(&mut self.unconfirmed);
                     // There is room, since nobody else sends.
                     let _sent = self.answers.try_send(Ok(self.completed(confirmation)));
                     Ok(())
                 }
-                sent = deliver(&self.stream, &self.answers, self.properties, self.counted) => sent,
-                () = next_heartbeat(&mut self.heartbeat) => {
+                sent = deliver(&self.stream, &self.answers, self.properties, self.counted),
+                    if may_send => sent,
+                () = next_heartbeat(&mut self.heartbeat), if may_send => {
                     // With a response under way there is no need for one.
                     let _busy = self.answers.try_send(Ok(self.completed(Default::default())));
                     Ok(())
@@ -216,6 +230,8 @@ impl StreamingPull {
         let confirmation = confirmation.get_or_insert_with(AcknowledgeConfirmation::default);
         confirmation.ack_ids.extend(settled.done);
         confirmation.invalid_ack_ids.extend(settled.invalid);
+        let temporary = &mut confirmation.temporary_failed_ack_ids;
+        temporary.extend(settled.temporary);
         // None is out of order, since a key has one message out at a time.
     }
 
@@ -227,6 +243,8 @@ impl StreamingPull {
         let confirmation = confirmation.get_or_insert_with(ModifyAckDeadlineConfirmation::default);
         confirmation.ack_ids.extend(settled.done);
         confirmation.invalid_ack_ids.extend(settled.invalid);
+        let temporary = &mut confirmation.temporary_failed_ack_ids;
+        temporary.extend(settled.temporary);
     }
 
     fn completed(&self, response: proto::StreamingPullResponse) -> proto::StreamingPullResponse {
@@ -256,7 +274,23 @@ async fn deliver(
         subscription_properties: Some(properties),
         ..proto::StreamingPullResponse::default()
     }));
-    Ok(())
+    match stream.reset_by_chance() {
+        Some(status) => Err(End::Refused(as_reset(status))),
+        None => Ok(()),
+    }
+}
+
+/// Until the stream is to end at somebody's request.
+async fn reset(resets: &mut watch::Receiver<StatusCode>) -> Status {
+    match resets.changed().await {
+        Ok(()) => as_reset(*resets.borrow_and_update()),
+        Err(_no_broker) => std::future::pending().await,
+    }
+}
+
+fn as_reset(status: StatusCode) -> Status {
+    let code = Code::from_i32(status as i32);
+    Status::new(code, "The emulator was asked to reset the stream.")
 }
 
 /// Until a response can be sent; forever if the client is gone.
