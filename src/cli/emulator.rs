@@ -18,7 +18,7 @@ use crate::shutdown::Shutdown;
 /// faults, by a JSON object of the same names, GET shows them, and
 /// POST /emulator/streams/reset?status=UNAVAILABLE ends all streams.
 ///
-/// Example: trainyard emulator --subscription heavy-task --faults duplicates=0.1,silence
+/// Example: trainyard emulator --subscription heavy-task --faults duplicates=0.1
 #[derive(Debug, Args)]
 pub(super) struct Emulator {
     /// Where to listen; 0 chooses a free port
