@@ -1,17 +1,18 @@
 //! A Pub/Sub emulator in this process: the v1 API over gRPC and over REST/JSON
 //! on one port, with nothing kept on disk.
 //!
-//! It enforces what the worker relies on: flow control, ack deadlines,
-//! redelivery and ordering keys. Three layers:
+//! It enforces flow control, ack deadlines, redelivery, ordering keys, retry
+//! policies, dead-letter policies and exactly-once delivery. Three layers:
 //!
-//! - `engine` (`feed`, `backlog`, `streams`): a state machine without clock or
-//!   I/O. Time is an argument, so every rule is tested with made-up instants.
+//! - `engine` (`feed`, `backlog`, `streams`, `faults`): a state machine without
+//!   clock or I/O. Time is an argument, so every rule is tested with made-up
+//!   instants.
 //! - `broker`: the engine behind a lock, the clock, and the waking of waiters.
-//! - `grpc` and `rest`: the protocols, each no more than a translation.
+//! - `grpc`, `rest` and `admin`: the protocols, each no more than a translation.
 //!
-//! What it does not have is answered with `UNIMPLEMENTED`. Two policies are
-//! kept and shown but not enforced yet, with a warning in the log: a retry
-//! policy, and a dead-letter policy (its deliveries carry their attempt).
+//! It misbehaves on request: see [`Faults`].
+//!
+//! What it does not have is answered with `UNIMPLEMENTED`.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -25,10 +26,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
 mod ack_id;
+mod admin;
 mod backlog;
 mod broker;
+mod confirmation;
 mod engine;
 mod error;
+mod faults;
 mod feed;
 mod grpc;
 mod message;
@@ -40,6 +44,8 @@ mod unsupported;
 
 pub use broker::Broker;
 pub use error::BrokerError;
+pub use faults::{BadFaults, Faults};
+pub use google_cloud_gax::error::rpc::Code as StatusCode;
 
 /// The largest request that is read at all. Well above the 10 MB that may be
 /// published, also in base64, so that a request somewhat too large gets
@@ -59,6 +65,8 @@ pub struct Options {
     pub max_retained_bytes: usize,
     /// How long a unary pull waits for a first message.
     pub pull_wait: Duration,
+    /// What it does wrong from the start.
+    pub faults: Faults,
 }
 
 impl Default for Options {
@@ -67,6 +75,7 @@ impl Default for Options {
             heartbeat: Duration::from_secs(30),
             max_retained_bytes: 1 << 30,
             pull_wait: Duration::from_secs(5),
+            faults: Faults::default(),
         }
     }
 }
@@ -140,6 +149,7 @@ fn router(broker: &Broker) -> Router {
     Router::new()
         .merge(grpc::router(broker.clone()))
         .merge(rest::router(broker.clone()))
+        .merge(admin::router(broker.clone()))
         .fallback(unknown)
         .layer(DefaultBodyLimit::max(MAX_REQUEST_BODY_BYTES))
 }

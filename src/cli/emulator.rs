@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use anyhow::Context;
 use clap::Args;
 
-use crate::emulator::{self, Options};
+use crate::emulator::{self, Faults, Options};
 use crate::pubsub::Connection;
 use crate::shutdown::Shutdown;
 
@@ -14,7 +14,11 @@ use crate::shutdown::Shutdown;
 /// memory, and forgets it when it stops. Any Pub/Sub client that knows
 /// PUBSUB_EMULATOR_HOST can use it.
 ///
-/// Example: trainyard emulator --subscription heavy-task
+/// With --faults it misbehaves. While it runs, PUT /emulator/faults replaces the
+/// faults, by a JSON object of the same names, GET shows them, and
+/// POST /emulator/streams/reset?status=UNAVAILABLE ends all streams.
+///
+/// Example: trainyard emulator --subscription heavy-task --faults duplicates=0.1
 #[derive(Debug, Args)]
 pub(super) struct Emulator {
     /// Where to listen; 0 chooses a free port
@@ -30,16 +34,45 @@ pub(super) struct Emulator {
     /// The address to listen on
     #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     host: IpAddr,
+    /// What to do wrong, such as duplicates=0.1,latency=200ms
+    ///
+    /// Joined by commas:
+    ///   duplicates=0.1          how likely a delivery is followed by a second one
+    ///   dropped-acks=0.1        how likely an ack is ignored
+    ///   resets=0.1:UNAVAILABLE  how likely a stream ends after messages, and with
+    ///                           which status
+    ///   out-of-order=0.1        how likely a redelivered message is put behind
+    ///                           another one
+    ///   latency=50ms..200ms     how much later messages are delivered
+    ///   silence                 streams stay open, and nothing is sent on them
+    #[arg(long, value_name = "FAULTS", verbatim_doc_comment)]
+    faults: Option<Faults>,
+    /// The seed of all chances of --faults; without it one is drawn, and printed
+    #[arg(long, value_name = "NUMBER")]
+    seed: Option<u64>,
 }
 
 impl Emulator {
     pub(super) async fn execute(self) -> anyhow::Result<()> {
         let shutdown = Shutdown::on_signals()?;
         let address = SocketAddr::new(self.host, self.port);
-        let emulator = emulator::Emulator::bind(address, Options::default())
+        let faults = self.faults.unwrap_or_default();
+        let options = Options {
+            faults: Faults {
+                seed: self.seed.or(faults.seed),
+                ..faults
+            },
+            ..Options::default()
+        };
+        let emulator = emulator::Emulator::bind(address, options)
             .await
             .with_context(|| format!("cannot listen on {address}; --port chooses another"))?;
         let address = emulator.address();
+        let faults = emulator.broker().faults();
+        if let (true, Some(seed)) = (faults.any(), faults.seed) {
+            // Not on stdout, which is for the shell.
+            eprintln!("faults: {faults}; --seed {seed} repeats them");
+        }
         let connection = Connection::new(&self.project, Some(&address.to_string()));
         let serving = tokio::spawn(emulator.serve(shutdown.draining));
         for name in &self.subscriptions {

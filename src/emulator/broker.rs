@@ -5,16 +5,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
-use tokio::sync::Notify;
+use google_cloud_gax::error::rpc::Code;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::Options;
 use super::backlog::Delivery;
+use super::confirmation::Confirmation;
 use super::engine::{Engine, Page, PageRequest, Wake};
 use super::error::BrokerError;
 use super::message::NewMessage;
 use super::resource;
 use super::streams::{StreamId, StreamOptions};
+
+mod faults;
 
 /// What one pull returns at most:
 /// <https://cloud.google.com/pubsub/quotas#resource_limits>.
@@ -30,9 +34,14 @@ pub struct Broker {
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    /// The ack deadline to wait for became earlier.
+    /// The time to wait for became earlier.
     timer: Notify,
     closing: CancellationToken,
+    /// Whether streams send nothing.
+    silence: watch::Sender<bool>,
+    /// The status that all streams are to end with; each stream has one
+    /// receiver.
+    resets: watch::Sender<Code>,
     options: Options,
 }
 
@@ -47,8 +56,10 @@ struct State {
 
 impl Broker {
     pub(super) fn new(options: Options) -> Self {
+        let faults = options.faults.clone();
+        let silence = watch::Sender::new(faults.silence);
         let state = State {
-            engine: Engine::new(options.max_retained_bytes, Utc::now()),
+            engine: Engine::new(options.max_retained_bytes, faults, Utc::now()),
             armed: None,
             streams: HashMap::new(),
             pulls: HashMap::new(),
@@ -58,6 +69,8 @@ impl Broker {
                 state: Mutex::new(state),
                 timer: Notify::new(),
                 closing: CancellationToken::new(),
+                silence,
+                resets: watch::Sender::new(Code::Ok),
                 options,
             }),
         }
@@ -68,7 +81,7 @@ impl Broker {
     /// (<https://cloud.google.com/pubsub/docs/subscription-overview#default_properties>).
     /// On a subscription with ordering, the later messages of its key follow
     /// it again. A topic remembers its last 10 000 messages, fewer when memory
-    /// is short.
+    /// is short. Subscriptions with exactly-once delivery get no duplicate.
     ///
     /// # Errors
     /// [`BrokerError::NotFound`] if there is no such topic or the topic does
@@ -127,14 +140,7 @@ impl Broker {
         &self,
         subscription: resource::Subscription,
     ) -> Result<resource::Subscription, BrokerError> {
-        let made = self.with(|engine, _| engine.create_subscription(subscription))?;
-        if made.retry.is_some() || made.dead_letter.is_some() {
-            tracing::warn!(
-                subscription = %made.name,
-                "the emulator keeps retry and dead-letter policies but does not enforce them"
-            );
-        }
-        Ok(made)
+        self.with(|engine, _| engine.create_subscription(subscription))
     }
 
     pub(super) fn subscription(&self, name: &str) -> Result<resource::Subscription, BrokerError> {
@@ -165,7 +171,7 @@ impl Broker {
         &self,
         subscription: &str,
         ack_ids: &[String],
-    ) -> Result<(), BrokerError> {
+    ) -> Result<Confirmation, BrokerError> {
         self.with(|engine, now| engine.acknowledge(subscription, ack_ids, now))
     }
 
@@ -174,7 +180,7 @@ impl Broker {
         subscription: &str,
         ack_ids: &[String],
         seconds: i32,
-    ) -> Result<(), BrokerError> {
+    ) -> Result<Confirmation, BrokerError> {
         self.with(|engine, now| engine.modify_ack_deadline(subscription, ack_ids, seconds, now))
     }
 
@@ -239,7 +245,7 @@ impl Broker {
         })
     }
 
-    /// Makes messages ready again at their ack deadline, until shutdown.
+    /// Lets happen what waits for a time, until shutdown.
     pub(super) async fn run_timers(&self) {
         loop {
             let next = self.arm();
@@ -334,6 +340,11 @@ impl OpenStream {
             }
             self.wake.notified().await;
         }
+    }
+
+    /// Whether the stream is to end, now that it has sent messages, and how.
+    pub fn reset_by_chance(&self) -> Option<Code> {
+        self.broker.with(|engine, _| engine.reset_by_chance())
     }
 
     pub fn set_ack_deadline(&self, ack_deadline: Duration) -> Result<(), BrokerError> {

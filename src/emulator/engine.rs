@@ -1,5 +1,6 @@
 //! The whole emulator as a state machine: every topic and subscription, no
-//! clock, no I/O. Callers pass the time in, and fetch out of it which streams
+//! clock, no I/O, and no chance but a seeded one. Callers pass the time in, and
+//! fetch out of it which streams
 //! and pulls to wake.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -8,15 +9,18 @@ use std::time::{Duration, Instant};
 
 use chrono::{DateTime, SubsecRound, Utc};
 
-use super::ack_id::AckId;
 use super::backlog::Delivery;
+use super::confirmation::Confirmation;
 use super::error::BrokerError;
+use super::faults::{Dice, Faults, Moment};
 use super::feed::Feed;
 use super::message::{self, Memory, Message, NewMessage};
 use super::name;
 use super::resource;
 use super::streams::{StreamId, StreamOptions};
 
+mod dead_letters;
+mod faults;
 mod page;
 mod resources;
 #[cfg(test)]
@@ -52,23 +56,29 @@ pub struct Engine {
     topics: BTreeMap<String, Topic>,
     feeds: BTreeMap<String, Feed>,
     memory: Memory,
+    dice: Dice,
     /// The last number given to a message, a subscription or a stream.
     last_number: u64,
-    /// Not later than the earliest ack deadline.
+    /// Not later than the earliest ack deadline or end of a backoff.
     next_timer: Option<Instant>,
+    /// What the wall clock showed at the last publishing, from which the
+    /// publish times of dead letters follow.
+    last_publish: Option<(Instant, DateTime<Utc>)>,
     wakes: Vec<Wake>,
 }
 
 impl Engine {
     /// Numbers start at the wall clock's microseconds and grow from there, so
     /// that an id is not given twice even across restarts.
-    pub fn new(max_retained_bytes: usize, started: DateTime<Utc>) -> Self {
+    pub fn new(max_retained_bytes: usize, faults: Faults, started: DateTime<Utc>) -> Self {
         Self {
             topics: BTreeMap::new(),
             feeds: BTreeMap::new(),
             memory: Memory::new(max_retained_bytes),
+            dice: Dice::new(faults),
             last_number: microseconds(started),
             next_timer: None,
+            last_publish: None,
             wakes: Vec::new(),
         }
     }
@@ -84,14 +94,31 @@ impl Engine {
         wall: DateTime<Utc>,
     ) -> Result<Vec<String>, BrokerError> {
         message::check_request(&messages)?;
-        let subscriptions = self.known_topic(topic)?.subscriptions.clone();
-        let charge = |message: &NewMessage| message.charge(subscriptions.len());
-        self.make_room(topic, messages.iter().map(charge).sum())?;
+        let subscriptions = self.known_topic(topic)?.subscriptions.len();
+        let bytes = messages.iter().map(|new| new.charge(subscriptions)).sum();
+        self.make_room(topic, bytes)?;
+        self.last_publish = Some((now, wall));
+        Ok(self.spread(topic, messages, now, wall))
+    }
+
+    /// Gives messages to the topic's subscriptions, whether there is memory
+    /// for them or not, and returns their ids.
+    fn spread(
+        &mut self,
+        topic: &str,
+        messages: Vec<NewMessage>,
+        now: Instant,
+        wall: DateTime<Utc>,
+    ) -> Vec<String> {
+        let Some(known) = self.topics.get(topic) else {
+            return Vec::new();
+        };
+        let subscriptions = known.subscriptions.clone();
         self.last_number = self.last_number.max(microseconds(wall));
         let publish_time = wall.trunc_subsecs(PUBLISH_TIME_DIGITS);
         let mut ids = Vec::with_capacity(messages.len());
         for new in messages {
-            let reservation = self.memory.reserve(charge(&new));
+            let reservation = self.memory.reserve(new.charge(subscriptions.len()));
             let message = Arc::new(Message::new(
                 new,
                 self.next_number(),
@@ -101,15 +128,16 @@ impl Engine {
             ids.push(message.id());
             for name in &subscriptions {
                 if let Some(feed) = self.feeds.get_mut(name) {
-                    feed.add(Arc::clone(&message));
+                    let dice = &mut self.dice;
+                    feed.add(Arc::clone(&message), &mut Moment { now, dice });
                 }
             }
             self.remember(topic, message);
         }
         for name in &subscriptions {
-            self.settle_down(name, now);
+            self.hand_out(name, now);
         }
-        Ok(ids)
+        ids
     }
 
     /// Delivers a published message once more, to every subscription of its
@@ -131,10 +159,9 @@ impl Engine {
             return Ok(());
         };
         for name in known.subscriptions.clone() {
-            if let Some(feed) = self.feeds.get_mut(&name) {
-                feed.add_copies(message, &published);
-            }
-            self.settle_down(&name, now);
+            self.change_feed(&name, now, |feed, at| {
+                feed.add_copies(message, &published, at);
+            });
         }
         Ok(())
     }
@@ -147,11 +174,7 @@ impl Engine {
         max_messages: usize,
         now: Instant,
     ) -> Result<Vec<Delivery>, BrokerError> {
-        let feed = self.feed(subscription)?;
-        feed.expire(now);
-        let pulled = feed.pull(max_messages, now);
-        self.settle_down(subscription, now);
-        Ok(pulled)
+        self.with_feed(subscription, now, |feed, at| feed.pull(max_messages, at))
     }
 
     pub fn open_stream(
@@ -167,10 +190,8 @@ impl Engine {
     }
 
     pub fn close_stream(&mut self, subscription: &str, id: StreamId, now: Instant) {
-        if let Some(feed) = self.feeds.get_mut(subscription) {
-            feed.close(id);
-            self.settle_down(subscription, now);
-        }
+        // A subscription that was deleted in the meantime needs nothing.
+        let _closed = self.with_feed(subscription, now, |feed, at| feed.close(id, at));
     }
 
     /// For a stream that can send now: its deliveries. If there are none, the
@@ -181,11 +202,7 @@ impl Engine {
         id: StreamId,
         now: Instant,
     ) -> Result<Vec<Delivery>, BrokerError> {
-        let feed = self.feed(subscription)?;
-        feed.expire(now);
-        let taken = feed.take(id, now);
-        self.settle_down(subscription, now);
-        Ok(taken)
+        self.with_feed(subscription, now, |feed, at| feed.take(id, at))
     }
 
     pub fn set_stream_ack_deadline(
@@ -200,48 +217,42 @@ impl Engine {
         Ok(())
     }
 
-    /// Acknowledges deliveries; ack ids that are no longer good are ignored.
+    /// Acknowledges deliveries. Ack ids that are no longer good are ignored,
+    /// and with exactly-once delivery told.
     pub fn acknowledge(
         &mut self,
         subscription: &str,
         ack_ids: &[String],
         now: Instant,
-    ) -> Result<(), BrokerError> {
-        let feed = self.feed(subscription)?;
-        feed.expire(now);
-        feed.acknowledge(parse(ack_ids)?);
-        self.settle_down(subscription, now);
-        Ok(())
+    ) -> Result<Confirmation, BrokerError> {
+        self.with_feed(subscription, now, |feed, at| feed.acknowledge(ack_ids, at))?
     }
 
     /// Sets ack deadlines to so many seconds from now; 0 makes the messages
-    /// ready again at once. Ack ids that are no longer good are ignored.
+    /// ready again, at once or as the retry policy says. Ack ids that are no
+    /// longer good are ignored, and with exactly-once delivery told.
     pub fn modify_ack_deadline(
         &mut self,
         subscription: &str,
         ack_ids: &[String],
         seconds: i32,
         now: Instant,
-    ) -> Result<(), BrokerError> {
+    ) -> Result<Confirmation, BrokerError> {
         let ack_deadline = modified_ack_deadline(seconds)?;
-        let feed = self.feed(subscription)?;
-        feed.expire(now);
-        feed.modify_ack_deadline(parse(ack_ids)?, ack_deadline, now);
-        self.settle_down(subscription, now);
-        Ok(())
+        self.with_feed(subscription, now, |feed, at| {
+            feed.modify_ack_deadline(ack_ids, ack_deadline, at)
+        })?
     }
 
     // Time.
 
-    /// Makes every message ready again whose ack deadline has come.
+    /// Lets happen what the time has come for: ack deadlines and the ends of
+    /// backoffs.
     pub fn expire(&mut self, now: Instant) {
         self.next_timer = None;
         let names: Vec<String> = self.feeds.keys().cloned().collect();
         for name in names {
-            if let Some(feed) = self.feeds.get_mut(&name) {
-                feed.expire(now);
-            }
-            self.settle_down(&name, now);
+            self.change_feed(&name, now, |feed, at| feed.expire(at));
         }
     }
 
@@ -262,13 +273,47 @@ impl Engine {
         Ok(feed.backlog_len())
     }
 
-    /// After every change to a feed: hands out what can be handed out and
-    /// notes whom to wake and when.
+    /// Does something with a subscription, as it is now.
+    fn with_feed<R>(
+        &mut self,
+        name: &str,
+        now: Instant,
+        operation: impl FnOnce(&mut Feed, &mut Moment<'_>) -> R,
+    ) -> Result<R, BrokerError> {
+        name::check_subscription(name)?;
+        let result = self.change_feed(name, now, |feed, at| {
+            feed.expire(at);
+            operation(feed, at)
+        });
+        result.ok_or_else(|| BrokerError::not_found(name))
+    }
+
+    fn change_feed<R>(
+        &mut self,
+        name: &str,
+        now: Instant,
+        change: impl FnOnce(&mut Feed, &mut Moment<'_>) -> R,
+    ) -> Option<R> {
+        let feed = self.feeds.get_mut(name)?;
+        let dice = &mut self.dice;
+        let result = change(feed, &mut Moment { now, dice });
+        self.settle_down(name, now);
+        Some(result)
+    }
+
+    /// After every change to a feed.
     fn settle_down(&mut self, name: &str, now: Instant) {
+        self.forward_dead_letters(name, now);
+        self.hand_out(name, now);
+    }
+
+    /// Hands out what can be handed out and notes whom to wake and when.
+    fn hand_out(&mut self, name: &str, now: Instant) {
         let Some(feed) = self.feeds.get_mut(name) else {
             return;
         };
-        let fed = feed.dispatch(now);
+        let dice = &mut self.dice;
+        let fed = feed.dispatch(&mut Moment { now, dice });
         self.wakes.extend(fed.into_iter().map(Wake::Stream));
         if feed.has_ready() {
             self.wakes.push(Wake::Pull(name.to_owned()));
@@ -342,15 +387,4 @@ fn modified_ack_deadline(seconds: i32) -> Result<Duration, BrokerError> {
              {MAX_ACK_DEADLINE_SECONDS}."
         ))),
     }
-}
-
-fn parse(ack_ids: &[String]) -> Result<Vec<AckId>, BrokerError> {
-    let parse = |text: &String| {
-        text.parse().map_err(|_not_an_ack_id| {
-            BrokerError::InvalidArgument(format!(
-                "Not an ack ID of this emulator: (ack_id={text})."
-            ))
-        })
-    };
-    ack_ids.iter().map(parse).collect()
 }

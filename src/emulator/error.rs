@@ -1,7 +1,11 @@
 //! What the broker answers when it refuses a request.
 
-/// A refusal. Each variant is one gRPC status of the same name; the text is
-/// what the client sees.
+use std::collections::BTreeMap;
+
+use super::confirmation::TEMPORARY;
+
+/// A refusal. Each variant but the last is one gRPC status of the same name;
+/// the text is what the client sees.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BrokerError {
     /// The named topic, subscription or message does not exist.
@@ -22,9 +26,23 @@ pub enum BrokerError {
     /// The emulator is shutting down.
     #[error("{0}")]
     Unavailable(String),
+    /// Some ack ids of a subscription with exactly-once delivery could not be
+    /// settled; the others were. Each comes with Pub/Sub's name for why:
+    /// <https://cloud.google.com/pubsub/docs/exactly-once-delivery>.
+    #[error("{} of the request's ack IDs could not be settled.", .0.len())]
+    AckIds(BTreeMap<String, &'static str>),
 }
 
+/// What `google.rpc.ErrorInfo` says of failed ack ids.
+pub(super) const ACK_IDS_REASON: &str = "EXACTLY_ONCE_ACKID_FAILURE";
+pub(super) const DOMAIN: &str = "pubsub.googleapis.com";
+
 impl BrokerError {
+    /// Whether all that failed may be tried again. Only for ack ids.
+    pub(super) fn is_temporary(failed: &BTreeMap<String, &'static str>) -> bool {
+        failed.values().all(|why| *why == TEMPORARY)
+    }
+
     pub(super) fn not_found(resource: &str) -> Self {
         Self::NotFound(format!("Resource not found (resource={resource})."))
     }

@@ -19,6 +19,7 @@ use super::engine::PageRequest;
 use super::error::BrokerError;
 
 mod convert;
+mod status;
 mod streaming_pull;
 
 /// The gRPC methods as HTTP routes.
@@ -150,18 +151,20 @@ fn delete_subscription(
 }
 
 fn acknowledge(broker: &Broker, request: proto::AcknowledgeRequest) -> Result<(), BrokerError> {
-    broker.acknowledge(&request.subscription, &request.ack_ids)
+    let settled = broker.acknowledge(&request.subscription, &request.ack_ids)?;
+    settled.into_answer()
 }
 
 fn modify_ack_deadline(
     broker: &Broker,
     request: proto::ModifyAckDeadlineRequest,
 ) -> Result<(), BrokerError> {
-    broker.modify_ack_deadline(
+    let settled = broker.modify_ack_deadline(
         &request.subscription,
         &request.ack_ids,
         request.ack_deadline_seconds,
-    )
+    )?;
+    settled.into_answer()
 }
 
 #[expect(
@@ -250,19 +253,5 @@ where
     fn call(&mut self, request: tonic::Request<Req>) -> Self::Future {
         let answer = (self.call)(self.broker.clone(), request.into_inner());
         Box::pin(async { Ok(Response::new(answer.await?)) })
-    }
-}
-
-impl From<BrokerError> for Status {
-    fn from(error: BrokerError) -> Self {
-        let text = error.to_string();
-        match error {
-            BrokerError::NotFound(_) => Self::not_found(text),
-            BrokerError::AlreadyExists(_) => Self::already_exists(text),
-            BrokerError::InvalidArgument(_) => Self::invalid_argument(text),
-            BrokerError::ResourceExhausted(_) => Self::resource_exhausted(text),
-            BrokerError::Unimplemented(_) => Self::unimplemented(text),
-            BrokerError::Unavailable(_) => Self::unavailable(text),
-        }
     }
 }

@@ -9,6 +9,9 @@ use super::name;
 /// The ack deadline of a subscription that names none.
 pub const DEFAULT_ACK_DEADLINE: Duration = Duration::from_secs(10);
 
+const DEFAULT_MINIMUM_BACKOFF: Duration = Duration::from_secs(10);
+const MAXIMUM_BACKOFF: Duration = Duration::from_secs(600);
+
 /// A topic's settings.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Topic {
@@ -31,26 +34,31 @@ pub struct Subscription {
     pub labels: HashMap<String, String>,
     /// Messages of one ordering key are delivered in the order of publishing.
     pub ordered: bool,
+    /// Acks are confirmed, and there are no duplicates:
+    /// <https://cloud.google.com/pubsub/docs/exactly-once-delivery>.
+    pub exactly_once: bool,
     /// Kept and shown, not enforced.
     pub retain_acked_messages: bool,
     /// Kept and shown, not enforced.
     pub message_retention: Option<Duration>,
     /// Kept and shown, not enforced. The inner option is the policy's `ttl`.
     pub expiration: Option<Option<Duration>>,
-    /// Kept and shown; while set, deliveries carry their delivery attempt.
+    /// While set, deliveries carry their delivery attempt.
     pub dead_letter: Option<DeadLetterPolicy>,
-    /// Kept and shown, not enforced.
+    /// `None` for redelivery at once.
     pub retry: Option<RetryPolicy>,
 }
 
-/// Where messages go that were delivered too often.
+/// Where messages go that were delivered too often. The topic need not exist:
+/// without it, they are redelivered.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DeadLetterPolicy {
     pub topic: String,
     pub max_delivery_attempts: i32,
 }
 
-/// How long a message waits between deliveries.
+/// How long a message waits between deliveries:
+/// <https://cloud.google.com/pubsub/docs/subscription-retry-policy>.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RetryPolicy {
     pub minimum_backoff: Option<Duration>,
@@ -80,6 +88,9 @@ impl Subscription {
         if let Some(policy) = &mut self.dead_letter {
             policy.complete()?;
         }
+        if let Some(policy) = &mut self.retry {
+            policy.complete()?;
+        }
         Ok(self)
     }
 }
@@ -98,6 +109,36 @@ impl DeadLetterPolicy {
             "max_delivery_attempts is {}; it must be between 5 and 100.",
             self.max_delivery_attempts
         )))
+    }
+}
+
+impl RetryPolicy {
+    /// Defaults and ranges:
+    /// <https://cloud.google.com/pubsub/docs/reference/rpc/google.pubsub.v1#retrypolicy>.
+    fn complete(&mut self) -> Result<(), BrokerError> {
+        let maximum = *self.maximum_backoff.get_or_insert(MAXIMUM_BACKOFF);
+        let default_minimum = DEFAULT_MINIMUM_BACKOFF.min(maximum);
+        let minimum = *self.minimum_backoff.get_or_insert(default_minimum);
+        if minimum <= maximum && maximum <= MAXIMUM_BACKOFF {
+            return Ok(());
+        }
+        Err(BrokerError::InvalidArgument(format!(
+            "The backoff goes from {} to {} seconds; it must be within 0 and {} seconds, and the \
+             minimum must not exceed the maximum.",
+            minimum.as_secs_f64(),
+            maximum.as_secs_f64(),
+            MAXIMUM_BACKOFF.as_secs()
+        )))
+    }
+
+    /// How long to wait after so many failed deliveries: the minimum, doubled
+    /// with each failure after the first, up to the maximum.
+    pub fn backoff(&self, failures: u32) -> Duration {
+        let minimum = self.minimum_backoff.unwrap_or(DEFAULT_MINIMUM_BACKOFF);
+        let maximum = self.maximum_backoff.unwrap_or(MAXIMUM_BACKOFF);
+        let factor = 2_u32.checked_pow(failures.saturating_sub(1));
+        let backoff = factor.and_then(|factor| minimum.checked_mul(factor));
+        backoff.map_or(maximum, |backoff| backoff.min(maximum))
     }
 }
 

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::Broker;
 use super::engine::PageRequest;
-use super::error::BrokerError;
+use super::error::{ACK_IDS_REASON, BrokerError, DOMAIN};
 use super::name::{check_subscription, check_topic};
 
 mod convert;
@@ -228,13 +228,15 @@ async fn post_subscription(
         "pull" => pull(&broker, &name, read(body)?).await,
         "acknowledge" => {
             let request: Acknowledge = read(body)?;
-            broker.acknowledge(&name, &request.ack_ids)?;
+            let settled = broker.acknowledge(&name, &request.ack_ids)?;
+            settled.into_answer()?;
             Ok(Json(json!({})))
         }
         "modifyAckDeadline" => {
             let request: ModifyAckDeadline = read(body)?;
             let seconds = request.ack_deadline_seconds;
-            broker.modify_ack_deadline(&name, &request.ack_ids, seconds)?;
+            let settled = broker.modify_ack_deadline(&name, &request.ack_ids, seconds)?;
+            settled.into_answer()?;
             Ok(Json(json!({})))
         }
         other => Err(BrokerError::unimplemented(&format!("the verb :{other}"))),
@@ -284,19 +286,32 @@ impl IntoResponse for BrokerError {
     /// The form of all Google APIs:
     /// <https://cloud.google.com/apis/design/errors#http_mapping>.
     fn into_response(self) -> Response {
-        let (code, status) = match self {
+        let (code, status) = match &self {
             Self::NotFound(_) => (StatusCode::NOT_FOUND, "NOT_FOUND"),
             Self::AlreadyExists(_) => (StatusCode::CONFLICT, "ALREADY_EXISTS"),
-            Self::InvalidArgument(_) => (StatusCode::BAD_REQUEST, "INVALID_ARGUMENT"),
+            Self::AckIds(failed) if Self::is_temporary(failed) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "UNAVAILABLE")
+            }
+            Self::InvalidArgument(_) | Self::AckIds(_) => {
+                (StatusCode::BAD_REQUEST, "INVALID_ARGUMENT")
+            }
             Self::ResourceExhausted(_) => (StatusCode::TOO_MANY_REQUESTS, "RESOURCE_EXHAUSTED"),
             Self::Unimplemented(_) => (StatusCode::NOT_IMPLEMENTED, "UNIMPLEMENTED"),
             Self::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "UNAVAILABLE"),
         };
-        let error = json!({
+        let mut error = json!({
             "code": code.as_u16(),
             "message": self.to_string(),
             "status": status,
         });
+        if let Self::AckIds(failed) = self {
+            error["details"] = json!([{
+                "@type": "type.googleapis.com/google.rpc.ErrorInfo",
+                "reason": ACK_IDS_REASON,
+                "domain": DOMAIN,
+                "metadata": failed,
+            }]);
+        }
         (code, Json(json!({ "error": error }))).into_response()
     }
 }

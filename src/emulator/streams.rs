@@ -96,6 +96,23 @@ impl Streams {
             .unwrap_or_default()
     }
 
+    /// What streams were given but did not take, and will not get.
+    pub fn withdraw(&mut self) -> Vec<Delivery> {
+        let mut withdrawn = Vec::new();
+        for id in &self.turns {
+            let Some(stream) = self.open.get_mut(id) else {
+                continue;
+            };
+            for unsent in stream.outbox.drain(..) {
+                stream.outstanding_messages -= 1;
+                stream.outstanding_bytes -= unsent.message.size() as u64;
+                withdrawn.push(unsent);
+            }
+            stream.outbox_bytes = 0;
+        }
+        withdrawn
+    }
+
     pub fn ids(&self) -> impl Iterator<Item = StreamId> + '_ {
         self.open.keys().copied()
     }

@@ -17,13 +17,13 @@ use trainyard::emulator::Options;
 
 use super::{Running, SUBSCRIPTION, TOPIC, in_time};
 
-struct Stream {
+pub struct Stream {
     requests: Sender<StreamingPullRequest>,
     responses: Streaming<StreamingPullResponse>,
 }
 
 impl Stream {
-    async fn open(running: &Running, first: StreamingPullRequest) -> Result<Self, Status> {
+    pub async fn open(running: &Running, first: StreamingPullRequest) -> Result<Self, Status> {
         let (requests, receiver) = mpsc::channel(10);
         requests.send(first).await.unwrap();
         let mut client = SubscriberClient::new(channel(running).await);
@@ -34,13 +34,13 @@ impl Stream {
         })
     }
 
-    async fn next(&mut self) -> Result<StreamingPullResponse, Status> {
+    pub async fn next(&mut self) -> Result<StreamingPullResponse, Status> {
         let next = in_time(self.responses.message()).await?;
         Ok(next.expect("the stream ended"))
     }
 
     /// The ack id and the data of the one message of the next response.
-    async fn next_message(&mut self) -> (String, String) {
+    pub async fn next_message(&mut self) -> (String, String) {
         let mut response = self.next().await.unwrap();
         assert_eq!(response.received_messages.len(), 1);
         let received = response.received_messages.remove(0);
@@ -48,17 +48,17 @@ impl Stream {
         (received.ack_id, String::from_utf8(data.to_vec()).unwrap())
     }
 
-    async fn send(&self, request: StreamingPullRequest) {
+    pub async fn send(&self, request: StreamingPullRequest) {
         self.requests.send(request).await.unwrap();
     }
 }
 
-async fn channel(running: &Running) -> Channel {
+pub async fn channel(running: &Running) -> Channel {
     let endpoint = Channel::from_shared(running.endpoint.clone()).unwrap();
     endpoint.connect().await.unwrap()
 }
 
-fn first() -> StreamingPullRequest {
+pub fn first() -> StreamingPullRequest {
     StreamingPullRequest {
         subscription: SUBSCRIPTION.to_owned(),
         stream_ack_deadline_seconds: 10,
@@ -67,7 +67,7 @@ fn first() -> StreamingPullRequest {
     }
 }
 
-async fn publish(running: &Running, texts: &[&str]) {
+pub async fn publish(running: &Running, texts: &[&str]) {
     let message = |text: &&str| PubsubMessage {
         data: (*text).to_owned().into(),
         ..PubsubMessage::default()

@@ -15,8 +15,11 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use trainyard::emulator::{Broker, Emulator, Options};
 
+mod exactly_once;
+mod faults;
 mod grpc;
 mod official_client;
+mod policies;
 mod rest;
 
 const TOPIC: &str = "projects/test/topics/requests";

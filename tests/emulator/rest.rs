@@ -8,12 +8,16 @@ use tokio::net::TcpStream;
 use super::{Running, SUBSCRIPTION, TOPIC, in_time};
 
 /// The status code and the JSON of the answer.
-async fn call(running: &Running, method: &str, path: &str, body: Value) -> (u16, Value) {
+pub async fn call(running: &Running, method: &str, path: &str, body: Value) -> (u16, Value) {
+    request(running, method, &format!("v1/{path}"), body.to_string()).await
+}
+
+/// The same for any path and any text.
+pub async fn request(running: &Running, method: &str, path: &str, body: String) -> (u16, Value) {
     let address = running.endpoint.trim_start_matches("http://");
     let mut connection = TcpStream::connect(address).await.unwrap();
-    let body = body.to_string();
     let request = format!(
-        "{method} /v1/{path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\
+        "{method} /{path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\
          content-length: {}\r\n\r\n{body}",
         body.len()
     );
@@ -69,6 +73,7 @@ async fn settings_come_back_as_they_were_given() {
         "ackDeadlineSeconds": 600,
         "labels": { "team": "ml" },
         "enableMessageOrdering": true,
+        "enableExactlyOnceDelivery": true,
         "messageRetentionDuration": "3600s",
         "expirationPolicy": { "ttl": "86400s" },
         "deadLetterPolicy": { "deadLetterTopic": TOPIC, "maxDeliveryAttempts": 7 },

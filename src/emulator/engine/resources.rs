@@ -19,6 +19,7 @@ impl Engine {
             subscriptions: BTreeSet::new(),
             history: VecDeque::new(),
         };
+        self.note_dead_letter_topic(&settings.name, true);
         self.topics.insert(settings.name, topic);
         Ok(())
     }
@@ -54,6 +55,7 @@ impl Engine {
         let Some(topic) = self.topics.remove(name) else {
             return Ok(());
         };
+        self.note_dead_letter_topic(name, false);
         for subscription in &topic.subscriptions {
             if let Some(feed) = self.feeds.get_mut(subscription) {
                 feed.settings.topic = DELETED_TOPIC.to_owned();
@@ -77,7 +79,10 @@ impl Engine {
             .get_mut(&settings.topic)
             .ok_or_else(|| BrokerError::not_found(&settings.topic))?;
         topic.subscriptions.insert(settings.name.clone());
-        let feed = Feed::new(settings.clone(), creation);
+        let mut feed = Feed::new(settings.clone(), creation);
+        let dead_letters = settings.dead_letter.as_ref();
+        let topic_exists = dead_letters.is_some_and(|p| self.topics.contains_key(&p.topic));
+        feed.set_dead_letter_topic_exists(topic_exists);
         self.feeds.insert(settings.name.clone(), feed);
         Ok(settings)
     }

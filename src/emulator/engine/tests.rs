@@ -2,6 +2,9 @@
 
 use super::*;
 
+mod exactly_once;
+mod failures;
+mod faults;
 mod ordering;
 mod redelivery;
 mod resources;
@@ -35,9 +38,19 @@ impl Fixture {
         fixture
     }
 
+    fn with_retry(minimum: u64, maximum: u64) -> Self {
+        Self::with(resource::Subscription {
+            retry: Some(resource::RetryPolicy {
+                minimum_backoff: Some(Duration::from_secs(minimum)),
+                maximum_backoff: Some(Duration::from_secs(maximum)),
+            }),
+            ..resource::Subscription::default()
+        })
+    }
+
     fn empty(max_retained_bytes: usize) -> Self {
         let wall = Utc::now();
-        let mut engine = Engine::new(max_retained_bytes, wall);
+        let mut engine = Engine::new(max_retained_bytes, Faults::default(), wall);
         let topic = resource::Topic {
             name: TOPIC.to_owned(),
             ..resource::Topic::default()

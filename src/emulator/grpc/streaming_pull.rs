@@ -7,14 +7,20 @@ use axum::extract::{Request, State};
 use axum::routing::{MethodRouter, post};
 use futures::future::BoxFuture;
 use googleapis_tonic_google_pubsub_v1::google::pubsub::v1 as proto;
+use proto::streaming_pull_response::{
+    AcknowledgeConfirmation, ModifyAckDeadlineConfirmation, SubscriptionProperties,
+};
 use tokio::sync::mpsc::{self, Sender};
+use tokio::sync::watch;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::server::StreamingService;
-use tonic::{Response, Status, Streaming};
+use tonic::{Code, Response, Status, Streaming};
 
 use super::convert;
+use crate::emulator::StatusCode;
 use crate::emulator::broker::{Broker, OpenStream};
+use crate::emulator::confirmation::Confirmation;
 use crate::emulator::error::BrokerError;
 use crate::emulator::resource;
 use crate::emulator::streams::StreamOptions;
@@ -63,9 +69,16 @@ struct StreamingPull {
     answers: Sender<Answer>,
     /// `None` for clients that do not know heartbeats.
     heartbeat: Option<Interval>,
-    properties: proto::streaming_pull_response::SubscriptionProperties,
+    properties: SubscriptionProperties,
     /// Whether deliveries show their attempt.
     counted: bool,
+    /// What the client is yet to hear of its acks. Empty unless the
+    /// subscription has exactly-once delivery.
+    unconfirmed: proto::StreamingPullResponse,
+    /// Whether to send nothing.
+    silence: watch::Receiver<bool>,
+    /// Changes when the stream is to end.
+    resets: watch::Receiver<StatusCode>,
 }
 
 enum End {
@@ -94,14 +107,17 @@ impl StreamingPull {
             first.max_outstanding_bytes,
         );
         let stream = broker.open_stream(&first.subscription, options)?;
-        let pull = Self {
+        let mut pull = Self {
             heartbeat: (first.protocol_version >= 1)
                 .then(|| heartbeats(broker.options().heartbeat)),
-            properties: proto::streaming_pull_response::SubscriptionProperties {
-                exactly_once_delivery_enabled: false,
+            properties: SubscriptionProperties {
+                exactly_once_delivery_enabled: subscription.exactly_once,
                 message_ordering_enabled: subscription.ordered,
             },
             counted: subscription.dead_letter.is_some(),
+            unconfirmed: proto::StreamingPullResponse::default(),
+            silence: broker.silence(),
+            resets: broker.resets(),
             broker,
             stream,
             requests,
@@ -117,6 +133,8 @@ impl StreamingPull {
             end = self.exchange() => end,
             () = closing.cancelled() => BrokerError::shutting_down().into(),
         };
+        // Before the client hears of the end, so that it finds this stream gone.
+        drop((self.stream, self.resets));
         if let End::Refused(status) = end {
             // Fails if the client is gone, which is what was to be said.
             let _gone = self.answers.send(Err(status)).await;
@@ -125,6 +143,7 @@ impl StreamingPull {
 
     async fn exchange(&mut self) -> End {
         loop {
+            let may_send = !*self.silence.borrow_and_update();
             let step = tokio::select! {
                 // Acks first: they make room for what comes next.
                 biased;
@@ -133,10 +152,19 @@ impl StreamingPull {
                     Ok(None) | Err(_) => Err(End::ByClient),
                 },
                 () = self.answers.closed() => Err(End::ByClient),
-                sent = deliver(&self.stream, &self.answers, self.properties, self.counted) => sent,
-                () = next_heartbeat(&mut self.heartbeat) => {
+                status = reset(&mut self.resets) => Err(End::Refused(status)),
+                Ok(()) = self.silence.changed() => Ok(()),
+                () = room(&self.answers), if may_send && self.owes_confirmation() => {
+                    let confirmation = std::mem::take(&mut self.unconfirmed);
+                    // There is room, since nobody else sends.
+                    let _sent = self.answers.try_send(Ok(self.completed(confirmation)));
+                    Ok(())
+                }
+                sent = deliver(&self.stream, &self.answers, self.properties, self.counted),
+                    if may_send => sent,
+                () = next_heartbeat(&mut self.heartbeat), if may_send => {
                     // With a response under way there is no need for one.
-                    let _busy = self.answers.try_send(Ok(self.empty()));
+                    let _busy = self.answers.try_send(Ok(self.completed(Default::default())));
                     Ok(())
                 }
             };
@@ -147,7 +175,7 @@ impl StreamingPull {
     }
 
     /// A request after the first.
-    fn obey(&self, request: &proto::StreamingPullRequest) -> Result<(), End> {
+    fn obey(&mut self, request: &proto::StreamingPullRequest) -> Result<(), End> {
         if !request.subscription.is_empty() && request.subscription != self.stream.subscription {
             return Err(End::Refused(Status::invalid_argument(
                 "Only the first request of a stream may name the subscription.",
@@ -161,10 +189,11 @@ impl StreamingPull {
     }
 
     /// The acks and ack deadlines in a request.
-    fn settle(&self, request: &proto::StreamingPullRequest) -> Result<(), BrokerError> {
-        let subscription = &self.stream.subscription;
+    fn settle(&mut self, request: &proto::StreamingPullRequest) -> Result<(), BrokerError> {
         if !request.ack_ids.is_empty() {
-            self.broker.acknowledge(subscription, &request.ack_ids)?;
+            let subscription = &self.stream.subscription;
+            let acked = self.broker.acknowledge(subscription, &request.ack_ids)?;
+            self.confirm_acks(acked);
         }
         let seconds = &request.modify_deadline_seconds;
         let ids = &request.modify_deadline_ack_ids;
@@ -179,15 +208,49 @@ impl StreamingPull {
         for (seconds, id) in seconds.iter().zip(ids) {
             by_seconds.entry(*seconds).or_default().push(id.clone());
         }
-        by_seconds.into_iter().try_for_each(|(seconds, ids)| {
-            self.broker.modify_ack_deadline(subscription, &ids, seconds)
-        })
+        for (seconds, ids) in by_seconds {
+            let subscription = &self.stream.subscription;
+            let modified = self
+                .broker
+                .modify_ack_deadline(subscription, &ids, seconds)?;
+            self.confirm_ack_deadlines(modified);
+        }
+        Ok(())
     }
 
-    fn empty(&self) -> proto::StreamingPullResponse {
+    fn owes_confirmation(&self) -> bool {
+        self.unconfirmed != proto::StreamingPullResponse::default()
+    }
+
+    fn confirm_acks(&mut self, settled: Confirmation) {
+        if !self.properties.exactly_once_delivery_enabled {
+            return;
+        }
+        let confirmation = &mut self.unconfirmed.acknowledge_confirmation;
+        let confirmation = confirmation.get_or_insert_with(AcknowledgeConfirmation::default);
+        confirmation.ack_ids.extend(settled.done);
+        confirmation.invalid_ack_ids.extend(settled.invalid);
+        let temporary = &mut confirmation.temporary_failed_ack_ids;
+        temporary.extend(settled.temporary);
+        // None is out of order, since a key has one message out at a time.
+    }
+
+    fn confirm_ack_deadlines(&mut self, settled: Confirmation) {
+        if !self.properties.exactly_once_delivery_enabled {
+            return;
+        }
+        let confirmation = &mut self.unconfirmed.modify_ack_deadline_confirmation;
+        let confirmation = confirmation.get_or_insert_with(ModifyAckDeadlineConfirmation::default);
+        confirmation.ack_ids.extend(settled.done);
+        confirmation.invalid_ack_ids.extend(settled.invalid);
+        let temporary = &mut confirmation.temporary_failed_ack_ids;
+        temporary.extend(settled.temporary);
+    }
+
+    fn completed(&self, response: proto::StreamingPullResponse) -> proto::StreamingPullResponse {
         proto::StreamingPullResponse {
             subscription_properties: Some(self.properties),
-            ..proto::StreamingPullResponse::default()
+            ..response
         }
     }
 }
@@ -197,7 +260,7 @@ impl StreamingPull {
 async fn deliver(
     stream: &OpenStream,
     answers: &Sender<Answer>,
-    properties: proto::streaming_pull_response::SubscriptionProperties,
+    properties: SubscriptionProperties,
     counted: bool,
 ) -> Result<(), End> {
     let Ok(place) = answers.reserve().await else {
@@ -211,7 +274,31 @@ async fn deliver(
         subscription_properties: Some(properties),
         ..proto::StreamingPullResponse::default()
     }));
-    Ok(())
+    match stream.reset_by_chance() {
+        Some(status) => Err(End::Refused(as_reset(status))),
+        None => Ok(()),
+    }
+}
+
+/// Until the stream is to end at somebody's request.
+async fn reset(resets: &mut watch::Receiver<StatusCode>) -> Status {
+    match resets.changed().await {
+        Ok(()) => as_reset(*resets.borrow_and_update()),
+        Err(_no_broker) => std::future::pending().await,
+    }
+}
+
+fn as_reset(status: StatusCode) -> Status {
+    let code = Code::from_i32(status as i32);
+    Status::new(code, "The emulator was asked to reset the stream.")
+}
+
+/// Until a response can be sent; forever if the client is gone.
+async fn room(answers: &Sender<Answer>) {
+    match answers.reserve().await {
+        Ok(place) => drop(place),
+        Err(_gone) => std::future::pending().await,
+    }
 }
 
 fn heartbeats(period: Duration) -> Interval {

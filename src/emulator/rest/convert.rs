@@ -42,7 +42,6 @@ pub fn subscription_in(asked: model::Subscription) -> Result<resource::Subscript
         Asked("Cloud Storage export", asked.cloud_storage_config.is_some()),
         Asked("Bigtable export", asked.bigtable_config.is_some()),
         Asked("filters", !asked.filter.is_empty()),
-        Asked("exactly-once delivery", asked.enable_exactly_once_delivery),
         Asked("message transforms", !asked.message_transforms.is_empty()),
     ])?;
     let expiration = match asked.expiration_policy {
@@ -55,6 +54,7 @@ pub fn subscription_in(asked: model::Subscription) -> Result<resource::Subscript
         ack_deadline: resource::seconds(asked.ack_deadline_seconds)?,
         labels: asked.labels,
         ordered: asked.enable_message_ordering,
+        exactly_once: asked.enable_exactly_once_delivery,
         retain_acked_messages: asked.retain_acked_messages,
         message_retention: duration_in(asked.message_retention_duration)?,
         expiration,
@@ -75,6 +75,7 @@ pub fn subscription_out(kept: resource::Subscription) -> model::Subscription {
         .set_ack_deadline_seconds(resource::whole_seconds(kept.ack_deadline))
         .set_labels(kept.labels)
         .set_enable_message_ordering(kept.ordered)
+        .set_enable_exactly_once_delivery(kept.exactly_once)
         .set_retain_acked_messages(kept.retain_acked_messages)
         .set_state(model::subscription::State::Active);
     shown.message_retention_duration = duration_out(kept.message_retention);

@@ -1,0 +1,83 @@
+//! Faults put to work: every chance that the emulator takes.
+
+use std::time::{Duration, Instant};
+
+use fastrand::Rng;
+use google_cloud_gax::error::rpc::Code;
+
+use super::Faults;
+
+/// The faults in force and the generator that decides when they happen.
+#[derive(Debug)]
+pub struct Dice {
+    faults: Faults,
+    rng: Rng,
+}
+
+/// When something happens, and what decides over faults in it.
+#[derive(Debug)]
+pub struct Moment<'a> {
+    pub now: Instant,
+    pub dice: &'a mut Dice,
+}
+
+impl Dice {
+    pub fn new(mut faults: Faults) -> Self {
+        // Short enough to be typed again.
+        let seed = *faults.seed.get_or_insert_with(|| fastrand::u32(..).into());
+        Self {
+            faults,
+            rng: Rng::with_seed(seed),
+        }
+    }
+
+    /// The seed is always there.
+    pub fn faults(&self) -> &Faults {
+        &self.faults
+    }
+
+    /// With a seed, begins again from it.
+    pub fn set(&mut self, mut faults: Faults) {
+        match faults.seed {
+            Some(seed) => self.rng = Rng::with_seed(seed),
+            None => faults.seed = self.faults.seed,
+        }
+        self.faults = faults;
+    }
+
+    pub fn is_silent(&self) -> bool {
+        self.faults.silence
+    }
+
+    pub fn duplicates(&mut self) -> bool {
+        self.falls_within(self.faults.duplicates)
+    }
+
+    pub fn drops_ack(&mut self) -> bool {
+        self.falls_within(self.faults.dropped_acks)
+    }
+
+    pub fn resets(&mut self) -> Option<Code> {
+        let status = self.faults.reset_status;
+        self.falls_within(self.faults.resets).then_some(status)
+    }
+
+    pub fn latency(&mut self) -> Duration {
+        let (least, most) = (*self.faults.latency.start(), *self.faults.latency.end());
+        if most <= least {
+            return least;
+        }
+        least + (most - least).mul_f64(self.rng.f64())
+    }
+
+    /// Which of so many to be put behind, instead of in one's own place.
+    pub fn out_of_order(&mut self, others: usize) -> Option<usize> {
+        let moved = others > 0 && self.falls_within(self.faults.out_of_order);
+        moved.then(|| self.rng.usize(..others))
+    }
+
+    /// A fault that is off draws nothing.
+    fn falls_within(&mut self, probability: f64) -> bool {
+        probability > 0.0 && self.rng.f64() < probability
+    }
+}
