@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use chrono::Utc;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
-use trainyard::job::{Claim, ClaimRequest, Fence, JobKey};
+use trainyard::job::{Can, Claim, ClaimRequest, Fence, JobKey, Limits};
 use trainyard::message::Message;
 use trainyard::store::{self, ClaimTerms, Missing, Store};
 use url::Url;
@@ -256,5 +256,10 @@ fn request() -> ClaimRequest {
         task: "train".to_owned(),
         message,
         reap_delay: Duration::ZERO,
+        can: Can::Run,
+        limits: Limits {
+            max_attempts: 3,
+            dead_letter_topic: None,
+        },
     }
 }

@@ -9,11 +9,11 @@ use uuid::Uuid;
 
 use crate::config::{self, Config, ConfigError};
 use crate::guard::Guard;
-use crate::pubsub::{Connection, PubsubError, Subscription};
+use crate::pubsub::{Connection, Publishers, PubsubError, Pulling, Subscription};
 use crate::registry::Registry;
 use crate::shutdown::Shutdown;
 use crate::store::{self, ClaimTerms, Missing, Store};
-use crate::worker::{Source, Worker};
+use crate::worker::{MAX_HELD, Source, Worker};
 
 /// Loads the configuration and runs a worker with the given tasks until
 /// SIGTERM or SIGINT: the whole `main` of a program that embeds trainyard.
@@ -111,17 +111,24 @@ pub async fn build_worker(
             "no subscription is configured: add a section [subscriptions.NAME]",
         ));
     }
-    // A stream for each job that may run, and one that listens.
-    let streams = config.worker.slots + config.subscriptions.len();
-    let client = connection.subscriber(streams).await?;
     let mut subscriptions = Vec::new();
     for (name, settings) in &config.subscriptions {
         check_subscription(connection, name).await?;
+        if let Some(topic) = &settings.dead_letter_topic {
+            check_dead_letter_topic(connection, name, topic).await?;
+        }
         let path = connection.subscription_path(name);
+        let pulling = Pulling {
+            ack_deadline: settings.ack_deadline,
+            slots: config.worker.slots,
+            prefetch: settings.prefetch,
+            held: MAX_HELD,
+            quiet_limit: settings.quiet_limit,
+        };
         subscriptions.push(Source {
             name: connection.short_name(name).to_owned(),
             settings: settings.clone(),
-            subscription: Subscription::new(client.clone(), path, settings.ack_deadline),
+            subscription: Subscription::new(connection.clone(), path, pulling),
         });
     }
     let terms = ClaimTerms {
@@ -143,6 +150,7 @@ pub async fn build_worker(
         guard,
         tasks,
         subscriptions,
+        Publishers::new(connection.clone()),
         config.guard.retention,
     ))
 }
@@ -157,6 +165,27 @@ async fn check_subscription(connection: &Connection, name: &str) -> anyhow::Resu
         ))),
         Err(denied @ PubsubError::PermissionDenied { .. }) => {
             warn!(%denied, "the subscription could not be checked");
+            Ok(())
+        }
+        Err(other) => Err(other.into()),
+    }
+}
+
+/// A dead message that cannot be published stays in the database, but nobody
+/// expects it there.
+async fn check_dead_letter_topic(
+    connection: &Connection,
+    subscription: &str,
+    topic: &str,
+) -> anyhow::Result<()> {
+    match connection.topic_exists(topic).await {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(invalid(&format!(
+            "topic {} does not exist: create it, or mend `dead_letter_topic` under [subscriptions.{subscription}]",
+            connection.topic_path(topic)
+        ))),
+        Err(denied @ PubsubError::PermissionDenied { .. }) => {
+            warn!(%denied, "the topic for dead letters could not be checked");
             Ok(())
         }
         Err(other) => Err(other.into()),

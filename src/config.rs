@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::dedupe::DedupeKey;
+use crate::retry::RetryPolicy;
 
 pub use load::{ConfigError, load};
 pub use timeline::timeline;
@@ -74,6 +75,10 @@ pub struct Worker {
     /// of `shutdown_grace` is kept for it.
     #[serde(with = "humantime_serde")]
     pub stop_grace: Duration,
+    /// How long a message may wait for a worker that knows its task, before it
+    /// is refused. Nothing: it is refused at once.
+    #[serde(with = "humantime_serde")]
+    pub unknown_task_patience: Duration,
 }
 
 impl Default for Worker {
@@ -83,6 +88,7 @@ impl Default for Worker {
             lease: Duration::from_secs(120),
             shutdown_grace: Duration::from_secs(25),
             stop_grace: Duration::from_secs(10),
+            unknown_task_patience: Duration::from_secs(300),
         }
     }
 }
@@ -119,6 +125,19 @@ pub struct Subscription {
     pub dedupe_key: DedupeKey,
     /// What becomes of a message without that attribute or field.
     pub without_dedupe_key: WithoutDedupeKey,
+    /// The topic to which the messages of dead jobs are published, by its short
+    /// name. Unset: they stay in the database only.
+    pub dead_letter_topic: Option<String>,
+    /// How many messages a worker may hold beyond those that it can start now.
+    /// 0: none, so that an idle worker elsewhere gets them.
+    pub prefetch: usize,
+    /// How many jobs of the subscription run side by side in one worker.
+    /// Unset: as many as it has slots.
+    pub concurrency: Option<usize>,
+    /// A stream that has brought nothing for so long is replaced, over a new
+    /// connection: it may be dead without a sign.
+    #[serde(with = "humantime_serde")]
+    pub quiet_limit: Duration,
 }
 
 impl Default for Subscription {
@@ -127,6 +146,10 @@ impl Default for Subscription {
             ack_deadline: Duration::from_secs(30),
             dedupe_key: DedupeKey::default(),
             without_dedupe_key: WithoutDedupeKey::default(),
+            dead_letter_topic: None,
+            prefetch: 0,
+            concurrency: None,
+            quiet_limit: Duration::from_secs(600),
         }
     }
 }
@@ -141,7 +164,7 @@ pub enum WithoutDedupeKey {
     DeadLetter,
 }
 
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Task {
     /// One of the tasks that come with trainyard. Unset: the task is one that
@@ -151,6 +174,60 @@ pub struct Task {
     /// A run longer than this is stopped. Unset: no limit.
     #[serde(with = "humantime_serde")]
     pub timeout: Option<Duration>,
+    /// How many attempts a job gets in all, unless an error is permanent.
+    pub max_attempts: u32,
+    pub backoff: Backoff,
+    /// How many jobs of the task run side by side in one worker. Unset: as many
+    /// as it has slots.
+    pub concurrency: Option<usize>,
+}
+
+impl Default for Task {
+    fn default() -> Self {
+        Self {
+            builtin: None,
+            ack: AckTiming::default(),
+            timeout: None,
+            max_attempts: RetryPolicy::default().max_attempts,
+            backoff: Backoff::default(),
+            concurrency: None,
+        }
+    }
+}
+
+impl Task {
+    #[must_use]
+    pub fn retry_policy(&self) -> RetryPolicy {
+        RetryPolicy {
+            max_attempts: self.max_attempts,
+            initial: self.backoff.initial,
+            max: self.backoff.max,
+            multiplier: self.backoff.multiplier,
+        }
+    }
+}
+
+/// How long a job waits before its next attempt: anything from nothing to a
+/// ceiling that grows from `initial` by `multiplier` up to `max`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Backoff {
+    #[serde(with = "humantime_serde")]
+    pub initial: Duration,
+    #[serde(with = "humantime_serde")]
+    pub max: Duration,
+    pub multiplier: f64,
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        let policy = RetryPolicy::default();
+        Self {
+            initial: policy.initial,
+            max: policy.max,
+            multiplier: policy.multiplier,
+        }
+    }
 }
 
 /// When a task's message is acknowledged.
@@ -160,6 +237,9 @@ pub enum AckTiming {
     /// Once the claim, payload included, has committed. For long jobs: Pub/Sub
     /// need not hold the message while they run.
     BeforeRun,
+    /// Once the run's first checkpoint has committed; its outcome, if it has
+    /// none. For long jobs that can go on from where they left off.
+    AfterCheckpoint,
     /// Once the outcome has committed.
     #[default]
     AfterRun,
@@ -170,6 +250,7 @@ impl AckTiming {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::BeforeRun => "before_run",
+            Self::AfterCheckpoint => "after_checkpoint",
             Self::AfterRun => "after_run",
         }
     }
@@ -181,9 +262,10 @@ impl TryFrom<String> for AckTiming {
     fn try_from(name: String) -> Result<Self, String> {
         match name.as_str() {
             "before_run" => Ok(Self::BeforeRun),
+            "after_checkpoint" => Ok(Self::AfterCheckpoint),
             "after_run" => Ok(Self::AfterRun),
             _ => Err(format!(
-                "`{name}` is no ack timing: write before_run or after_run"
+                "`{name}` is no ack timing: write before_run, after_checkpoint or after_run"
             )),
         }
     }

@@ -16,11 +16,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 use uuid::Uuid;
 
-use crate::job::{Claim, ClaimRequest, Fence, JobKey, Note, NoteKind, Orphan};
+use crate::job::{Claim, ClaimRequest, DeadLetter, Fence, JobKey, Note, NoteKind, Reaped};
 use crate::message::Message;
-use crate::outcome::Ending;
+use crate::outcome::{DeadReason, Ending};
 use crate::retry::Backoff;
-use crate::store::{ClaimTerms, Finish, Reach, Refusal, Refused, Standing, Store, StoreError};
+use crate::store::{
+    ClaimTerms, Finish, GivenUp, Reach, Refusal, Refused, Release, Standing, Store, StoreError,
+};
 use batch::{Batcher, in_time};
 use health::Health;
 
@@ -33,6 +35,29 @@ const CLAIM_TRIES: u32 = 3;
 
 /// Notes for the ledger that may wait to be written; more are lost.
 const MAX_NOTES: usize = 1024;
+
+/// A message that will never run, and why.
+#[derive(Debug)]
+pub struct Unrunnable {
+    pub key: JobKey,
+    /// None when the message named no task that could be read.
+    pub task: Option<String>,
+    pub message: Message,
+    pub reason: DeadReason,
+    /// The reason in full, for people.
+    pub error: String,
+    pub dead_letter_topic: Option<Arc<str>>,
+}
+
+/// Which dead letters are asked for.
+#[derive(Debug, Clone, Copy)]
+pub enum Whose {
+    Mine,
+    /// Their own worker has had its time.
+    Anybodys {
+        at_least: Duration,
+    },
+}
 
 /// The guard of one worker.
 #[derive(Clone)]
@@ -105,21 +130,7 @@ impl Guard {
     /// # Errors
     /// The database did not answer; nothing is known about the job, and the
     /// message must stay unacknowledged.
-    pub async fn claim(
-        &self,
-        key: JobKey,
-        task: &str,
-        message: Message,
-        reap_delay: Duration,
-    ) -> Result<Claim, Arc<StoreError>> {
-        let request = ClaimRequest {
-            key,
-            job_id: Uuid::now_v7(),
-            token: Uuid::new_v4(),
-            task: task.to_owned(),
-            message,
-            reap_delay,
-        };
+    pub async fn claim(&self, request: ClaimRequest) -> Result<Claim, Arc<StoreError>> {
         let mut backoff = Backoff::new(TRY_AGAIN.0, TRY_AGAIN.1);
         let mut tries = 1;
         loop {
@@ -156,78 +167,138 @@ impl Guard {
         renewed
     }
 
-    /// Takes over what workers have left behind.
+    /// Takes what waits in the table, and what workers have left behind.
     ///
     /// # Errors
     /// The database did not answer.
-    pub async fn reap(&self, reach: &Reach, limit: usize) -> Result<Vec<Orphan>, StoreError> {
+    pub async fn reap(&self, reach: &Reach, limit: usize) -> Result<Vec<Reaped>, StoreError> {
         let reaped = in_time(self.store.reap(reach, &self.terms, limit)).await;
         self.health.heard(reaped.as_ref().err());
         reaped
     }
 
+    /// Keeps a run's checkpoint, trying again for as long as the database is
+    /// away; `acked` as in [`Store::save_checkpoint`]. False: the run is not
+    /// the job's any more, or the database does not take the text.
+    pub async fn save_checkpoint(&self, fence: &Fence, checkpoint: &str, acked: bool) -> bool {
+        let asking = || async {
+            let saving = self.store.save_checkpoint(fence, checkpoint, acked);
+            self.heard(in_time(saving).await.map_err(Arc::new))
+        };
+        let never = CancellationToken::new();
+        let saved = until_answered("the checkpoint is not kept yet", fence, &never, asking).await;
+        saved == Some(true)
+    }
+
+    /// The lease tokens of this worker's runs that are to be cancelled.
+    ///
+    /// # Errors
+    /// The database did not answer.
+    pub async fn cancelled_runs(&self) -> Result<Vec<Uuid>, StoreError> {
+        in_time(self.store.cancelled_runs(&self.terms.worker)).await
+    }
+
     /// Writes how a job ended, trying again for as long as the database is
     /// away. Returns whether this run ended the job; None when `give_up` came
     /// first, and then the job is still the lease's holder's.
-    pub async fn finish(
-        &self,
-        fence: &Fence,
-        ending: &Ending,
-        give_up: &CancellationToken,
-    ) -> Option<bool> {
-        let finished = self.finish_with(fence, ending, give_up).await;
+    pub async fn finish(&self, finish: &Finish, give_up: &CancellationToken) -> Option<bool> {
+        let finished = self.try_to_finish(finish, give_up).await;
         if finished.is_some() || give_up.is_cancelled() {
             return finished;
         }
         // A result that cannot be stored must not keep the job from ending.
-        let ending = Ending::dead("its outcome could not be stored; the worker's log says why");
-        self.finish_with(fence, &ending, give_up).await
+        let error = "its outcome could not be stored; the worker's log says why";
+        let finish = Finish {
+            ending: Ending::dead(DeadReason::Permanent, error),
+            checkpoint: None,
+            ..finish.clone()
+        };
+        self.try_to_finish(&finish, give_up).await
     }
 
-    async fn finish_with(
-        &self,
-        fence: &Fence,
-        ending: &Ending,
-        give_up: &CancellationToken,
-    ) -> Option<bool> {
-        let finish = Finish {
-            fence: fence.clone(),
-            ending: ending.clone(),
-        };
+    async fn try_to_finish(&self, finish: &Finish, give_up: &CancellationToken) -> Option<bool> {
         let asking = || async {
             let finished = self.finishes.ask(finish.clone()).await;
             self.heard(finished)
         };
-        until_answered("the outcome is not written yet", fence, give_up, asking).await
+        let not_yet = "the outcome is not written yet";
+        until_answered(not_yet, &finish.fence, give_up, asking).await
     }
 
-    /// Gives a claim back, at no cost of an attempt, trying again for as long
-    /// as the database is away. Some(false): it is another worker's by now.
-    pub async fn release(&self, fence: &Fence, give_up: &CancellationToken) -> Option<bool> {
-        let asking = || async { in_time(self.store.release(fence)).await.map_err(Arc::new) };
-        until_answered("the claim is not given back yet", fence, give_up, asking).await
+    /// Gives a claim back, trying again for as long as the database is away.
+    /// Some(false): it is another worker's by now.
+    pub async fn release(&self, release: &Release, give_up: &CancellationToken) -> Option<bool> {
+        let asking = || async { in_time(self.store.release(release)).await.map_err(Arc::new) };
+        let not_yet = "the claim is not given back yet";
+        until_answered(not_yet, &release.fence, give_up, asking).await
     }
 
     /// Puts a message on record that will never run.
     ///
     /// # Errors
     /// The database did not answer; the message must stay unacknowledged.
-    pub async fn refuse(
-        &self,
-        key: JobKey,
-        task: Option<String>,
-        message: Message,
-        reason: String,
-    ) -> Result<Refused, Arc<StoreError>> {
+    pub async fn refuse(&self, refused: Unrunnable) -> Result<Refused, Arc<StoreError>> {
         let refusal = Refusal {
-            key,
+            key: refused.key,
             job_id: Uuid::now_v7(),
-            task,
-            message,
-            reason,
+            task: refused.task,
+            message: refused.message,
+            reason: refused.reason,
+            error: refused.error,
             worker: Arc::clone(&self.terms.worker),
+            dead_letter_topic: refused.dead_letter_topic,
         };
         self.heard(in_time(self.store.refuse(&refusal)).await.map_err(Arc::new))
+    }
+
+    /// Ends a job for which no worker has known the task for `patience`;
+    /// returns whether it did.
+    ///
+    /// # Errors
+    /// The database did not answer.
+    pub async fn give_up_unknown(
+        &self,
+        key: &JobKey,
+        patience: Duration,
+        error: &str,
+        dead_letter_topic: Option<Arc<str>>,
+    ) -> Result<bool, StoreError> {
+        let given_up = GivenUp {
+            error: error.to_owned(),
+            worker: Arc::clone(&self.terms.worker),
+            dead_letter_topic,
+        };
+        in_time(self.store.give_up_unknown(key, patience, &given_up)).await
+    }
+
+    /// Dead jobs whose message is still to be published: this worker's own,
+    /// or anybody's that have waited for `at_least`.
+    ///
+    /// # Errors
+    /// The database did not answer.
+    pub async fn dead_letters(
+        &self,
+        whose: Whose,
+        limit: u32,
+    ) -> Result<Vec<DeadLetter>, StoreError> {
+        let (worker, at_least) = match whose {
+            Whose::Mine => (Some(&*self.terms.worker), Duration::ZERO),
+            Whose::Anybodys { at_least } => (None, at_least),
+        };
+        in_time(self.store.dead_letters(worker, at_least, limit)).await
+    }
+
+    /// A dead letter needs no more publishing; `detail` goes into the ledger.
+    ///
+    /// # Errors
+    /// The database did not answer; it will be published again.
+    pub async fn dead_letter_settled(
+        &self,
+        letter: &DeadLetter,
+        detail: &str,
+    ) -> Result<(), StoreError> {
+        let worker = &self.terms.worker;
+        in_time(self.store.dead_letter_settled(letter, worker, detail)).await
     }
 
     /// Adds to a job's ledger, some time soon. Best effort: no state is read

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::message::Message;
+use crate::report::Checkpoint;
 
 /// What the guard deduplicates on: unique per subscription and message, so two
 /// subscriptions of one topic each run the message (fan-out).
@@ -73,16 +74,76 @@ pub struct ClaimRequest {
     /// when the message is acked with the claim, otherwise an ack deadline
     /// later, since Pub/Sub is to bring it back before.
     pub reap_delay: Duration,
+    pub can: Can,
+    pub limits: Limits,
 }
 
-/// A job whose worker is gone, taken over from the table.
+/// What the worker that claims can do with the job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Can {
+    Run,
+    /// It knows the task and has no room for it: the job is put on record, to
+    /// be run by whoever has room first.
+    Record,
+    /// It does not know the task.
+    RecordUnknown,
+}
+
+/// What ends a job without a run, where its worker was lost once too often.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// The task's.
+    pub max_attempts: u32,
+    /// The subscription's: where the message of a dead job goes.
+    pub dead_letter_topic: Option<Arc<str>>,
+}
+
+/// A job taken from the table rather than from a delivery: one that waits for
+/// its turn, or an orphan whose worker is gone.
 #[derive(Debug, Clone)]
-pub struct Orphan {
+pub struct Reaped {
     pub acquired: Acquired,
     pub task: String,
     pub message_id: String,
+    pub ordering_key: String,
     /// The message's data.
     pub payload: Bytes,
+}
+
+/// A dead job's message, which is still to be published to `topic`.
+#[derive(Debug, Clone)]
+pub struct DeadLetter {
+    pub job_id: Uuid,
+    pub key: JobKey,
+    pub topic: String,
+    pub message: Message,
+    pub reason: Option<String>,
+    pub error: Option<String>,
+    pub task: Option<String>,
+    pub attempts: u32,
+}
+
+/// What asking to cancel a job came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cancelling {
+    /// It waited, and has ended.
+    Cancelled,
+    /// A worker runs it, and will be told within seconds.
+    Requested,
+    AlreadyEnded(FinalState),
+}
+
+/// What asking to run a job again came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retrying {
+    /// It had ended, and waits for a worker now.
+    Queued,
+    /// It waited for a later time, and may run at once now.
+    Hurried,
+    /// A worker runs it.
+    Running,
+    /// Its message names no task that can be read, or is no longer kept.
+    NothingToRun,
 }
 
 /// Something that happened to a message, for people.
@@ -112,6 +173,7 @@ pub struct Note {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NoteKind {
     Acked,
+    Checkpointed,
     LeaseLost,
 }
 
@@ -120,6 +182,7 @@ impl NoteKind {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Acked => "acked",
+            Self::Checkpointed => "checkpointed",
             Self::LeaseLost => "lease_lost",
         }
     }
@@ -140,8 +203,12 @@ pub enum Claim {
     /// The job has ended; the delivery is a duplicate.
     AlreadyFinished(FinalState),
     /// Another run holds the job; by then (this process's clock) its lease
-    /// ends unless it is renewed.
-    HeldUntil(Instant),
+    /// ends unless it is renewed. `acked`: the table, not Pub/Sub, is to bring
+    /// it back, so that a delivery of it is not needed any more.
+    HeldUntil { until: Instant, acked: bool },
+    /// The job is on record and nobody runs it: it may not run before that
+    /// time, or not yet by its ordering key, or not here.
+    Waiting { until: Instant, acked: bool },
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -151,6 +218,12 @@ pub struct Acquired {
     /// Taken just before the claim was sent: the lease cannot have begun
     /// earlier, so counting from here is safe whatever the clocks say.
     pub claimed_at: Instant,
+    /// Attempts that count against the task's maximum, this one included.
+    pub counted_attempts: u32,
+    /// Where an earlier attempt left off.
+    pub checkpoint: Option<Checkpoint>,
+    /// Somebody asked to cancel the job while nobody could be told.
+    pub cancel_requested: bool,
 }
 
 /// How a job can end. A job ends once.
@@ -249,8 +322,17 @@ pub struct Job {
     /// When its latest attempt began.
     pub started_at: Option<DateTime<Utc>>,
     pub finished_at: Option<DateTime<Utc>>,
+    /// Why it is dead, or why its last attempt failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// Why it is dead, in one word.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<String>,
+    /// Before then a waiting job does not run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waits_until: Option<DateTime<Utc>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub result: Option<serde_json::Value>,
     /// The message's data; only where one job is asked for.

@@ -15,6 +15,8 @@ pub mod config;
 pub mod dedupe;
 pub mod emulator;
 pub mod executor;
+#[doc(hidden)]
+pub mod failpoint;
 pub mod guard;
 pub mod job;
 pub mod message;

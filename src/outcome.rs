@@ -1,8 +1,11 @@
 //! How a run ended, what is written about it, and what the broker is told.
 
+use std::time::Duration;
+
 use serde_json::Value;
 
 use crate::job::FinalState;
+use crate::retry::RetryPolicy;
 
 /// How one attempt ended.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,6 +38,8 @@ pub enum Disposition {
 pub enum Verdict {
     /// The job ends.
     Finish(Ending),
+    /// The job waits in the table, and runs again after that time.
+    Retry { error: String, after: Duration },
     /// The claim is given back for another worker.
     Release,
     /// Another worker's word counts; this one writes nothing.
@@ -45,16 +50,70 @@ pub enum Verdict {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ending {
     pub state: FinalState,
+    /// Set where the state is dead.
+    pub reason: Option<DeadReason>,
     pub error: Option<String>,
     pub result: Option<Value>,
 }
 
+/// Why a message's job is dead, in one word: what `trainyard-reason` says on a
+/// dead letter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeadReason {
+    /// The message is no request.
+    Malformed,
+    /// The message lacks what its subscription deduplicates on.
+    NoDedupeKey,
+    /// No worker has known the task for as long as they may wait.
+    UnknownTask,
+    /// The task says that it would fail again.
+    Permanent,
+    AttemptsExhausted,
+    /// Its worker was lost while running it, once too often.
+    WorkerLost,
+}
+
+impl DeadReason {
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Malformed => "malformed",
+            Self::NoDedupeKey => "no_dedupe_key",
+            Self::UnknownTask => "unknown_task",
+            Self::Permanent => "permanent",
+            Self::AttemptsExhausted => "attempts_exhausted",
+            Self::WorkerLost => "worker_lost",
+        }
+    }
+}
+
 impl Ending {
     #[must_use]
-    pub fn dead(error: impl Into<String>) -> Self {
+    pub fn dead(reason: DeadReason, error: impl Into<String>) -> Self {
         Self {
             state: FinalState::Dead,
+            reason: Some(reason),
             error: Some(error.into()),
+            result: None,
+        }
+    }
+
+    #[must_use]
+    pub fn succeeded(result: Value) -> Self {
+        Self {
+            state: FinalState::Succeeded,
+            reason: None,
+            error: None,
+            result: Some(result),
+        }
+    }
+
+    #[must_use]
+    pub fn cancelled() -> Self {
+        Self {
+            state: FinalState::Cancelled,
+            reason: None,
+            error: None,
             result: None,
         }
     }
@@ -82,23 +141,69 @@ impl Outcome {
     }
 
     /// The whole mapping from how a run ended to what becomes of its job.
+    /// `attempts` are those that count, this one included.
     #[must_use]
-    pub fn verdict(self) -> Verdict {
+    pub fn verdict(self, policy: &RetryPolicy, attempts: u32) -> Verdict {
         match self {
-            Self::Succeeded(result) => Verdict::Finish(Ending {
-                state: FinalState::Succeeded,
-                error: None,
-                result: Some(result),
-            }),
-            Self::Failed { error, .. } => Verdict::Finish(Ending::dead(error)),
-            Self::TimedOut => Verdict::Finish(Ending::dead("ran longer than its task's timeout")),
-            Self::Cancelled => Verdict::Finish(Ending {
-                state: FinalState::Cancelled,
-                error: None,
-                result: None,
-            }),
+            Self::Succeeded(result) => Verdict::Finish(Ending::succeeded(result)),
+            Self::Failed {
+                error,
+                permanent: true,
+            } => Verdict::Finish(Ending::dead(DeadReason::Permanent, error)),
+            Self::Failed { error, .. } => again_or_dead(error, policy, attempts),
+            Self::TimedOut => {
+                let error = "ran longer than its task's timeout".to_owned();
+                again_or_dead(error, policy, attempts)
+            }
+            Self::Cancelled => Verdict::Finish(Ending::cancelled()),
             Self::Interrupted => Verdict::Release,
             Self::LeaseLost => Verdict::Abandon,
         }
+    }
+}
+
+/// What is not known to be permanent may go well another time.
+fn again_or_dead(error: String, policy: &RetryPolicy, attempts: u32) -> Verdict {
+    if attempts >= policy.max_attempts {
+        return Verdict::Finish(Ending::dead(DeadReason::AttemptsExhausted, error));
+    }
+    Verdict::Retry {
+        error,
+        after: policy.delay_after(attempts),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict(outcome: Outcome, attempts: u32) -> Verdict {
+        outcome.verdict(&RetryPolicy::default(), attempts)
+    }
+
+    fn reason(verdict: Verdict) -> Option<DeadReason> {
+        match verdict {
+            Verdict::Finish(ending) => ending.reason,
+            other => panic!("not finished: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_unknown_error_is_tried_again_until_the_attempts_are_used_up() {
+        for outcome in [Outcome::failed("disk full"), Outcome::TimedOut] {
+            assert!(matches!(verdict(outcome.clone(), 1), Verdict::Retry { .. }));
+            assert!(matches!(verdict(outcome.clone(), 2), Verdict::Retry { .. }));
+            let dead = verdict(outcome, 3);
+            assert_eq!(reason(dead), Some(DeadReason::AttemptsExhausted));
+        }
+    }
+
+    #[test]
+    fn a_permanent_error_ends_the_job_at_its_first_attempt() {
+        let outcome = Outcome::Failed {
+            error: "no such column".to_owned(),
+            permanent: true,
+        };
+        assert_eq!(reason(verdict(outcome, 1)), Some(DeadReason::Permanent));
     }
 }

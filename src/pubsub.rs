@@ -2,18 +2,24 @@
 //! few calls that look at topics and subscriptions.
 
 mod admin;
+mod counters;
 mod delivery;
+mod publishing;
 mod subscription;
+
+use std::time::Duration;
 
 use google_cloud_auth::credentials::anonymous;
 use google_cloud_gax::error::rpc::Code;
-use google_cloud_pubsub::client::{Publisher, Subscriber, SubscriptionAdmin, TopicAdmin};
+use google_cloud_pubsub::client::{Subscriber, SubscriptionAdmin, TopicAdmin};
 use google_cloud_pubsub::model;
 
 use crate::message::Message;
 
+pub use counters::{Counters, Figures};
 pub use delivery::{Delivery, Receipt};
-pub use subscription::Subscription;
+pub use publishing::{Outgoing, Publishers};
+pub use subscription::{Pulling, Subscription};
 
 /// Why Pub/Sub did not do as asked. No message is settled by any of them: what
 /// was not acknowledged is delivered again.
@@ -25,6 +31,12 @@ pub enum PubsubError {
     /// Retrying does not help until somebody grants the permission.
     #[error("no permission for {what}: {reason}")]
     PermissionDenied { what: String, reason: String },
+    /// It does not take what was sent, and never will.
+    #[error("Pub/Sub does not take what was sent to {what}: {reason}")]
+    Refused { what: String, reason: String },
+    /// A stream has brought nothing for so long that it may be dead.
+    #[error("{what} has been quiet for {} s", .quiet_for.as_secs())]
+    Quiet { what: String, quiet_for: Duration },
     /// Passes by itself, as a rule.
     #[error("Pub/Sub did not answer as expected about {what}: {reason}")]
     Failed { what: String, reason: String },
@@ -46,6 +58,10 @@ impl PubsubError {
                 what,
                 reason: error.to_string(),
             },
+            Some(Code::InvalidArgument) => Self::Refused {
+                what,
+                reason: error.to_string(),
+            },
             _ => Self::Failed {
                 what,
                 reason: error.to_string(),
@@ -62,7 +78,7 @@ impl PubsubError {
     /// Whether only a person can mend it, so that quick retries are no use.
     #[must_use]
     pub fn needs_a_person(&self) -> bool {
-        !matches!(self, Self::Failed { .. })
+        !matches!(self, Self::Failed { .. } | Self::Quiet { .. })
     }
 }
 
@@ -157,28 +173,7 @@ impl Connection {
     /// # Errors
     /// The topic does not exist, may not be published to, or did not answer.
     pub async fn publish(&self, topic: &str, message: Outgoing) -> Result<String, PubsubError> {
-        let path = self.topic_path(topic);
-        let mut builder = Publisher::builder(&path);
-        if let Some(endpoint) = &self.emulator {
-            builder = builder
-                .with_endpoint(endpoint)
-                .with_credentials(anonymous::Builder::new().build());
-        }
-        let publisher = builder.build().await.map_err(PubsubError::not_connected)?;
-        let what = format!("topic {path}");
-        let sent = model::Message::new()
-            .set_data(message.data)
-            .set_attributes(message.attributes)
-            .set_ordering_key(message.ordering_key);
-        publisher.publish(sent).await.map_err(|error| match &error {
-            google_cloud_pubsub::error::PublishError::Rpc(error) => {
-                PubsubError::about(&what, error)
-            }
-            _ => PubsubError::Failed {
-                what,
-                reason: error.to_string(),
-            },
-        })
+        Publishers::new(self.clone()).publish(topic, message).await
     }
 
     async fn topic_admin(&self) -> Result<TopicAdmin, PubsubError> {
@@ -200,14 +195,6 @@ impl Connection {
         }
         builder.build().await.map_err(PubsubError::not_connected)
     }
-}
-
-/// A message to publish.
-#[derive(Debug, Clone, Default)]
-pub struct Outgoing {
-    pub data: Vec<u8>,
-    pub attributes: Vec<(String, String)>,
-    pub ordering_key: String,
 }
 
 fn to_message(received: model::Message) -> Message {

@@ -101,6 +101,11 @@ impl ConfiguredTasks {
         self.tasks.is_empty()
     }
 
+    /// All, in the order of their names.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<ConfiguredTask>> {
+        self.tasks.values()
+    }
+
     /// The names, in order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tasks.keys().map(String::as_str)

@@ -42,6 +42,47 @@ impl Backoff {
     }
 }
 
+/// How often a task is tried, and how long its job waits in between.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RetryPolicy {
+    /// Attempts in all, the first included.
+    pub max_attempts: u32,
+    /// The longest that the wait after the first attempt may be.
+    pub initial: Duration,
+    /// The longest that any wait may be.
+    pub max: Duration,
+    /// By how much the longest wait grows from attempt to attempt.
+    pub multiplier: f64,
+}
+
+impl Default for RetryPolicy {
+    fn default() -> Self {
+        Self {
+            max_attempts: 3,
+            initial: Duration::from_secs(10),
+            max: Duration::from_secs(600),
+            multiplier: 2.0,
+        }
+    }
+}
+
+impl RetryPolicy {
+    /// How long to wait after so many attempts: with full jitter, so drawn
+    /// from nothing to the ceiling.
+    #[must_use]
+    pub fn delay_after(&self, attempts: u32) -> Duration {
+        self.ceiling_after(attempts).mul_f64(fastrand::f64())
+    }
+
+    /// The longest that the wait after so many attempts may be.
+    #[must_use]
+    pub fn ceiling_after(&self, attempts: u32) -> Duration {
+        let growth = self.multiplier.powf(f64::from(attempts.saturating_sub(1)));
+        let seconds = (self.initial.as_secs_f64() * growth).min(self.max.as_secs_f64());
+        Duration::try_from_secs_f64(seconds).unwrap_or(self.max)
+    }
+}
+
 /// A delay between half of `around` and one and a half times it.
 #[must_use]
 pub fn jittered(around: Duration) -> Duration {
@@ -57,6 +98,20 @@ mod tests {
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(5));
         for ceiling in [1, 2, 4, 5, 5, 5] {
             assert!(backoff.next_delay() <= Duration::from_secs(ceiling));
+        }
+    }
+
+    #[test]
+    fn a_tasks_waits_grow_by_its_multiplier_up_to_its_maximum() {
+        let policy = RetryPolicy {
+            initial: Duration::from_secs(2),
+            max: Duration::from_secs(30),
+            multiplier: 3.0,
+            ..RetryPolicy::default()
+        };
+        for (attempts, ceiling) in [(1, 2), (2, 6), (3, 18), (4, 30), (u32::MAX, 30)] {
+            assert_eq!(policy.ceiling_after(attempts).as_secs(), ceiling);
+            assert!(policy.delay_after(attempts) <= Duration::from_secs(ceiling));
         }
     }
 

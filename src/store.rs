@@ -7,6 +7,7 @@ mod postgres;
 mod sqlite;
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,10 +15,12 @@ use async_trait::async_trait;
 use uuid::Uuid;
 
 use crate::job::{
-    Claim, ClaimRequest, Fence, FinalState, Job, JobFilter, JobKey, JobState, Note, Orphan, Story,
+    Cancelling, Claim, ClaimRequest, DeadLetter, Fence, FinalState, Job, JobFilter, JobKey,
+    JobState, Limits, Note, Reaped, Retrying, Story,
 };
 use crate::message::Message;
-use crate::outcome::Ending;
+use crate::outcome::{DeadReason, Ending};
+use crate::report::Checkpoint;
 
 /// The database driver's error.
 pub use sqlx::Error as DatabaseError;
@@ -98,18 +101,62 @@ pub struct ClaimTerms {
     pub max_crashes: u32,
 }
 
-/// A run's last write.
+/// A run's last write, where its job ends.
 #[derive(Debug, Clone)]
 pub struct Finish {
     pub fence: Fence,
     pub ending: Ending,
+    /// The run's last checkpoint, if it had any.
+    pub checkpoint: Option<Checkpoint>,
+    /// Where the message goes if the ending is dead.
+    pub dead_letter_topic: Option<Arc<str>>,
 }
 
-/// Which orphans a worker takes over: what it could have pulled itself.
+/// A run's last write, where its job goes on.
 #[derive(Debug, Clone)]
+pub struct Release {
+    pub fence: Fence,
+    pub why: Released,
+    /// The run's last checkpoint, if it had any.
+    pub checkpoint: Option<Checkpoint>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Released {
+    /// Not by its own fault: the attempt does not count.
+    Interrupted,
+    /// The attempt counts, and the next one comes after a while.
+    Failed { error: String, retry_in: Duration },
+}
+
+impl Released {
+    /// As the tables have it: attempts that do not count, how long the job
+    /// waits, its error, and the kind of the ledger's entry.
+    fn columns(&self) -> (i32, Duration, Option<&str>, &'static str) {
+        match self {
+            Self::Interrupted => (1, Duration::ZERO, None, "released"),
+            Self::Failed { error, retry_in } => (0, *retry_in, Some(error), "failed"),
+        }
+    }
+}
+
+/// What a worker takes from the table: what it could have pulled itself and
+/// has room for, with the limits that go with it.
+#[derive(Debug, Clone, Default)]
 pub struct Reach {
-    pub subscriptions: Vec<String>,
-    pub tasks: Vec<String>,
+    /// With the topic for dead letters.
+    pub subscriptions: BTreeMap<String, Option<Arc<str>>>,
+    /// With the most attempts.
+    pub tasks: BTreeMap<String, u32>,
+}
+
+impl Reach {
+    fn limits(&self, subscription: &str, task: &str) -> Limits {
+        Limits {
+            max_attempts: self.tasks.get(task).copied().unwrap_or(u32::MAX),
+            dead_letter_topic: self.subscriptions.get(subscription).cloned().flatten(),
+        }
+    }
 }
 
 /// A message that is not run at all, and why.
@@ -120,8 +167,19 @@ pub struct Refusal {
     /// None when the message named no task that could be read.
     pub task: Option<String>,
     pub message: Message,
-    pub reason: String,
+    pub reason: DeadReason,
+    /// The reason in full, for people.
+    pub error: String,
     pub worker: Arc<str>,
+    pub dead_letter_topic: Option<Arc<str>>,
+}
+
+/// What is written about a job whose task nobody knew.
+#[derive(Debug, Clone)]
+pub struct GivenUp {
+    pub error: String,
+    pub worker: Arc<str>,
+    pub dead_letter_topic: Option<Arc<str>>,
 }
 
 /// What became of a refusal.
@@ -146,9 +204,17 @@ impl Refused {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
     Finished(FinalState),
-    /// Some run holds the job for this much longer, unless it renews.
-    Held(Duration),
-    /// Unfinished, and nobody's: a delivery may claim it now.
+    /// Some run holds the job for this much longer, unless it renews. `acked`:
+    /// the table is to bring it back if that run is lost.
+    Held {
+        remaining: Duration,
+        acked: bool,
+    },
+    /// It waits in the table for this much longer, or for a worker with room.
+    Waiting {
+        remaining: Duration,
+    },
+    /// Its run is lost, or it is not on record: a delivery may claim it now.
     Free,
 }
 
@@ -167,9 +233,11 @@ pub trait Store: Send + Sync + 'static {
 
     /// Answers each request in order. A key's first claim inserts its row; a
     /// later one takes over only what nobody holds or whose lease has ended.
-    /// Of any number of concurrent claims of one key at most one is acquired.
-    /// What is not acquired counts as a duplicate. A request whose answer was
-    /// lost may be sent again: its token tells whether it was acquired.
+    /// Of any number of concurrent claims of one key at most one is acquired,
+    /// and none of a job while an earlier one of its ordering key is
+    /// unfinished. What is held or finished counts as a duplicate. A request
+    /// whose answer was lost may be sent again: its token tells whether it was
+    /// acquired.
     async fn claim(
         &self,
         requests: &[ClaimRequest],
@@ -183,26 +251,73 @@ pub trait Store: Send + Sync + 'static {
     /// and returns for each fence whether it was one of them.
     async fn renew(&self, fences: &[Fence], lease: Duration) -> Result<Vec<bool>, StoreError>;
 
-    /// Takes over at most `limit` jobs whose lease ended `reap_delay` ago, in
-    /// the order in which their leases ended. Two reapers never get the same.
+    /// Takes at most `limit` jobs whose turn to run it is, or whose lease ended
+    /// `reap_delay` ago, in the order of those times. Two reapers never get
+    /// the same.
     async fn reap(
         &self,
         reach: &Reach,
         terms: &ClaimTerms,
         limit: usize,
-    ) -> Result<Vec<Orphan>, StoreError>;
+    ) -> Result<Vec<Reaped>, StoreError>;
+
+    /// Keeps a run's checkpoint if its fence still holds, and returns whether
+    /// it did. `acked`: from now on the table is to bring the job back.
+    async fn save_checkpoint(
+        &self,
+        fence: &Fence,
+        checkpoint: &str,
+        acked: bool,
+    ) -> Result<bool, StoreError>;
+
+    /// The tokens of a worker's runs that are to be cancelled.
+    async fn cancelled_runs(&self, worker: &str) -> Result<Vec<Uuid>, StoreError>;
 
     /// Ends each job whose fence still holds. Returns for each whether this
     /// run ended it, also when an earlier call did and its answer was lost.
     async fn finish(&self, finishes: &[Finish]) -> Result<Vec<bool>, StoreError>;
 
-    /// Gives the claim back if the fence still holds, at no cost of an
-    /// attempt. Returns whether it did.
-    async fn release(&self, fence: &Fence) -> Result<bool, StoreError>;
+    /// Gives the claim back if the fence still holds: the job waits in the
+    /// table. Returns whether it did.
+    async fn release(&self, release: &Release) -> Result<bool, StoreError>;
 
     /// Records a message that will never run; counts a duplicate instead where
     /// its key is on record already.
     async fn refuse(&self, refusal: &Refusal) -> Result<Refused, StoreError>;
+
+    /// Ends a job for which no worker has known the task for `patience`.
+    /// Returns whether it did: not if one has come to know it meanwhile.
+    async fn give_up_unknown(
+        &self,
+        key: &JobKey,
+        patience: Duration,
+        refusal: &GivenUp,
+    ) -> Result<bool, StoreError>;
+
+    /// At most `limit` dead jobs whose message has waited to be published to
+    /// its topic for `at_least`, earliest first; all or a worker's own.
+    async fn dead_letters(
+        &self,
+        worker: Option<&str>,
+        at_least: Duration,
+        limit: u32,
+    ) -> Result<Vec<DeadLetter>, StoreError>;
+
+    /// The message of a dead job need not be published any more; `detail` says
+    /// why, for the ledger.
+    async fn dead_letter_settled(
+        &self,
+        letter: &DeadLetter,
+        worker: &str,
+        detail: &str,
+    ) -> Result<(), StoreError>;
+
+    /// Ends a job that waits as cancelled; asks for it where one runs.
+    async fn cancel(&self, id: Uuid, by: &str) -> Result<Option<Cancelling>, StoreError>;
+
+    /// Lets an ended job run again, as a new attempt; lets a waiting one run
+    /// now. A dead letter that was not sent yet is not sent any more.
+    async fn retry(&self, id: Uuid, by: &str) -> Result<Option<Retrying>, StoreError>;
 
     /// Adds notes to jobs' ledgers.
     async fn note(&self, worker: &str, notes: &[Note]) -> Result<(), StoreError>;

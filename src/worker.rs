@@ -1,15 +1,20 @@
 //! The worker: pulls deliveries into free slots and sees each run to its end.
 
+mod dead_letters;
 mod events;
 mod hold;
+mod intake;
+mod key_turns;
 mod lease_keeper;
 mod process;
 mod puller;
 mod purger;
 mod reaper;
+mod run;
 mod slots;
 mod supervise;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,18 +26,22 @@ use tracing::{error, info, warn};
 
 use crate::config;
 use crate::guard::Guard;
-use crate::pubsub::Subscription;
+use crate::pubsub::{Publishers, Subscription};
 use crate::registry::ConfiguredTasks;
 use crate::shutdown::Shutdown;
 use crate::store::Reach;
 
-pub use events::{Event, EventKind, Events};
+use dead_letters::DeadLetters;
 use hold::HeldDeliveries;
+use intake::Intake;
 use lease_keeper::LeaseKeeper;
 use process::Processor;
 use puller::Puller;
 use reaper::Reaper;
-use slots::Slots;
+use slots::{Limits, Slots};
+
+pub use events::{Event, EventKind, Events};
+pub use hold::MAX_HELD;
 
 /// How long writing outcomes and giving claims back may take after the last
 /// run has stopped.
@@ -47,6 +56,7 @@ pub struct Worker {
     guard: Guard,
     tasks: ConfiguredTasks,
     subscriptions: Vec<Source>,
+    publishers: Publishers,
     retention: Duration,
     events: Events,
 }
@@ -65,6 +75,7 @@ impl Worker {
         guard: Guard,
         tasks: ConfiguredTasks,
         subscriptions: Vec<Source>,
+        publishers: Publishers,
         retention: Duration,
     ) -> Self {
         Self {
@@ -72,6 +83,7 @@ impl Worker {
             guard,
             tasks,
             subscriptions,
+            publishers,
             retention,
             events: Events::default(),
         }
@@ -88,37 +100,45 @@ impl Worker {
     /// claims back, and sends what is left to tell the broker.
     pub async fn run(self, shutdown: Shutdown) {
         let running = TaskTracker::new();
-        let slots = Slots::new(self.settings.slots);
+        let slots = self.slots();
+        let reach = self.reach();
+        let intakes = self.intakes(&running, &shutdown);
         let keeper = LeaseKeeper::new(self.guard.clone(), self.settings.stop_grace);
-        let guard = self.guard;
-        let reach = Reach {
-            subscriptions: self.subscriptions.iter().map(|s| s.name.clone()).collect(),
-            tasks: self.tasks.names().map(str::to_owned).collect(),
-        };
+        let dead_letters = Arc::new(DeadLetters {
+            guard: self.guard.clone(),
+            publishers: self.publishers,
+            wake: Arc::default(),
+            draining: shutdown.draining.clone(),
+        });
         let processor = Arc::new(Processor {
-            guard: guard.clone(),
+            guard: self.guard.clone(),
             tasks: self.tasks,
+            intakes: intakes.clone(),
+            slots: slots.clone(),
             keeper: keeper.clone(),
-            held: HeldDeliveries::new(running.clone()),
             stop_grace: self.settings.stop_grace,
+            unknown_task_patience: self.settings.unknown_task_patience,
             shutdown: shutdown.clone(),
             events: self.events,
+            wake_reaper: Arc::default(),
+            wake_dead_letters: Arc::clone(&dead_letters.wake),
         });
 
         // These go on while runs drain: leases are kept to the end.
         let mut background = JoinSet::new();
-        background.spawn(keeper.run());
-        let looking = guard.clone();
+        background.spawn(keeper.clone().run());
+        background.spawn(keeper.watch_for_cancels());
+        let looking = self.guard.clone();
         background.spawn(async move { looking.keep_looking().await });
-        background.spawn(purger::purge(
-            guard.clone(),
-            self.retention,
-            shutdown.draining.clone(),
-        ));
+        let draining = shutdown.draining.clone();
+        background.spawn(purger::purge(self.guard.clone(), self.retention, draining));
+        let publishing = Arc::clone(&dead_letters);
+        background.spawn(async move { publishing.run().await });
         let reaper = Reaper {
-            guard: guard.clone(),
+            guard: self.guard.clone(),
             reach,
             slots: slots.clone(),
+            wake: Arc::clone(&processor.wake_reaper),
             processor: Arc::clone(&processor),
             running: running.clone(),
             draining: shutdown.draining.clone(),
@@ -127,12 +147,13 @@ impl Worker {
         let mut pullers = JoinSet::new();
         for source in self.subscriptions {
             let puller = Puller {
-                source,
+                intake: Arc::clone(&intakes[&source.name]),
+                subscription: source.subscription,
                 slots: slots.clone(),
                 processor: Arc::clone(&processor),
                 running: running.clone(),
                 draining: shutdown.draining.clone(),
-                database_is_up: guard.database_is_up(),
+                database_is_up: self.guard.database_is_up(),
             };
             pullers.spawn(puller.run());
         }
@@ -158,8 +179,57 @@ impl Worker {
         }
         stopping.abort();
         background.shutdown().await;
+        if timeout(FLUSH_TIMEOUT, dead_letters.publish_mine())
+            .await
+            .is_err()
+        {
+            warn!("dead letters are left for another worker to publish");
+        }
         flush(subscriptions).await;
         info!("stopped");
+    }
+
+    fn slots(&self) -> Slots {
+        let subscriptions: Limits = self
+            .subscriptions
+            .iter()
+            .filter_map(|source| Some((source.name.clone(), source.settings.concurrency?)))
+            .collect();
+        let tasks: Limits = self
+            .tasks
+            .iter()
+            .filter_map(|task| Some((task.name.clone(), task.settings.concurrency?)))
+            .collect();
+        Slots::new(self.settings.slots, &subscriptions, &tasks)
+    }
+
+    fn reach(&self) -> Reach {
+        let subscriptions = self.subscriptions.iter().map(|source| {
+            let topic = source.settings.dead_letter_topic.as_deref();
+            (source.name.clone(), topic.map(Into::into))
+        });
+        let tasks = self.tasks.iter();
+        Reach {
+            subscriptions: subscriptions.collect(),
+            tasks: tasks
+                .map(|task| (task.name.clone(), task.settings.max_attempts))
+                .collect(),
+        }
+    }
+
+    fn intakes(&self, running: &TaskTracker, shutdown: &Shutdown) -> BTreeMap<String, Arc<Intake>> {
+        self.subscriptions
+            .iter()
+            .map(|source| {
+                let held = HeldDeliveries::new(
+                    self.guard.clone(),
+                    running.clone(),
+                    shutdown.draining.clone(),
+                );
+                let intake = Intake::new(&source.name, source.settings.clone(), held);
+                (source.name.clone(), Arc::new(intake))
+            })
+            .collect()
     }
 }
 

@@ -7,6 +7,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
@@ -128,6 +129,8 @@ fn config(dir: &Path, emulator: SocketAddr) -> Config {
     config.pubsub.emulator_host = Some(emulator.to_string());
     config.database.url = format!("sqlite://{}/trainyard.db", dir.display());
     config.worker.slots = SLOTS;
+    // There is no other worker that might know more.
+    config.worker.unknown_task_patience = Duration::ZERO;
     for name in ["light-task", "heavy-task"] {
         let subscription = Subscription::default();
         config.subscriptions.insert(name.to_owned(), subscription);
@@ -205,8 +208,10 @@ async fn watch(mut events: Receiver<Event>, published: &[Published]) -> anyhow::
                 jobs.insert(event.message_id.to_string(), *job_id);
             }
             EventKind::Suppressed => waiting.duplicate = false,
-            EventKind::Ended { .. } | EventKind::Refused { .. } => waiting.end = false,
-            EventKind::Progressed(_) => {}
+            EventKind::Ended { retry_in: None, .. } | EventKind::Refused { .. } => {
+                waiting.end = false;
+            }
+            EventKind::Ended { .. } | EventKind::Progressed(_) | EventKind::Queued => {}
         }
         screen.show(waiting.title, &event.kind);
     }

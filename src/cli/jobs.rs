@@ -6,16 +6,33 @@ use uuid::Uuid;
 use super::table::SHORT_ID;
 use super::{Shared, say, table};
 use crate::app;
-use crate::job::{Job, JobFilter, JobState};
+use crate::job::{Cancelling, Job, JobFilter, JobState, Retrying};
 use crate::store::{Missing, Store};
 
-/// Look at jobs.
+/// Look at jobs, cancel them, run them again.
 #[derive(Debug, Subcommand)]
 pub(super) enum Jobs {
     /// List jobs, newest first
     List(List),
     /// Show all that is known about one job
     Show(Show),
+    /// Cancel a job
+    ///
+    /// One that waits ends at once. One that is running is asked to stop within
+    /// seconds, on whichever worker it runs, and has its stop grace to end.
+    Cancel(One),
+    /// Run a job again
+    ///
+    /// One that has ended, however it did, gets a new attempt with the same
+    /// payload and its last checkpoint. One that waits for its next attempt
+    /// gets it now.
+    Retry(One),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct One {
+    /// The job's id, whole or its end as `jobs list` prints it
+    id: String,
 }
 
 #[derive(Debug, Args)]
@@ -62,8 +79,48 @@ impl Jobs {
                 let job = job.with_context(|| format!("there is no job {}", show.id))?;
                 print_job(&job, show.json)
             }
+            Self::Cancel(one) => cancel(&*store, &one.id).await,
+            Self::Retry(one) => retry(&*store, &one.id).await,
         }
     }
+}
+
+async fn cancel(store: &dyn Store, id: &str) -> anyhow::Result<()> {
+    let id = whole_id(store, id).await?;
+    match store.cancel(id, &by()).await? {
+        None => anyhow::bail!("there is no job {id}"),
+        Some(Cancelling::Cancelled) => say(&format!("job {id} is cancelled")),
+        Some(Cancelling::Requested) => say(&format!(
+            "job {id} is running; its worker will stop it within seconds"
+        )),
+        Some(Cancelling::AlreadyEnded(state)) => {
+            anyhow::bail!("job {id} has ended already: it is {}", state.as_str())
+        }
+    }
+}
+
+async fn retry(store: &dyn Store, id: &str) -> anyhow::Result<()> {
+    let id = whole_id(store, id).await?;
+    match store.retry(id, &by()).await? {
+        None => anyhow::bail!("there is no job {id}"),
+        Some(Retrying::Queued) => say(&format!("job {id} runs again as soon as a worker has room")),
+        Some(Retrying::Hurried) => say(&format!(
+            "job {id} was waiting already; it need wait no longer for its next attempt"
+        )),
+        Some(Retrying::Running) => anyhow::bail!("job {id} is running"),
+        Some(Retrying::NothingToRun) => anyhow::bail!(
+            "job {id} cannot run again: its message names no task that can be read, or is no longer kept"
+        ),
+    }
+}
+
+/// Who asks, for the ledger.
+fn by() -> String {
+    let user = std::env::var("USER").ok().filter(|user| !user.is_empty());
+    user.map_or_else(
+        || "command line".to_owned(),
+        |user| format!("command line, {user}"),
+    )
 }
 
 async fn whole_id(store: &dyn Store, id: &str) -> anyhow::Result<Uuid> {

@@ -81,6 +81,15 @@ pub(super) fn of_one_job(job: &Job) -> String {
         ("started", time(job.started_at)),
         ("finished", time(job.finished_at)),
         ("duration", duration(job)),
+        ("waits until", time(job.waits_until)),
+        (
+            "checkpoint",
+            job.checkpoint.clone().unwrap_or_else(|| "-".to_owned()),
+        ),
+        (
+            "reason",
+            job.reason.clone().unwrap_or_else(|| "-".to_owned()),
+        ),
         ("outcome", outcome(job)),
         ("payload", payload),
     ];
@@ -109,7 +118,7 @@ pub(super) fn of_story(story: &Story) -> String {
         let message = entry.message_id.as_deref();
         let message = message.map(|id| format!(" message {id}"));
         lines.push(format!(
-            "  {}  {:<10}{}{}{}  [{}]",
+            "  {}  {:<13}{}{}{}  [{}]",
             clock(entry.at),
             entry.kind,
             attempt.unwrap_or_default(),

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::load::nearest;
-use super::{Config, ConfigError};
+use super::{Config, ConfigError, Subscription, Task};
 use crate::tasks::BUILTIN_NAMES;
 
 /// Pub/Sub's own limits of a stream's ack deadline.
@@ -16,6 +16,11 @@ const SHORTEST_LEASE: Duration = Duration::from_secs(2);
 
 /// Far below what makes sense; guards against a slip of the unit.
 const SHORTEST_RETENTION: Duration = Duration::from_secs(60 * 60);
+
+/// Held in memory, with their data, by each worker.
+const MOST_PREFETCHED: usize = 10_000;
+
+const SHORTEST_QUIET_LIMIT: Duration = Duration::from_secs(10);
 
 /// Longer ones would help nobody.
 const LONGEST_LEASE: Duration = Duration::from_secs(24 * 60 * 60);
@@ -37,30 +42,79 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
         return bad("guard.max_crashes", "at least 1 is needed");
     }
     for (name, subscription) in &config.subscriptions {
-        if !ACK_DEADLINES.contains(&subscription.ack_deadline) {
-            return bad(
-                &format!("subscriptions.{name}.ack_deadline"),
-                "Pub/Sub takes 10s to 10m",
-            );
-        }
+        check_subscription(name, subscription)?;
     }
     for (name, task) in &config.tasks {
-        if task.timeout.is_some_and(|timeout| timeout.is_zero()) {
-            return bad(
-                &format!("tasks.{name}.timeout"),
-                "it must be longer than nothing; leave it out for no limit",
-            );
-        }
-        let Some(builtin) = &task.builtin else {
-            continue;
-        };
-        if !BUILTIN_NAMES.contains(&builtin.as_str()) {
-            let known = nearest(builtin, BUILTIN_NAMES.iter().copied()).unwrap_or_default();
-            return bad(
-                &format!("tasks.{name}.builtin"),
-                &format!("there is no built-in task `{builtin}`; did you mean `{known}`?"),
-            );
-        }
+        check_task(name, task)?;
+    }
+    Ok(())
+}
+
+fn check_subscription(name: &str, subscription: &Subscription) -> Result<(), ConfigError> {
+    let key = |key: &str| format!("subscriptions.{name}.{key}");
+    if !ACK_DEADLINES.contains(&subscription.ack_deadline) {
+        return bad(&key("ack_deadline"), "Pub/Sub takes 10s to 10m");
+    }
+    if subscription.prefetch > MOST_PREFETCHED {
+        return bad(&key("prefetch"), "it must be at most 10000");
+    }
+    if subscription.concurrency == Some(0) {
+        return bad(
+            &key("concurrency"),
+            "at least 1 is needed; leave it out for no limit",
+        );
+    }
+    if subscription.quiet_limit < SHORTEST_QUIET_LIMIT {
+        return bad(
+            &key("quiet_limit"),
+            "it must be at least 10s: a new connection costs more than an idle stream",
+        );
+    }
+    if subscription.dead_letter_topic.as_deref() == Some("") {
+        return bad(
+            &key("dead_letter_topic"),
+            "it is empty; leave it out for none",
+        );
+    }
+    Ok(())
+}
+
+fn check_task(name: &str, task: &Task) -> Result<(), ConfigError> {
+    let key = |key: &str| format!("tasks.{name}.{key}");
+    if task.max_attempts == 0 {
+        return bad(&key("max_attempts"), "at least 1 is needed");
+    }
+    if task.concurrency == Some(0) {
+        return bad(
+            &key("concurrency"),
+            "at least 1 is needed; leave it out for no limit",
+        );
+    }
+    let backoff = &task.backoff;
+    if backoff.max < backoff.initial {
+        return bad(&key("backoff.max"), "it is shorter than backoff.initial");
+    }
+    if !(1.0..=1000.0).contains(&backoff.multiplier) {
+        return bad(
+            &key("backoff.multiplier"),
+            "it must be between 1 and 1000; 1 keeps the waits the same",
+        );
+    }
+    if task.timeout.is_some_and(|timeout| timeout.is_zero()) {
+        return bad(
+            &key("timeout"),
+            "it must be longer than nothing; leave it out for no limit",
+        );
+    }
+    let Some(builtin) = &task.builtin else {
+        return Ok(());
+    };
+    if !BUILTIN_NAMES.contains(&builtin.as_str()) {
+        let known = nearest(builtin, BUILTIN_NAMES.iter().copied()).unwrap_or_default();
+        return bad(
+            &key("builtin"),
+            &format!("there is no built-in task `{builtin}`; did you mean `{known}`?"),
+        );
     }
     Ok(())
 }
@@ -135,6 +189,29 @@ mod tests {
             ("[worker]\nlease = 120", "worker.lease"),
             ("[tasks.t]\ntimeout = '0s'", "tasks.t.timeout"),
             ("[tasks.t]\nack = 'afterrun'", "tasks.t.ack"),
+            ("[tasks.t]\nmax_attempts = 0", "tasks.t.max_attempts"),
+            ("[tasks.t]\nconcurrency = 0", "tasks.t.concurrency"),
+            ("[tasks.t]\nbackoff.max = '1s'", "tasks.t.backoff.max"),
+            (
+                "[tasks.t]\nbackoff.multiplier = 0.5",
+                "tasks.t.backoff.multiplier",
+            ),
+            (
+                "[subscriptions.s]\nprefetch = 100000",
+                "subscriptions.s.prefetch",
+            ),
+            (
+                "[subscriptions.s]\nconcurrency = 0",
+                "subscriptions.s.concurrency",
+            ),
+            (
+                "[subscriptions.s]\nquiet_limit = '1s'",
+                "subscriptions.s.quiet_limit",
+            ),
+            (
+                "[subscriptions.s]\ndead_letter_topic = ''",
+                "subscriptions.s.dead_letter_topic",
+            ),
             ("[guard]\nmax_crashes = 0", "guard.max_crashes"),
             ("[guard]\nretention = '0s'", "guard.retention"),
             (

@@ -20,6 +20,9 @@ fn write_task(text: &mut String, config: &Config, name: &str, task: &Task) {
     let lease = humantime::format_duration(worker.lease);
     let acked = match task.ack {
         AckTiming::BeforeRun => "once the claim has committed, before the run",
+        AckTiming::AfterCheckpoint => {
+            "once the run's first checkpoint has committed, or its outcome if it has none"
+        }
         AckTiming::AfterRun => "once the outcome has committed, after the run",
     };
     let limit = task.timeout.map_or_else(
@@ -31,10 +34,19 @@ fn write_task(text: &mut String, config: &Config, name: &str, task: &Task) {
             )
         },
     );
+    let attempts = match task.max_attempts {
+        1 => "one attempt; a job that fails is dead".to_owned(),
+        most => format!(
+            "up to {most} attempts; before the next one a wait of up to {}, growing to {}",
+            humantime::format_duration(task.backoff.initial),
+            humantime::format_duration(task.backoff.max)
+        ),
+    };
     let lines = [
         ("claim", format!("a lease of {lease}, held by the worker")),
         ("ack", format!("{acked} (ack = \"{}\")", task.ack.as_str())),
         ("timeout", limit),
+        ("failure", attempts),
         (
             "stop",
             format!(

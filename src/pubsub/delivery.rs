@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use google_cloud_pubsub::subscriber::handler::Handler;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::warn;
 
+use super::counters::Counters;
 use crate::message::Message;
 
 /// A delivery. While it exists, its ack deadline is being extended; dropped
@@ -26,37 +28,60 @@ pub(super) struct Origin {
     pub(super) close: CancellationToken,
     /// Tells that no more messages come on it.
     pub(super) closed: CancellationToken,
+    /// How many of its deliveries may be unsettled at a time.
+    capacity: usize,
     /// Deliveries of it that are not settled.
     unsettled: AtomicUsize,
+    /// Of those, the ones that are held for long.
+    held: AtomicUsize,
+    pub(super) counters: Arc<Counters>,
     /// Has everything that must be over before the subscription is.
     settling: TaskTracker,
 }
 
 impl Origin {
-    pub(super) fn new(settling: TaskTracker) -> Self {
+    pub(super) fn new(capacity: usize, counters: Arc<Counters>, settling: TaskTracker) -> Self {
         Self {
             close: CancellationToken::new(),
             closed: CancellationToken::new(),
+            capacity,
             unsettled: AtomicUsize::new(0),
+            held: AtomicUsize::new(0),
+            counters,
             settling,
         }
     }
 
-    /// Whether the stream can bring a message.
+    /// Whether the stream is open and can bring a message.
     pub(super) fn listens(&self) -> bool {
-        !self.close.is_cancelled() && self.unsettled.load(Ordering::Acquire) == 0
+        !self.close.is_cancelled() && self.has_room()
+    }
+
+    /// Whether the broker may send a message on it.
+    pub(super) fn has_room(&self) -> bool {
+        self.unsettled.load(Ordering::Acquire) < self.capacity
+    }
+
+    /// Whether deliveries that are held take up much of what the stream may
+    /// bring; it is then replaced, and only kept for them.
+    pub(super) fn is_clogged(&self) -> bool {
+        self.held.load(Ordering::Acquire) * 2 >= self.capacity
     }
 }
 
 impl Delivery {
     pub(super) fn new(message: Message, handler: Handler, origin: Arc<Origin>) -> Self {
         origin.unsettled.fetch_add(1, Ordering::AcqRel);
+        origin.counters.deliveries.add_one();
         Self {
             message,
             attempt: handler.delivery_attempt(),
             receipt: Receipt {
                 handler,
-                unsettled: Unsettled(origin),
+                unsettled: Unsettled {
+                    origin,
+                    is_held: false,
+                },
             },
         }
     }
@@ -77,45 +102,86 @@ pub struct Receipt {
 
 /// Counts one delivery as unsettled on its stream, until dropped.
 #[derive(Debug)]
-struct Unsettled(Arc<Origin>);
+struct Unsettled {
+    origin: Arc<Origin>,
+    is_held: bool,
+}
 
 impl Drop for Unsettled {
     fn drop(&mut self) {
-        self.0.unsettled.fetch_sub(1, Ordering::AcqRel);
+        self.origin.unsettled.fetch_sub(1, Ordering::AcqRel);
+        if self.is_held {
+            self.origin.held.fetch_sub(1, Ordering::AcqRel);
+        }
     }
 }
 
 impl Receipt {
     /// Tells the broker that the message is settled. Best effort: the ack may
-    /// get lost and the message come again, which the guard then answers.
+    /// get lost and the message come again, which the guard then answers. On an
+    /// exactly-once subscription it is known, and counted, if it is not
+    /// confirmed; even then the guard's table decides.
     pub fn ack(self) {
-        self.handler.ack();
+        let Self { handler, unsettled } = self;
+        tell_ack(handler, &unsettled.origin);
     }
 
     /// As [`Receipt::ack`] for a message whose job still keeps a slot: no
     /// other message may come in its place.
     pub fn ack_early(self) {
-        self.settle_without_a_successor(Handler::ack);
+        match self.unsettled.origin.capacity {
+            1 => self.settle_without_a_successor(tell_ack),
+            // More than can be started are held here anyway.
+            _ => self.ack(),
+        }
     }
 
     /// Hands the message back for redelivery, now.
     pub fn nack(self) {
-        self.handler.nack();
+        let Self { handler, unsettled } = self;
+        tell_nack(handler, &unsettled.origin);
     }
 
     /// As [`Receipt::nack`] for a message that this worker has no slot for: it
     /// must not come back here.
     pub fn hand_back(self) {
-        self.settle_without_a_successor(Handler::nack);
+        self.settle_without_a_successor(tell_nack);
     }
 
-    fn settle_without_a_successor(self, tell: fn(Handler)) {
+    /// The message will stay unsettled for long while others run.
+    pub fn is_held(&mut self) {
+        if !self.unsettled.is_held {
+            self.unsettled.is_held = true;
+            self.unsettled.origin.held.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
+    fn settle_without_a_successor(self, tell: fn(Handler, &Arc<Origin>)) {
         let Self { handler, unsettled } = self;
-        unsettled.0.close.cancel();
-        let settling = unsettled.0.settling.clone();
+        unsettled.origin.close.cancel();
+        let settling = unsettled.origin.settling.clone();
         settling.spawn(async move {
-            unsettled.0.closed.cancelled().await;
-            tell(handler);
+            unsettled.origin.closed.cancelled().await;
+            tell(handler, &unsettled.origin);
         });
     }
+}
+
+fn tell_ack(handler: Handler, origin: &Arc<Origin>) {
+    origin.counters.acks.add_one();
+    let Handler::ExactlyOnce(handler) = handler else {
+        return handler.ack();
+    };
+    let counters = Arc::clone(&origin.counters);
+    origin.settling.spawn(async move {
+        if let Err(error) = handler.confirmed_ack().await {
+            counters.unconfirmed_acks.add_one();
+            warn!(%error, "an ack was not confirmed; if its message comes again, the guard answers");
+        }
+    });
+}
+
+fn tell_nack(handler: Handler, origin: &Arc<Origin>) {
+    origin.counters.nacks.add_one();
+    handler.nack();
 }

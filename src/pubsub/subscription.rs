@@ -11,9 +11,12 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::debug;
 
-use super::PubsubError;
+use super::counters::Counters;
 use super::delivery::{Delivery, Origin};
+use super::{Connection, PubsubError};
+use crate::retry::jittered;
 use stream::{Arrival, Queue, Room};
 
 /// The client stops extending the ack deadline silently after its `max_lease`.
@@ -26,7 +29,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// One subscription, pulled message by message.
 ///
-/// Each stream asks for one message at a time, so a message that is running
+/// With `prefetch` one long-lived stream brings messages ahead of the slots.
+/// Without, each stream asks for one message at a time, so a message that is running
 /// keeps its stream from bringing another; there are as many streams as jobs
 /// run side by side. A stream listens while none of its messages is unsettled.
 ///
@@ -42,9 +46,12 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// close streams only where it must be.
 #[derive(Debug)]
 pub struct Subscription {
-    client: Subscriber,
+    connection: Connection,
+    /// None: the last one may be dead; the next stream gets a new one.
+    client: Option<Subscriber>,
     path: String,
-    ack_deadline: Duration,
+    pulling: Pulling,
+    counters: Arc<Counters>,
     arrivals: mpsc::Receiver<Arrival>,
     queue: Queue,
     streams: Vec<Arc<Origin>>,
@@ -52,6 +59,37 @@ pub struct Subscription {
     waiting: VecDeque<Waiting>,
     /// Streams that are not done yet, and what is still to be settled.
     settling: TaskTracker,
+}
+
+/// How a subscription is pulled.
+#[derive(Debug, Clone)]
+pub struct Pulling {
+    /// What is asked of the broker, and extended while a message is held.
+    pub ack_deadline: Duration,
+    /// How many jobs may run side by side.
+    pub slots: usize,
+    /// How many messages may be held beyond those. 0: a stream per job that is
+    /// running and one that listens; otherwise one stream for all.
+    pub prefetch: usize,
+    /// How many messages may be held for long without a slot.
+    pub held: usize,
+    /// A stream that has room and brings nothing for so long is replaced.
+    pub quiet_limit: Duration,
+}
+
+impl Pulling {
+    /// How many deliveries of one stream may be unsettled at a time.
+    fn per_stream(&self) -> usize {
+        match self.prefetch {
+            0 => 1,
+            prefetch => prefetch + self.slots,
+        }
+    }
+
+    /// How many streams may be open at a time.
+    fn streams(&self) -> usize {
+        self.slots + self.held + 1
+    }
 }
 
 #[derive(Debug)]
@@ -65,12 +103,14 @@ struct Waiting {
 
 impl Subscription {
     #[must_use]
-    pub fn new(client: Subscriber, path: String, ack_deadline: Duration) -> Self {
-        let (queue, arrivals) = Queue::new();
+    pub fn new(connection: Connection, path: String, pulling: Pulling) -> Self {
+        let (queue, arrivals) = Queue::new(pulling.per_stream());
         Self {
-            client,
+            connection,
+            client: None,
             path,
-            ack_deadline,
+            pulling,
+            counters: Arc::default(),
             arrivals,
             queue,
             streams: Vec::new(),
@@ -84,6 +124,12 @@ impl Subscription {
         &self.path
     }
 
+    /// What happens on it, in numbers, from now on.
+    #[must_use]
+    pub fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
+
     /// The next delivery, or None once `stop` is cancelled.
     ///
     /// # Errors
@@ -95,25 +141,44 @@ impl Subscription {
         if let Some(waiting) = self.waiting.pop_front() {
             return Ok(Some(waiting.delivery));
         }
-        let arrival = match self.arrivals.try_recv() {
-            Ok(arrival) => arrival,
-            Err(_) => {
-                self.listen();
-                tokio::select! {
-                    // What is there already is taken before the stop is seen.
-                    biased;
-                    arrival = self.arrivals.recv() => match arrival {
-                        Some(arrival) => arrival,
-                        None => return Ok(None),
-                    },
-                    () = stop.cancelled() => return Ok(None),
+        loop {
+            let Some(arrival) = self.arrival(stop).await? else {
+                return Ok(None);
+            };
+            match arrival.delivery {
+                Ok(delivery) => return Ok(Some(delivery)),
+                Err(PubsubError::Quiet { .. }) => self.replace_the_client(),
+                Err(failure) => {
+                    self.counters.streams_failed.add_one();
+                    self.pass_over_failures();
+                    return Err(failure);
                 }
             }
-        };
-        if arrival.delivery.is_err() {
-            self.pass_over_failures();
         }
-        arrival.delivery.map(Some)
+    }
+
+    async fn arrival(&mut self, stop: &CancellationToken) -> Result<Option<Arrival>, PubsubError> {
+        if let Ok(arrival) = self.arrivals.try_recv() {
+            return Ok(Some(arrival));
+        }
+        self.listen().await?;
+        tokio::select! {
+            // What is there already is taken before the stop is seen.
+            biased;
+            arrival = self.arrivals.recv() => Ok(arrival),
+            () = stop.cancelled() => Ok(None),
+        }
+    }
+
+    /// A connection that has died without a sign takes all its streams along,
+    /// and would take the next one.
+    fn replace_the_client(&mut self) {
+        debug!(
+            subscription = self.path,
+            "a stream was quiet for too long; it is replaced"
+        );
+        self.counters.streams_quiet.add_one();
+        self.client = None;
     }
 
     /// Streams that break together are one failure, not one each.
@@ -135,6 +200,9 @@ impl Subscription {
     /// Completes when a delivery has waited for a slot for long enough, and
     /// hands back all that have. Never, while none waits.
     pub async fn hand_back_when_late(&mut self) {
+        if self.pulling.prefetch > 0 {
+            return std::future::pending().await;
+        }
         loop {
             while let Ok(arrival) = self.arrivals.try_recv() {
                 self.keep(arrival);
@@ -157,6 +225,16 @@ impl Subscription {
             if let Some(late) = self.waiting.pop_front() {
                 late.delivery.into_parts().1.hand_back();
             }
+        }
+    }
+
+    /// Brings nothing more until the next pull: no slot is free for it.
+    pub fn rest(&mut self) {
+        if self.pulling.prefetch > 0 {
+            return;
+        }
+        for stream in self.streams.iter().filter(|stream| stream.listens()) {
+            stream.close.cancel();
         }
     }
 
@@ -190,19 +268,42 @@ impl Subscription {
     }
 
     /// Opens a stream unless one listens.
-    fn listen(&mut self) {
+    async fn listen(&mut self) -> Result<(), PubsubError> {
         self.streams.retain(|stream| !stream.closed.is_cancelled());
-        if self.streams.iter().any(|stream| stream.listens()) {
-            return;
+        if self.pulling.prefetch > 0 {
+            for clogged in self.streams.iter().filter(|stream| stream.is_clogged()) {
+                clogged.close.cancel();
+            }
+            if self
+                .streams
+                .iter()
+                .any(|stream| !stream.close.is_cancelled())
+            {
+                return Ok(());
+            }
         }
-        let stream = self
-            .client
+        if self.streams.iter().any(|stream| stream.listens()) {
+            return Ok(());
+        }
+        let client = match self.client.take() {
+            Some(client) => client,
+            None => self.connection.subscriber(self.pulling.streams()).await?,
+        };
+        let capacity = self.pulling.per_stream();
+        let stream = client
             .subscribe(&self.path)
-            .set_max_outstanding_messages(1)
+            .set_max_outstanding_messages(i64::try_from(capacity).unwrap_or(i64::MAX))
             .set_max_lease(MAX_LEASE)
-            .set_max_lease_extension(self.ack_deadline)
+            .set_max_lease_extension(self.pulling.ack_deadline)
             .build();
-        self.streams
-            .push(self.queue.read(stream, &self.path, &self.settling));
+        self.client = Some(client);
+        self.counters.streams_opened.add_one();
+        let origin = Origin::new(capacity, self.counters(), self.settling.clone());
+        let quiet_limit = jittered(self.pulling.quiet_limit);
+        self.streams.push(
+            self.queue
+                .read(stream, &self.path, origin, quiet_limit, &self.settling),
+        );
+        Ok(())
     }
 }

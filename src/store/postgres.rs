@@ -1,10 +1,13 @@
 //! The tables on Postgres.
 
 mod claims;
+mod dead_letters;
 mod endings;
 mod ledger;
 mod orphans;
 mod reading;
+mod requests;
+mod running;
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -17,9 +20,13 @@ use tokio::time::sleep;
 use uuid::Uuid;
 
 use super::{
-    ClaimTerms, Finish, Reach, Refusal, Refused, SchemaError, Standing, Store, StoreError,
+    ClaimTerms, Finish, GivenUp, Reach, Refusal, Refused, Release, SchemaError, Standing, Store,
+    StoreError,
 };
-use crate::job::{Claim, ClaimRequest, Fence, Job, JobFilter, JobKey, Note, Orphan, Story};
+use crate::job::{
+    Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter, JobKey, Note, Reaped,
+    Retrying, Story,
+};
 use crate::retry::Backoff;
 
 /// How long a caller waits for a connection before the database counts as
@@ -137,7 +144,7 @@ impl Store for PostgresStore {
     }
 
     async fn renew(&self, fences: &[Fence], lease: Duration) -> Result<Vec<bool>, StoreError> {
-        retried(|| claims::renew(&self.renewals, fences, lease)).await
+        retried(|| running::renew(&self.renewals, fences, lease)).await
     }
 
     async fn reap(
@@ -145,20 +152,68 @@ impl Store for PostgresStore {
         reach: &Reach,
         terms: &ClaimTerms,
         limit: usize,
-    ) -> Result<Vec<Orphan>, StoreError> {
+    ) -> Result<Vec<Reaped>, StoreError> {
         retried(|| orphans::reap(&self.pool, reach, terms, limit)).await
+    }
+
+    async fn save_checkpoint(
+        &self,
+        fence: &Fence,
+        checkpoint: &str,
+        acked: bool,
+    ) -> Result<bool, StoreError> {
+        retried(|| running::save_checkpoint(&self.pool, fence, checkpoint, acked)).await
+    }
+
+    async fn cancelled_runs(&self, worker: &str) -> Result<Vec<Uuid>, StoreError> {
+        running::cancelled_runs(&self.pool, worker).await
     }
 
     async fn finish(&self, finishes: &[Finish]) -> Result<Vec<bool>, StoreError> {
         retried(|| endings::finish(&self.pool, finishes)).await
     }
 
-    async fn release(&self, fence: &Fence) -> Result<bool, StoreError> {
-        retried(|| endings::release(&self.pool, fence)).await
+    async fn release(&self, release: &Release) -> Result<bool, StoreError> {
+        retried(|| endings::release(&self.pool, release)).await
     }
 
     async fn refuse(&self, refusal: &Refusal) -> Result<Refused, StoreError> {
         retried(|| endings::refuse(&self.pool, refusal)).await
+    }
+
+    async fn give_up_unknown(
+        &self,
+        key: &JobKey,
+        patience: Duration,
+        refusal: &GivenUp,
+    ) -> Result<bool, StoreError> {
+        retried(|| endings::give_up_unknown(&self.pool, key, patience, refusal)).await
+    }
+
+    async fn dead_letters(
+        &self,
+        worker: Option<&str>,
+        at_least: Duration,
+        limit: u32,
+    ) -> Result<Vec<DeadLetter>, StoreError> {
+        dead_letters::dead_letters(&self.pool, worker, at_least, limit).await
+    }
+
+    async fn dead_letter_settled(
+        &self,
+        letter: &DeadLetter,
+        worker: &str,
+        detail: &str,
+    ) -> Result<(), StoreError> {
+        retried(|| dead_letters::dead_letter_settled(&self.pool, letter, worker, detail)).await
+    }
+
+    async fn cancel(&self, id: Uuid, by: &str) -> Result<Option<Cancelling>, StoreError> {
+        retried(|| requests::cancel(&self.pool, id, by)).await
+    }
+
+    async fn retry(&self, id: Uuid, by: &str) -> Result<Option<Retrying>, StoreError> {
+        retried(|| requests::retry(&self.pool, id, by)).await
     }
 
     async fn note(&self, worker: &str, notes: &[Note]) -> Result<(), StoreError> {

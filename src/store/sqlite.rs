@@ -2,10 +2,13 @@
 //! machines. Statements have the names and the order of those for Postgres.
 
 mod claims;
+mod dead_letters;
 mod endings;
 mod ledger;
 mod orphans;
 mod reading;
+mod requests;
+mod running;
 
 use std::path::Path;
 use std::str::FromStr;
@@ -19,9 +22,13 @@ use sqlx::sqlite::{
 use uuid::Uuid;
 
 use super::{
-    ClaimTerms, Finish, Missing, Reach, Refusal, Refused, SchemaError, Standing, Store, StoreError,
+    ClaimTerms, Finish, GivenUp, Missing, Reach, Refusal, Refused, Release, SchemaError, Standing,
+    Store, StoreError,
 };
-use crate::job::{Claim, ClaimRequest, Fence, Job, JobFilter, JobKey, Note, Orphan, Story};
+use crate::job::{
+    Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter, JobKey, Note, Reaped,
+    Retrying, Story,
+};
 
 /// SQLite has one writer at a time; a few more connections let readers by.
 const CONNECTIONS: u32 = 4;
@@ -104,7 +111,7 @@ impl Store for SqliteStore {
     }
 
     async fn renew(&self, fences: &[Fence], lease: Duration) -> Result<Vec<bool>, StoreError> {
-        claims::renew(&self.pool, fences, lease).await
+        running::renew(&self.pool, fences, lease).await
     }
 
     async fn reap(
@@ -112,20 +119,68 @@ impl Store for SqliteStore {
         reach: &Reach,
         terms: &ClaimTerms,
         limit: usize,
-    ) -> Result<Vec<Orphan>, StoreError> {
+    ) -> Result<Vec<Reaped>, StoreError> {
         orphans::reap(&self.pool, reach, terms, limit).await
+    }
+
+    async fn save_checkpoint(
+        &self,
+        fence: &Fence,
+        checkpoint: &str,
+        acked: bool,
+    ) -> Result<bool, StoreError> {
+        running::save_checkpoint(&self.pool, fence, checkpoint, acked).await
+    }
+
+    async fn cancelled_runs(&self, worker: &str) -> Result<Vec<Uuid>, StoreError> {
+        running::cancelled_runs(&self.pool, worker).await
     }
 
     async fn finish(&self, finishes: &[Finish]) -> Result<Vec<bool>, StoreError> {
         endings::finish(&self.pool, finishes).await
     }
 
-    async fn release(&self, fence: &Fence) -> Result<bool, StoreError> {
-        endings::release(&self.pool, fence).await
+    async fn release(&self, release: &Release) -> Result<bool, StoreError> {
+        endings::release(&self.pool, release).await
     }
 
     async fn refuse(&self, refusal: &Refusal) -> Result<Refused, StoreError> {
         endings::refuse(&self.pool, refusal).await
+    }
+
+    async fn give_up_unknown(
+        &self,
+        key: &JobKey,
+        patience: Duration,
+        refusal: &GivenUp,
+    ) -> Result<bool, StoreError> {
+        endings::give_up_unknown(&self.pool, key, patience, refusal).await
+    }
+
+    async fn dead_letters(
+        &self,
+        worker: Option<&str>,
+        at_least: Duration,
+        limit: u32,
+    ) -> Result<Vec<DeadLetter>, StoreError> {
+        dead_letters::dead_letters(&self.pool, worker, at_least, limit).await
+    }
+
+    async fn dead_letter_settled(
+        &self,
+        letter: &DeadLetter,
+        worker: &str,
+        detail: &str,
+    ) -> Result<(), StoreError> {
+        dead_letters::dead_letter_settled(&self.pool, letter, worker, detail).await
+    }
+
+    async fn cancel(&self, id: Uuid, by: &str) -> Result<Option<Cancelling>, StoreError> {
+        requests::cancel(&self.pool, id, by).await
+    }
+
+    async fn retry(&self, id: Uuid, by: &str) -> Result<Option<Retrying>, StoreError> {
+        requests::retry(&self.pool, id, by).await
     }
 
     async fn note(&self, worker: &str, notes: &[Note]) -> Result<(), StoreError> {

@@ -1,7 +1,7 @@
 //! A task that trains nothing: for trying a deployment out, and for tests.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
@@ -19,8 +19,9 @@ const REPORT_EVERY: Duration = Duration::from_millis(100);
 
 /// Takes its time and succeeds, or fails as it is told.
 ///
-/// Payload: `{"name":"rehearsal","seconds":1.5,"log":PATH,"fail":"transient"}`;
-/// everything but the name may be left out.
+/// Payload: `{"name":"rehearsal","seconds":1.5,"log":PATH,"label":"a",
+/// "fail":"transient","fail_attempts":2,"checkpoint_after":0.5}`; everything but
+/// the name may be left out.
 pub struct Rehearsal;
 
 #[derive(Debug, Deserialize)]
@@ -30,8 +31,14 @@ struct Request {
     seconds: f64,
     /// A file to which each run adds a line when it begins and when it ends.
     log: Option<PathBuf>,
+    /// What the log calls the run.
+    label: Option<String>,
     /// How the run fails, after its time.
     fail: Option<Failure>,
+    /// Later attempts than this one succeed.
+    fail_attempts: Option<u32>,
+    /// When the run saves a checkpoint: seconds from its start.
+    checkpoint_after: Option<f64>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -46,11 +53,15 @@ enum Failure {
 impl Task for Rehearsal {
     async fn run(&self, run: Run) -> Result<Value, TaskError> {
         let request: Request = run.payload_as()?;
-        let length = Duration::try_from_secs_f64(request.seconds)
-            .map_err(|error| TaskError::permanent(format!("`seconds`: {error}")))?;
-        let log = |event: &str| append(request.log.as_deref(), &run, event);
+        let length = seconds("seconds", request.seconds)?;
+        let checkpoint = request.checkpoint_after;
+        let mut checkpoint_after = checkpoint
+            .map(|after| seconds("checkpoint_after", after))
+            .transpose()?;
+        let log = |event: &str| append(&request, &run, event);
         log("start")?;
-        let end = Instant::now() + length;
+        let began = Instant::now();
+        let end = began + length;
         while Instant::now() < end {
             tokio::select! {
                 () = run.stop_requested() => {
@@ -59,6 +70,10 @@ impl Task for Rehearsal {
                 }
                 () = sleep(REPORT_EVERY.min(end - Instant::now())) => {}
             }
+            if checkpoint_after.is_some_and(|after| began.elapsed() >= after) {
+                run.save_checkpoint(&format!("rehearsal of attempt {}", run.attempt()));
+                checkpoint_after = None;
+            }
             let left = end.saturating_duration_since(Instant::now());
             run.report(Progress {
                 fraction: Some(1.0 - left.as_secs_f64() / length.as_secs_f64()),
@@ -66,7 +81,10 @@ impl Task for Rehearsal {
             });
         }
         log("end")?;
-        match request.fail {
+        let fails = request
+            .fail_attempts
+            .is_none_or(|last| run.attempt() <= last);
+        match request.fail.as_ref().filter(|_| fails) {
             None => Ok(json!({ "seconds": request.seconds })),
             Some(Failure::Permanent) => Err(TaskError::permanent("told to fail for good")),
             Some(Failure::Transient) => Err(anyhow::anyhow!("told to fail").into()),
@@ -76,9 +94,14 @@ impl Task for Rehearsal {
     }
 }
 
+fn seconds(field: &str, value: f64) -> Result<Duration, TaskError> {
+    Duration::try_from_secs_f64(value)
+        .map_err(|error| TaskError::permanent(format!("`{field}`: {error}")))
+}
+
 /// One line in one write, so that processes can share the file.
-fn append(log: Option<&Path>, run: &Run, event: &str) -> Result<(), TaskError> {
-    let Some(log) = log else {
+fn append(request: &Request, run: &Run, event: &str) -> Result<(), TaskError> {
+    let Some(log) = &request.log else {
         return Ok(());
     };
     let at = SystemTime::now()
@@ -86,6 +109,8 @@ fn append(log: Option<&Path>, run: &Run, event: &str) -> Result<(), TaskError> {
         .unwrap_or_default();
     let line = json!({
         "job": run.job_id(),
+        "label": request.label,
+        "resumed_from": run.checkpoint(),
         "attempt": run.attempt(),
         "pid": std::process::id(),
         "event": event,

@@ -1,6 +1,7 @@
 //! What happens in a worker, for those who watch it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::broadcast;
 use uuid::Uuid;
@@ -29,7 +30,11 @@ pub enum EventKind {
     /// The attempt ended, with the outcome's name.
     Ended {
         outcome: &'static str,
+        /// When the next one begins; none, when the job has ended too.
+        retry_in: Option<Duration>,
     },
+    /// The job waits in the table.
+    Queued,
     /// A delivery was not let through.
     Suppressed,
     /// The message will never run.

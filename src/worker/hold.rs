@@ -1,12 +1,14 @@
-//! Deliveries of messages whose job runs elsewhere.
+//! Deliveries of messages whose job is on record but has not ended.
 //!
 //! Acknowledging one would settle the message and take away what `after_run`
 //! promises, so it is held, its ack deadline extended, without a slot.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -19,48 +21,77 @@ use crate::pubsub::Receipt;
 use crate::retry::jittered;
 use crate::store::Standing;
 
-/// More than these are handed back after a pause instead.
-const MAX_HELD: usize = 256;
-/// More than these are not even kept for the pause.
+/// How many of one subscription a worker holds before it pulls no more of it.
+pub const MAX_HELD: usize = 256;
+/// What arrived all the same is handed back after a pause; more than these are
+/// not even kept for the pause.
 const MAX_PAUSED: usize = 1024;
 /// The pause before a delivery that cannot be dealt with now is handed back;
 /// without it, a broker would send it again at once.
 const PAUSE: Duration = Duration::from_secs(2);
 /// How long after a lease's end a holder looks again.
 const AFTER_LEASE: Duration = Duration::from_millis(500);
+/// A job may end, or wait for a worker, long before its lease does.
+const LONGEST_LOOK: Duration = Duration::from_secs(10);
 
+/// The deliveries of one subscription that are held. Clones hold the same.
+#[derive(Clone)]
 pub(super) struct HeldDeliveries {
+    guard: Guard,
     held: Arc<Semaphore>,
     paused: Arc<Semaphore>,
+    ended: Arc<Mutex<HashMap<JobKey, Arc<Notify>>>>,
     tasks: TaskTracker,
+    draining: CancellationToken,
+}
+
+/// A task that this worker does not know, and that another might.
+#[derive(Debug, Clone)]
+pub(super) struct Unknown {
+    /// How long the message may wait for a worker that knows it.
+    pub(super) patience: Duration,
+    /// What is then wrong with it.
+    pub(super) error: String,
+    pub(super) dead_letter_topic: Option<Arc<str>>,
 }
 
 impl HeldDeliveries {
     /// Holders run on `tasks`, so that a stopping worker waits for them.
-    pub(super) fn new(tasks: TaskTracker) -> Self {
+    pub(super) fn new(guard: Guard, tasks: TaskTracker, draining: CancellationToken) -> Self {
         Self {
+            guard,
             held: Arc::new(Semaphore::new(MAX_HELD)),
             paused: Arc::new(Semaphore::new(MAX_PAUSED)),
+            ended: Arc::default(),
             tasks,
+            draining,
         }
     }
 
-    /// Holds a duplicate until its job has ended (then acknowledges it) or has
-    /// come free (then hands it back, to be claimed by whoever has a slot).
+    /// Completes once one more could be held.
+    pub(super) async fn some_room(&self) {
+        // The semaphore is never closed, so either answer means the same.
+        drop(self.held.acquire().await);
+    }
+
+    /// Holds a delivery until its job has ended or needs it no more (then
+    /// acknowledges it), or until only a delivery can bring the job back (then
+    /// hands it back, to be claimed by whoever has a slot).
     pub(super) fn hold(
         &self,
-        guard: Guard,
         key: JobKey,
         until: Instant,
-        receipt: Receipt,
-        draining: CancellationToken,
+        mut receipt: Receipt,
+        unknown: Option<Unknown>,
     ) {
+        receipt.is_held();
         let Some(place) = place_in(&self.held) else {
-            self.pause(receipt, draining);
+            self.pause(receipt);
             return;
         };
+        let held = self.clone();
         self.tasks.spawn(async move {
-            match wait_for_the_end(&guard, &key, until, &draining).await {
+            match held.wait_for_the_end(&key, until, unknown).await {
                 Disposition::Ack => receipt.ack(),
                 Disposition::Nack | Disposition::Hold => receipt.nack(),
             }
@@ -69,11 +100,12 @@ impl HeldDeliveries {
     }
 
     /// Hands a delivery back after a jittered pause, without a slot.
-    pub(super) fn pause(&self, receipt: Receipt, draining: CancellationToken) {
+    pub(super) fn pause(&self, receipt: Receipt) {
         let Some(place) = place_in(&self.paused) else {
             receipt.nack();
             return;
         };
+        let draining = self.draining.clone();
         self.tasks.spawn(async move {
             tokio::select! {
                 () = draining.cancelled() => {}
@@ -83,34 +115,100 @@ impl HeldDeliveries {
             drop(place);
         });
     }
+
+    /// A job has ended in this worker: who holds a delivery of it need not wait
+    /// until the next look.
+    pub(super) fn tell_of_the_end(&self, key: &JobKey) {
+        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(waiting) = ended.get(key) {
+            waiting.notify_waiters();
+        }
+    }
+
+    async fn wait_for_the_end(
+        &self,
+        key: &JobKey,
+        until: Instant,
+        unknown: Option<Unknown>,
+    ) -> Disposition {
+        let listener = self.listen(key);
+        // Listened to without a gap: an end that comes during a look counts.
+        let mut ended = pin!(listener.notified());
+        ended.as_mut().enable();
+        let mut next_look = until + jittered(AFTER_LEASE);
+        let disposition = loop {
+            let soon = Instant::now() + jittered(LONGEST_LOOK);
+            tokio::select! {
+                () = self.draining.cancelled() => break Disposition::Nack,
+                () = &mut ended => {}
+                () = sleep_until(next_look.min(soon)) => {}
+            }
+            ended.set(listener.notified());
+            ended.as_mut().enable();
+            if let Some(unknown) = &unknown {
+                self.give_up_if_due(key, unknown).await;
+            }
+            match self.guard.look(key).await {
+                Ok(standing) => match after_look(standing) {
+                    Next::Settle(disposition) => {
+                        debug!(job = %key, ?standing, ?disposition, "a held delivery is settled");
+                        break disposition;
+                    }
+                    Next::LookIn(pause) => next_look = Instant::now() + pause,
+                },
+                Err(error) => {
+                    warn!(job = %key, %error, "a held delivery could not look at its job");
+                    next_look = Instant::now() + jittered(PAUSE);
+                }
+            }
+        };
+        self.stop_listening(key, &listener);
+        disposition
+    }
+
+    async fn give_up_if_due(&self, key: &JobKey, unknown: &Unknown) {
+        let topic = unknown.dead_letter_topic.clone();
+        let given_up = self
+            .guard
+            .give_up_unknown(key, unknown.patience, &unknown.error, topic);
+        match given_up.await {
+            Ok(true) => warn!(job = %key, error = unknown.error, "refused"),
+            Ok(false) => {}
+            Err(error) => warn!(job = %key, %error, "a message of an unknown task waits longer"),
+        }
+    }
+
+    fn listen(&self, key: &JobKey) -> Arc<Notify> {
+        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(ended.entry(key.clone()).or_default())
+    }
+
+    fn stop_listening(&self, key: &JobKey, listener: &Arc<Notify>) {
+        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        // The map's and this one: nobody else listens.
+        if Arc::strong_count(listener) == 2 {
+            ended.remove(key);
+        }
+    }
+}
+
+enum Next {
+    Settle(Disposition),
+    LookIn(Duration),
+}
+
+fn after_look(standing: Standing) -> Next {
+    match standing {
+        Standing::Finished(_) | Standing::Held { acked: true, .. } => {
+            Next::Settle(Disposition::Ack)
+        }
+        Standing::Free => Next::Settle(Disposition::Nack),
+        Standing::Held { remaining, .. } => Next::LookIn(remaining + jittered(AFTER_LEASE)),
+        // A worker with room takes it from the table.
+        Standing::Waiting { remaining } => Next::LookIn(remaining + jittered(PAUSE)),
+    }
 }
 
 fn place_in(room: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
     Arc::clone(room).try_acquire_owned().ok()
-}
-
-async fn wait_for_the_end(
-    guard: &Guard,
-    key: &JobKey,
-    mut until: Instant,
-    draining: &CancellationToken,
-) -> Disposition {
-    loop {
-        tokio::select! {
-            () = draining.cancelled() => return Disposition::Nack,
-            () = sleep_until(until + jittered(AFTER_LEASE)) => {}
-        }
-        match guard.look(key).await {
-            Ok(Standing::Finished(state)) => {
-                debug!(job = %key, state = state.as_str(), "a held duplicate is settled");
-                return Disposition::Ack;
-            }
-            Ok(Standing::Free) => return Disposition::Nack,
-            Ok(Standing::Held(remaining)) => until = Instant::now() + remaining,
-            Err(error) => {
-                warn!(job = %key, %error, "a held delivery could not look at its job");
-                until = Instant::now() + jittered(PAUSE);
-            }
-        }
-    }
 }

@@ -10,11 +10,16 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 use uuid::Uuid;
 
 use crate::guard::Guard;
 use crate::job::{Acquired, Fence};
+use crate::retry::jittered;
+
+/// About so long after somebody asked for it a run is told to stop.
+const CANCEL_LOOK: Duration = Duration::from_secs(1);
 
 /// Keeps the leases of one worker. Clones keep the same ones.
 #[derive(Clone)]
@@ -28,12 +33,15 @@ struct Kept {
     fence: Fence,
     /// Until when the run may go on, by this process's clock.
     valid_until: watch::Sender<Instant>,
+    /// Somebody asked for the job to be cancelled.
+    cancelled: CancellationToken,
 }
 
 /// A lease that is being renewed for as long as this exists.
 pub(super) struct KeptLease {
     token: Uuid,
     valid_until: watch::Receiver<Instant>,
+    cancelled: CancellationToken,
     kept: Arc<Mutex<HashMap<Uuid, Kept>>>,
 }
 
@@ -41,6 +49,11 @@ impl KeptLease {
     /// Until when the run may go on, as it changes.
     pub(super) fn validity(&self) -> watch::Receiver<Instant> {
         self.valid_until.clone()
+    }
+
+    /// Cancelled when somebody asks for the job to be cancelled.
+    pub(super) fn cancelled(&self) -> CancellationToken {
+        self.cancelled.clone()
     }
 
     /// Completes when the run must stop: its lease was taken over, or could
@@ -75,17 +88,43 @@ impl LeaseKeeper {
     pub(super) fn keep(&self, acquired: &Acquired) -> KeptLease {
         let token = acquired.fence.token;
         let (sender, valid_until) = watch::channel(self.valid_from(acquired.claimed_at));
+        let cancelled = CancellationToken::new();
         lock(&self.kept).insert(
             token,
             Kept {
                 fence: acquired.fence.clone(),
                 valid_until: sender,
+                cancelled: cancelled.clone(),
             },
         );
         KeptLease {
             token,
             valid_until,
+            cancelled,
             kept: Arc::clone(&self.kept),
+        }
+    }
+
+    /// Looks now and then whether somebody wants a job cancelled that runs here.
+    pub(super) async fn watch_for_cancels(self) {
+        loop {
+            sleep(jittered(CANCEL_LOOK)).await;
+            if lock(&self.kept).is_empty() {
+                continue;
+            }
+            match self.guard.cancelled_runs().await {
+                Ok(tokens) => self.cancel(&tokens),
+                Err(error) => debug!(%error, "no look for jobs to cancel"),
+            }
+        }
+    }
+
+    fn cancel(&self, tokens: &[Uuid]) {
+        let kept = lock(&self.kept);
+        for token in tokens {
+            if let Some(kept) = kept.get(token) {
+                kept.cancelled.cancel();
+            }
         }
     }
 

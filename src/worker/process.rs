@@ -1,291 +1,281 @@
 //! The life of one delivery, whole: decode → claim → run → finish → settle.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
+use tokio::sync::Notify;
+use tokio::time::Instant;
 use tracing::{Instrument, error, error_span, info, warn};
+use uuid::Uuid;
 
 use super::events::{EventKind, Events};
-use super::hold::HeldDeliveries;
+use super::hold::Unknown;
+use super::intake::Intake;
+use super::key_turns::Turn;
 use super::lease_keeper::LeaseKeeper;
-use super::slots::Slot;
-use super::supervise::supervise;
-use crate::config::{self, AckTiming, WithoutDedupeKey};
-use crate::executor::Attempt;
-use crate::guard::Guard;
-use crate::job::{Acquired, Claim, Fence, JobKey, NoteKind, Orphan};
-use crate::message::{Message, Payload, Request};
-use crate::outcome::{Disposition, Outcome, Verdict};
+use super::run::{Assignment, Settling};
+use super::slots::{Slot, Slots};
+use crate::config::{AckTiming, WithoutDedupeKey};
+use crate::failpoint::{self, Step};
+use crate::guard::{Guard, Unrunnable};
+use crate::job::{Can, Claim, ClaimRequest, JobKey, Limits, Reaped};
+use crate::message::{Message, Request};
+use crate::outcome::DeadReason;
 use crate::pubsub::{Delivery, Receipt};
 use crate::registry::{ConfiguredTask, ConfiguredTasks};
-use crate::report::{Progress, Reports};
 use crate::shutdown::Shutdown;
 use crate::store::{Refused, StoreError};
 
 pub(super) struct Processor {
     pub(super) guard: Guard,
     pub(super) tasks: ConfiguredTasks,
+    pub(super) intakes: BTreeMap<String, Arc<Intake>>,
+    pub(super) slots: Slots,
     pub(super) keeper: LeaseKeeper,
-    pub(super) held: HeldDeliveries,
     pub(super) stop_grace: Duration,
+    pub(super) unknown_task_patience: Duration,
     pub(super) shutdown: Shutdown,
     pub(super) events: Events,
+    /// Told when the table may have something to run, or to publish.
+    pub(super) wake_reaper: Arc<Notify>,
+    pub(super) wake_dead_letters: Arc<Notify>,
+}
+
+/// A request with all that is needed to claim its job.
+struct Wish {
+    request: Request,
+    key: JobKey,
+    can: Can,
+    /// None where the task is not known here.
+    task: Option<Arc<ConfiguredTask>>,
 }
 
 impl Processor {
-    /// Takes one delivery through its life. The slot comes free at the end.
+    /// Takes one delivery through its life. The slot comes free at the end, or
+    /// as soon as it is clear that there is nothing to run.
     pub(super) async fn process(
         &self,
-        subscription: &str,
-        settings: &config::Subscription,
+        intake: &Intake,
         delivery: Delivery,
         slot: Slot,
+        turn: Option<Turn>,
     ) {
         let span = error_span!("delivery", message.id = %delivery.message.id, delivery.attempt = delivery.attempt);
         let (message, receipt) = delivery.into_parts();
-        self.process_message(subscription, settings, message, receipt)
+        failpoint::reach(Step::AfterReceive);
+        self.process_message(intake, message, receipt, slot, turn)
             .instrument(span)
             .await;
-        drop(slot);
     }
 
-    /// Takes a job that was left behind to its end, without a delivery.
-    pub(super) async fn process_orphan(&self, orphan: Orphan, slot: Slot) {
-        let id: Arc<str> = orphan.message_id.as_str().into();
-        let fence = &orphan.acquired.fence;
+    /// Runs a job from the table, without a delivery.
+    pub(super) async fn process_reaped(&self, reaped: Reaped, slot: Slot) {
+        let fence = reaped.acquired.fence.clone();
+        let Some(intake) = self.intakes.get(&*fence.key.subscription) else {
+            return self.give_back(&fence).await;
+        };
         match (
-            Request::decode(&orphan.payload),
-            self.tasks.get(&orphan.task),
+            Request::decode(&reaped.payload),
+            self.tasks.get(&reaped.task),
         ) {
             (Ok(request), Some(task)) => {
-                self.run(&id, task, request.payload, orphan.acquired, None)
-                    .await;
+                let assignment = Assignment {
+                    message_id: reaped.message_id.as_str().into(),
+                    is_ordered: !reaped.ordering_key.is_empty(),
+                    task,
+                    payload: request.payload,
+                    acquired: reaped.acquired,
+                };
+                self.run(intake, assignment, None, slot).await;
             }
             // Both were fine when it was claimed, and it was asked for by task.
             (request, _) => {
-                error!(job = %fence.key, error = ?request.err(), "an orphaned job cannot be read; it is given back");
-                self.give_back(fence).await;
+                error!(job = %fence.key, error = ?request.err(), "a job from the table cannot be read; it is given back");
+                self.give_back(&fence).await;
             }
         }
-        drop(slot);
     }
 
     async fn process_message(
         &self,
-        subscription: &str,
-        settings: &config::Subscription,
+        intake: &Intake,
         message: Message,
         receipt: Receipt,
+        mut slot: Slot,
+        mut turn: Option<Turn>,
     ) {
-        let id: Arc<str> = message.id.as_str().into();
-        let by_id = JobKey::of_message_id(subscription, &message);
-        let request = match Request::decode(&message.data) {
-            Ok(request) => request,
-            Err(reason) => {
-                let reason = reason.to_string();
-                return self.refuse(by_id, None, message, reason, receipt).await;
-            }
-        };
-        let key = match settings
-            .dedupe_key
-            .of(subscription, &message, &request.payload)
+        if let Some(turn) = &mut turn
+            && !turn.comes().await
         {
-            Ok(key) => key,
-            Err(missing) => match settings.without_dedupe_key {
-                WithoutDedupeKey::MessageId => by_id.clone(),
-                WithoutDedupeKey::DeadLetter => {
-                    let (task, reason) = (Some(request.task), missing.to_string());
-                    return self.refuse(by_id, task, message, reason, receipt).await;
+            info!("an earlier message of its ordering key is not on record: handed back");
+            return receipt.nack();
+        }
+        let wish = match self.wish(intake, &message, &mut slot) {
+            Ok(wish) => wish,
+            Err(unrunnable) => {
+                drop(slot);
+                if self.refuse(intake, message, unrunnable, receipt).await
+                    && let Some(turn) = turn
+                {
+                    turn.recorded();
                 }
-            },
-        };
-        let Some(task) = self.tasks.get(&request.task) else {
-            let known: Vec<&str> = self.tasks.names().collect();
-            let reason = format!(
-                "no task `{}` is known here; known: {}",
-                request.task,
-                known.join(", ")
-            );
-            // By its id: a corrected request may come under the same key.
-            return self
-                .refuse(by_id, Some(request.task), message, reason, receipt)
-                .await;
-        };
-        // Once the message is acked only the table can bring its job back.
-        let reap_delay = match task.settings.ack {
-            AckTiming::BeforeRun => Duration::ZERO,
-            AckTiming::AfterRun => settings.ack_deadline,
-        };
-        let claim = self
-            .guard
-            .claim(key.clone(), &task.name, message, reap_delay);
-        match claim.await {
-            Ok(Claim::Acquired(acquired)) => {
-                self.run(&id, task, request.payload, acquired, Some(receipt))
-                    .await;
+                return;
             }
-            Ok(Claim::AlreadyFinished(state)) => {
+        };
+        let slot = (wish.can == Can::Run).then_some(slot);
+        let id: Arc<str> = message.id.as_str().into();
+        let is_ordered = !message.ordering_key.is_empty();
+        let request = self.claim_request(intake, &wish, message);
+        let claim = match self.guard.claim(request).await {
+            Ok(claim) => claim,
+            Err(error) => return self.try_later(intake, &error, receipt),
+        };
+        failpoint::reach(Step::AfterClaim);
+        if let Some(turn) = turn {
+            turn.recorded();
+        }
+        match (claim, wish.task, slot) {
+            (Claim::Acquired(acquired), Some(task), Some(slot)) => {
+                let assignment = Assignment {
+                    message_id: id,
+                    is_ordered,
+                    task: &task,
+                    payload: wish.request.payload,
+                    acquired,
+                };
+                self.run(intake, assignment, Some(receipt), slot).await;
+            }
+            // Only what can run is acquired.
+            (Claim::Acquired(acquired), _, _) => self.give_back(&acquired.fence).await,
+            (Claim::AlreadyFinished(state), _, _) => {
                 info!(state = state.as_str(), "duplicate of a finished message");
                 self.events.tell(&id, EventKind::Suppressed);
                 receipt.ack();
             }
-            Ok(Claim::HeldUntil(until)) => {
+            (Claim::HeldUntil { until, acked }, _, _) => {
                 info!("duplicate of a message that is running");
                 self.events.tell(&id, EventKind::Suppressed);
-                match duplicate_of_a_running_job(task.settings.ack) {
-                    Disposition::Ack => receipt.ack(),
-                    Disposition::Nack => receipt.nack(),
-                    Disposition::Hold => {
-                        self.held
-                            .hold(self.guard.clone(), key, until, receipt, self.draining());
-                    }
+                keep_or_ack(intake, wish.key, until, acked, receipt, None);
+            }
+            (Claim::Waiting { until, acked }, task, _) => {
+                info!("its job waits in the table");
+                self.events.tell(&id, EventKind::Queued);
+                let unknown = task.is_none().then(|| {
+                    intake.unknown(
+                        self.unknown_task_patience,
+                        self.unknown_task(&wish.request.task),
+                    )
+                });
+                keep_or_ack(intake, wish.key, until, acked, receipt, unknown);
+            }
+        }
+    }
+
+    /// What a message asks for and what can be done about it here.
+    fn wish(
+        &self,
+        intake: &Intake,
+        message: &Message,
+        slot: &mut Slot,
+    ) -> Result<Wish, Box<Reason>> {
+        let request = Request::decode(&message.data)
+            .map_err(|error| Reason::new(DeadReason::Malformed, None, error))?;
+        let settings = &intake.settings;
+        let key = match settings
+            .dedupe_key
+            .of(&intake.name, message, &request.payload)
+        {
+            Ok(key) => key,
+            Err(missing) => match settings.without_dedupe_key {
+                WithoutDedupeKey::MessageId => JobKey::of_message_id(&intake.name, message),
+                WithoutDedupeKey::DeadLetter => {
+                    let task = Some(request.task);
+                    return Err(Reason::new(DeadReason::NoDedupeKey, task, missing));
                 }
-            }
-            Err(error) => self.try_later(&error, receipt),
-        }
-    }
-
-    async fn run(
-        &self,
-        id: &Arc<str>,
-        task: &ConfiguredTask,
-        payload: Payload,
-        acquired: Acquired,
-        receipt: Option<Receipt>,
-    ) {
-        let span = error_span!("job", job.id = %acquired.job_id, task.name = task.name, attempt = acquired.fence.attempt);
-        let fence = acquired.fence.clone();
-        // The claim, payload included, has committed: that is what before_run
-        // asks of an ack.
-        let receipt = match (task.settings.ack, receipt) {
-            (AckTiming::BeforeRun, Some(receipt)) => {
-                receipt.ack_early();
-                self.guard
-                    .note(&fence, NoteKind::Acked, Some("before the run"));
-                None
-            }
-            (_, receipt) => receipt,
-        };
-        let disposition = self
-            .run_to_the_end(id, task, payload, acquired)
-            .instrument(span)
-            .await;
-        match (receipt, disposition) {
-            (Some(receipt), Disposition::Ack) => {
-                receipt.ack();
-                self.guard
-                    .note(&fence, NoteKind::Acked, Some("after the run"));
-            }
-            (Some(receipt), Disposition::Nack) => receipt.nack(),
-            (Some(receipt), Disposition::Hold) => self.held.pause(receipt, self.draining()),
-            (None, _) => {}
-        }
-    }
-
-    async fn run_to_the_end(
-        &self,
-        id: &Arc<str>,
-        task: &ConfiguredTask,
-        payload: Payload,
-        acquired: Acquired,
-    ) -> Disposition {
-        let mut lease = self.keeper.keep(&acquired);
-        let fence = acquired.fence;
-        info!("started");
-        self.events.tell(
-            id,
-            EventKind::Started {
-                job_id: acquired.job_id,
-                task: task.name.clone(),
-                attempt: fence.attempt,
             },
-        );
-        let reports = Reports::default();
-        let progress = reports.watch_progress();
-        let attempt = Attempt {
-            job_id: acquired.job_id,
-            task: task.name.as_str().into(),
-            fence: fence.clone(),
-            message_id: Arc::clone(id),
-            payload: Arc::new(payload),
-            checkpoint: None,
-            deadline: None,
-            reports,
-            valid_until: lease.validity(),
-            stop: CancellationToken::new(),
         };
-        let stopping = &self.shutdown.stopping;
-        let outcome = tokio::select! {
-            outcome = supervise(task, attempt, &mut lease, stopping, self.stop_grace) => outcome,
-            never = self.relay_progress(id, progress) => never,
+        let task = self.tasks.get(&request.task).cloned();
+        let can = match &task {
+            // By its id: a corrected request may come under the same key.
+            None if self.unknown_task_patience.is_zero() => {
+                let error = self.unknown_task(&request.task);
+                return Err(Reason::new(
+                    DeadReason::UnknownTask,
+                    Some(request.task),
+                    error,
+                ));
+            }
+            None => Can::RecordUnknown,
+            Some(task) if self.slots.admit_task(slot, &task.name) => Can::Run,
+            Some(_) => Can::Record,
         };
-        let name = outcome.name();
-        let disposition = match outcome.verdict() {
-            Verdict::Finish(ending) => {
-                match &ending.error {
-                    Some(error) => warn!(outcome = name, %error, "ended"),
-                    None => info!(outcome = name, "ended"),
-                }
-                let finished = self
-                    .guard
-                    .finish(&fence, &ending, &self.shutdown.giving_up)
-                    .await;
-                after_finish(finished)
-            }
-            Verdict::Release => {
-                info!("interrupted by the shutdown; another worker may go on");
-                self.give_back(&fence).await;
-                Disposition::Nack
-            }
-            Verdict::Abandon => {
-                warn!("the lease is lost: the run was stopped and its outcome is not written");
-                self.guard.note(&fence, NoteKind::LeaseLost, None);
-                // What the database says when it is back decides.
-                self.give_back(&fence).await;
-                Disposition::Hold
-            }
-        };
-        self.events.tell(id, EventKind::Ended { outcome: name });
-        disposition
+        Ok(Wish {
+            request,
+            key,
+            can,
+            task,
+        })
     }
 
-    async fn give_back(&self, fence: &Fence) {
-        match self.guard.release(fence, &self.shutdown.giving_up).await {
-            Some(true) => info!("the claim is given back"),
-            Some(false) => warn!("another worker has taken the job over: 0 rows changed"),
-            None => warn!("the claim could not be given back; its lease will end"),
+    fn claim_request(&self, intake: &Intake, wish: &Wish, message: Message) -> ClaimRequest {
+        // Once the message is acked only the table can bring its job back. What
+        // cannot run here is not acked either, so that the broker keeps it.
+        let acks_early = wish
+            .task
+            .as_ref()
+            .is_some_and(|task| task.settings.ack == AckTiming::BeforeRun);
+        ClaimRequest {
+            key: wish.key.clone(),
+            job_id: Uuid::now_v7(),
+            token: Uuid::new_v4(),
+            task: wish.request.task.clone(),
+            message,
+            reap_delay: match acks_early && wish.can == Can::Run {
+                true => Duration::ZERO,
+                false => intake.settings.ack_deadline,
+            },
+            can: wish.can,
+            limits: Limits {
+                max_attempts: wish
+                    .task
+                    .as_ref()
+                    .map_or(u32::MAX, |task| task.settings.max_attempts),
+                dead_letter_topic: intake.dead_letter_topic.clone(),
+            },
         }
     }
 
-    /// Passes reports on until the run ends. Never completes.
-    async fn relay_progress(
-        &self,
-        id: &Arc<str>,
-        mut reports: watch::Receiver<Progress>,
-    ) -> Outcome {
-        while reports.changed().await.is_ok() {
-            let report = reports.borrow_and_update().clone();
-            self.events.tell(id, EventKind::Progressed(report));
-        }
-        std::future::pending().await
+    fn unknown_task(&self, name: &str) -> String {
+        let known: Vec<&str> = self.tasks.names().collect();
+        let known = known.join(", ");
+        format!("no task `{name}` is known here; known: {known}")
     }
 
     /// A message that will never run is put on record; only then is it acked.
+    /// False where it could not be.
     async fn refuse(
         &self,
-        key: JobKey,
-        task: Option<String>,
+        intake: &Intake,
         message: Message,
-        reason: String,
+        reason: Box<Reason>,
         receipt: Receipt,
-    ) {
+    ) -> bool {
         let id: Arc<str> = message.id.as_str().into();
-        match self.guard.refuse(key, task, message, reason.clone()).await {
+        let error = reason.error.clone();
+        let unrunnable = Unrunnable {
+            key: JobKey::of_message_id(&intake.name, &message),
+            task: reason.task,
+            message,
+            reason: reason.reason,
+            error: reason.error,
+            dead_letter_topic: intake.dead_letter_topic.clone(),
+        };
+        match self.guard.refuse(unrunnable).await {
             Ok(Refused::Recorded) => {
-                warn!(%reason, "refused");
-                self.events.tell(&id, EventKind::Refused { reason });
+                warn!(reason = %error, "refused");
+                self.events.tell(&id, EventKind::Refused { reason: error });
+                self.wake_dead_letters.notify_one();
                 receipt.ack();
             }
             Ok(Refused::AlreadyFinished(state)) => {
@@ -296,43 +286,65 @@ impl Processor {
             Ok(Refused::Claimed) => {
                 info!("the message's job is claimed by a worker that knows its task");
                 self.events.tell(&id, EventKind::Suppressed);
-                self.held.pause(receipt, self.draining());
+                intake.held.pause(receipt);
             }
-            Err(error) => self.try_later(&error, receipt),
+            Err(error) => {
+                self.try_later(intake, &error, receipt);
+                return false;
+            }
         }
+        true
     }
 
     /// Nothing is known about the message, so it must not be acked.
-    fn try_later(&self, error: &StoreError, receipt: Receipt) {
+    fn try_later(&self, intake: &Intake, error: &StoreError, receipt: Receipt) {
         error!(%error, "the delivery is handed back after a pause");
-        self.held.pause(receipt, self.draining());
+        intake.held.pause(receipt);
     }
 
-    fn draining(&self) -> CancellationToken {
-        self.shutdown.draining.clone()
+    /// What the broker is told about a delivery whose run has ended.
+    pub(super) fn settle(&self, intake: &Intake, key: JobKey, receipt: Receipt, how: Settling) {
+        match how {
+            Settling::Ack => {
+                failpoint::reach(Step::BeforeFinalAck);
+                receipt.ack();
+            }
+            Settling::Nack => receipt.nack(),
+            Settling::HoldUntil(until) => intake.held.hold(key, until, receipt, None),
+        }
     }
 }
 
-/// With an early ack the claim holds all that an ack promises, and the running
-/// job's own delivery has been acked already. With a late one, acking any
-/// delivery of the message would settle it while its job can still die.
-fn duplicate_of_a_running_job(ack: AckTiming) -> Disposition {
-    match ack {
-        AckTiming::BeforeRun => Disposition::Ack,
-        AckTiming::AfterRun => Disposition::Hold,
+/// Why a message is refused.
+struct Reason {
+    reason: DeadReason,
+    task: Option<String>,
+    error: String,
+}
+
+impl Reason {
+    fn new(reason: DeadReason, task: Option<String>, error: impl ToString) -> Box<Self> {
+        Box::new(Self {
+            reason,
+            task,
+            error: error.to_string(),
+        })
     }
 }
 
-fn after_finish(finished: Option<bool>) -> Disposition {
-    match finished {
-        Some(true) => Disposition::Ack,
-        Some(false) => {
-            warn!("another worker has taken the job over: finishing changed 0 rows");
-            Disposition::Hold
-        }
-        None => {
-            warn!("stopped before the outcome could be written; the job will run again");
-            Disposition::Nack
-        }
+/// Where the table is to bring the job back, a delivery of it is not needed any
+/// more. Otherwise acking any delivery of the message would settle it while its
+/// job can still be lost.
+fn keep_or_ack(
+    intake: &Intake,
+    key: JobKey,
+    until: Instant,
+    acked: bool,
+    receipt: Receipt,
+    unknown: Option<Unknown>,
+) {
+    match acked {
+        true => receipt.ack(),
+        false => intake.held.hold(key, until, receipt, unknown),
     }
 }

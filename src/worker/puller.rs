@@ -8,10 +8,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, warn};
 
-use super::Source;
+use super::intake::Intake;
 use super::process::Processor;
 use super::slots::Slots;
-use crate::config;
 use crate::pubsub::{Delivery, PubsubError, Subscription};
 use crate::retry::{Backoff, jittered};
 
@@ -20,8 +19,12 @@ const REOPEN: (Duration, Duration) = (Duration::from_millis(100), Duration::from
 /// The same for what only a person can mend: loud and slow.
 const REOPEN_UNCONFIGURED: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 
+/// A stream listens on so long although there is no slot for what it may bring.
+const REST_AFTER: Duration = Duration::from_millis(200);
+
 pub(super) struct Puller {
-    pub(super) source: Source,
+    pub(super) subscription: Subscription,
+    pub(super) intake: Arc<Intake>,
     pub(super) slots: Slots,
     pub(super) processor: Arc<Processor>,
     pub(super) running: TaskTracker,
@@ -34,15 +37,13 @@ impl Puller {
     /// subscription back so that what is settled late can be flushed.
     pub(super) async fn run(mut self) -> Subscription {
         let mut passing = Backoff::new(REOPEN.0, REOPEN.1);
-        let settings = Arc::new(self.source.settings.clone());
-        let name: Arc<str> = self.source.name.as_str().into();
         let mut unconfigured = Backoff::new(REOPEN_UNCONFIGURED.0, REOPEN_UNCONFIGURED.1);
         while self.wait_for_slot().await {
-            let failure = match self.source.subscription.next(&self.draining).await {
+            let failure = match self.subscription.next(&self.draining).await {
                 Ok(Some(delivery)) => {
                     passing.reset();
                     unconfigured.reset();
-                    self.begin(&name, &settings, delivery);
+                    self.begin(delivery);
                     continue;
                 }
                 Ok(None) => break,
@@ -54,39 +55,47 @@ impl Puller {
             };
             self.pause(&failure, delay).await;
         }
-        self.source.subscription.stop_pulling();
-        self.source.subscription
+        self.subscription.stop_pulling();
+        self.subscription
     }
 
     /// Waits for a slot, and for a database to claim from; what arrives
     /// meanwhile is handed back in time. False once the worker drains.
     async fn wait_for_slot(&mut self) -> bool {
+        let mut rests = false;
         loop {
             tokio::select! {
                 // A stop goes before a free slot.
                 biased;
                 () = self.draining.cancelled() => return false,
-                () = ready(&mut self.database_is_up, &self.slots) => return true,
-                () = self.source.subscription.hand_back_when_late() => {}
+                () = ready(&mut self.database_is_up, &self.slots, &self.intake) => return true,
+                () = self.subscription.hand_back_when_late() => {}
+                // While jobs follow each other quickly it is not worth it.
+                () = tokio::time::sleep(REST_AFTER), if !rests => {
+                    rests = true;
+                    self.subscription.rest();
+                }
             }
         }
     }
 
-    fn begin(&mut self, name: &Arc<str>, settings: &Arc<config::Subscription>, delivery: Delivery) {
-        let Some(slot) = self.slots.try_take() else {
+    fn begin(&mut self, delivery: Delivery) {
+        let Some(slot) = self.slots.try_take(&self.intake.name) else {
             // Another subscription's message was quicker.
-            self.source.subscription.put_back(delivery);
+            self.subscription.put_back(delivery);
             return;
         };
+        let ordering_key = &delivery.message.ordering_key;
+        let turn = (!ordering_key.is_empty()).then(|| self.intake.turns.next(ordering_key));
         let processor = Arc::clone(&self.processor);
-        let (name, settings) = (Arc::clone(name), Arc::clone(settings));
+        let intake = Arc::clone(&self.intake);
         self.running.spawn(async move {
-            processor.process(&name, &settings, delivery, slot).await;
+            processor.process(&intake, delivery, slot, turn).await;
         });
     }
 
     async fn pause(&self, failure: &PubsubError, delay: Duration) {
-        let subscription = self.source.subscription.path();
+        let subscription = self.subscription.path();
         let retry_in = humantime::format_duration(Duration::from_millis(
             u64::try_from(delay.as_millis()).unwrap_or(u64::MAX),
         ));
@@ -101,8 +110,9 @@ impl Puller {
     }
 }
 
-async fn ready(database_is_up: &mut watch::Receiver<bool>, slots: &Slots) {
+async fn ready(database_is_up: &mut watch::Receiver<bool>, slots: &Slots, intake: &Intake) {
     // The guard lives as long as the worker, so waiting cannot fail.
     let _ = database_is_up.wait_for(|up| *up).await;
-    slots.some_free().await;
+    intake.held.some_room().await;
+    slots.some_free(&intake.name).await;
 }

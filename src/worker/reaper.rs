@@ -1,8 +1,10 @@
-//! Takes over jobs whose worker is gone, from the table, into free slots.
+//! Takes jobs from the table into free slots: those whose turn it is, and those
+//! whose worker is gone.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -11,12 +13,15 @@ use tracing::{info, warn};
 use super::process::Processor;
 use super::slots::{Slot, Slots};
 use crate::guard::Guard;
+use crate::job::Reaped;
 use crate::retry::jittered;
 use crate::store::Reach;
 
 /// Between sweeps, about: so long may a job wait that a stopping worker gave
 /// back. A sweep reads a table that has a row per unfinished job.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_secs(1);
+/// However often the reaper is woken.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
 
 pub(super) struct Reaper {
     pub(super) guard: Guard,
@@ -24,6 +29,7 @@ pub(super) struct Reaper {
     pub(super) slots: Slots,
     pub(super) processor: Arc<Processor>,
     pub(super) running: TaskTracker,
+    pub(super) wake: Arc<Notify>,
     pub(super) draining: CancellationToken,
 }
 
@@ -31,35 +37,66 @@ impl Reaper {
     /// Sweeps now and then, so that a job whose worker died runs again within
     /// a lease and a sweep. Ends when the worker drains.
     pub(super) async fn run(self) {
-        let pause = (self.guard.lease() / 4).min(LONGEST_PAUSE);
         loop {
             tokio::select! {
                 () = self.draining.cancelled() => return,
-                () = sleep(jittered(pause)) => {}
+                () = sleep(jittered(PAUSE)) => {}
+                () = self.wake.notified() => sleep(SHORTEST_PAUSE).await,
             }
-            self.sweep().await;
+            loop {
+                // In its turn among the pullers: what waits in the table must
+                // not wait for the subscriptions to be empty.
+                let slot = tokio::select! {
+                    () = self.draining.cancelled() => return,
+                    slot = self.slots.take_any() => slot,
+                };
+                if !self.sweep(slot.into_iter().collect()).await {
+                    break;
+                }
+            }
         }
     }
 
-    async fn sweep(&self) {
-        let mut slots: Vec<Slot> = std::iter::from_fn(|| self.slots.try_take()).collect();
-        if slots.is_empty() {
-            return;
+    /// True where there may be more to take.
+    async fn sweep(&self, mut slots: Vec<Slot>) -> bool {
+        slots.extend(std::iter::from_fn(|| self.slots.try_take_any()));
+        let (reach, room) = self.slots.within(&self.reach);
+        let limit = slots.len().min(room);
+        if reach.tasks.is_empty() || reach.subscriptions.is_empty() {
+            return false;
         }
-        let orphans = match self.guard.reap(&self.reach, slots.len()).await {
-            Ok(orphans) => orphans,
+        let reaped = match self.guard.reap(&reach, limit).await {
+            Ok(reaped) => reaped,
             Err(error) => {
-                warn!(%error, "no sweep for orphaned jobs");
-                return;
+                warn!(%error, "no sweep for waiting jobs");
+                return false;
             }
         };
-        for orphan in orphans {
+        let more = reaped.len() == limit;
+        for job in reaped {
             // As many were asked for as there are slots.
-            let Some(slot) = slots.pop() else { return };
-            info!(job = %orphan.acquired.fence.key, "took over an orphaned job");
-            let processor = Arc::clone(&self.processor);
-            self.running
-                .spawn(async move { processor.process_orphan(orphan, slot).await });
+            let Some(slot) = slots.pop() else {
+                return false;
+            };
+            self.begin(job, slot).await;
         }
+        more
+    }
+
+    async fn begin(&self, job: Reaped, mut slot: Slot) {
+        let fence = &job.acquired.fence;
+        let admitted = self
+            .slots
+            .admit_subscription(&mut slot, &fence.key.subscription)
+            && self.slots.admit_task(&mut slot, &job.task);
+        if !admitted {
+            // A delivery was quicker.
+            self.processor.give_back(fence).await;
+            return;
+        }
+        info!(job = %fence.key, attempt = fence.attempt, "took a job from the table");
+        let processor = Arc::clone(&self.processor);
+        self.running
+            .spawn(async move { processor.process_reaped(job, slot).await });
     }
 }

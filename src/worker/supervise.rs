@@ -1,4 +1,4 @@
-//! Sees one attempt to its end: timeout, lost lease, shutdown.
+//! Sees one attempt to its end: timeout, lost lease, cancel, shutdown.
 
 use std::time::Duration;
 
@@ -21,12 +21,14 @@ pub(super) async fn supervise(
     stop_grace: Duration,
 ) -> Outcome {
     let stop = attempt.stop.clone();
+    let cancelled = lease.cancelled();
     let mut run = task.executor.execute(attempt);
     let early = tokio::select! {
         // A run that has ended has ended, whatever else happens meanwhile.
         biased;
         outcome = &mut run => return outcome,
         () = lease.lost() => Outcome::LeaseLost,
+        () = cancelled.cancelled() => Outcome::Cancelled,
         () = over(task.settings.timeout) => Outcome::TimedOut,
         () = stopping.cancelled() => Outcome::Interrupted,
     };
@@ -40,7 +42,10 @@ pub(super) async fn supervise(
     }
     match (early, last_word) {
         // It was done all the same, and its lease still holds.
-        (Outcome::Interrupted | Outcome::TimedOut, Ok(done @ Outcome::Succeeded(_))) => done,
+        (
+            Outcome::Interrupted | Outcome::TimedOut | Outcome::Cancelled,
+            Ok(done @ Outcome::Succeeded(_)),
+        ) => done,
         (early, _) => early,
     }
 }

@@ -135,7 +135,15 @@ fn both_databases_have_the_same_functions_in_the_same_order() {
             .map(|line| line.split(['(', '<']).next().unwrap().to_owned())
             .collect()
     };
-    for file in ["claims.rs", "endings.rs", "orphans.rs", "reading.rs"] {
+    for file in [
+        "claims.rs",
+        "dead_letters.rs",
+        "endings.rs",
+        "orphans.rs",
+        "reading.rs",
+        "requests.rs",
+        "running.rs",
+    ] {
         assert_eq!(statements("postgres", file), statements("sqlite", file));
     }
 }

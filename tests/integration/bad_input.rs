@@ -12,7 +12,7 @@ use crate::support::worker::Yard;
 
 on_every_broker_and_database!(every_kind_of_bad_message_is_dead_with_its_reason);
 
-const SECTIONS: &str = "[worker]\nslots = 2\n[subscriptions.training]\n[tasks.train-classifier]\nbuiltin = \"train-classifier\"\n";
+const SECTIONS: &str = "[worker]\nslots = 2\nunknown_task_patience = \"1s\"\n[subscriptions.training]\n[tasks.train-classifier]\nbuiltin = \"train-classifier\"\n";
 
 /// (data, what the reason on record says)
 fn bad_messages() -> Vec<(Vec<u8>, &'static str)> {

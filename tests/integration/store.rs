@@ -8,6 +8,7 @@ mod purge;
 mod renewals;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use futures::future::join_all;
@@ -20,8 +21,8 @@ use uuid::Uuid;
 use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::jobs::{
-    ENDED, LONG, acquire, claim, finish, job_of, pass_the_lease, refusal, request, request_of,
-    succeeded, terms,
+    ENDED, LONG, acquire, claim, dead, finish, interrupted, job_of, pass_the_lease, refusal,
+    request, request_of, succeeded, terms,
 };
 
 on_both_databases!(
@@ -74,7 +75,7 @@ async fn a_second_claim_is_held_while_the_first_runs(database: Database) {
     let store = database.open_migrated().await;
     let acquired = acquire(&store, "1", LONG).await;
     let second = claim(&store, "1", LONG).await;
-    let Claim::HeldUntil(until) = second else {
+    let Claim::HeldUntil { until, .. } = second else {
         panic!("not held: {second:?}");
     };
     let remaining = until - tokio::time::Instant::now();
@@ -115,7 +116,7 @@ async fn of_64_concurrent_claims_of_one_key_one_wins(database: Database) {
         .into_iter()
         .filter_map(|claim| match claim.unwrap() {
             Claim::Acquired(acquired) => Some(acquired),
-            Claim::HeldUntil(_) => None,
+            Claim::HeldUntil { .. } => None,
             other => panic!("neither acquired nor held: {other:?}"),
         })
         .collect();
@@ -141,7 +142,7 @@ async fn a_batch_is_answered_in_its_order(database: Database) {
     let batch = ["new", "held", "finished", "also new"].map(request);
     let claims = store.claim(&batch, &terms(LONG)).await.unwrap();
     assert!(matches!(&claims[0], Claim::Acquired(a) if &*a.fence.key.key == "new"));
-    assert!(matches!(claims[1], Claim::HeldUntil(_)));
+    assert!(matches!(claims[1], Claim::HeldUntil { .. }));
     assert_eq!(claims[2], Claim::AlreadyFinished(FinalState::Succeeded));
     assert!(matches!(&claims[3], Claim::Acquired(a) if &*a.fence.key.key == "also new"));
 }
@@ -161,7 +162,7 @@ async fn a_held_lease_is_not_taken_over(database: Database) {
     acquire(&store, "1", LONG).await;
     assert!(matches!(
         claim(&store, "1", LONG).await,
-        Claim::HeldUntil(_)
+        Claim::HeldUntil { .. }
     ));
 }
 
@@ -173,7 +174,7 @@ async fn a_renewed_lease_lasts_from_the_renewal(database: Database) {
     assert_eq!(renewed, [true]);
     assert!(matches!(
         claim(&store, "1", LONG).await,
-        Claim::HeldUntil(_)
+        Claim::HeldUntil { .. }
     ));
 }
 
@@ -195,7 +196,7 @@ async fn a_stale_fence_changes_nothing(database: Database) {
                 .unwrap(),
             [false]
         );
-        assert!(!store.release(fence).await.unwrap());
+        assert!(!store.release(&interrupted(fence)).await.unwrap());
         assert!(!finish(&store, fence, succeeded()).await);
     }
     assert_eq!(job_of(&store, &holder).await, before);
@@ -206,7 +207,7 @@ async fn finishing_again_with_the_same_fence_is_confirmed(database: Database) {
     let acquired = acquire(&store, "1", LONG).await;
     assert!(finish(&store, &acquired.fence, succeeded()).await);
     let after_the_first = job_of(&store, &acquired).await;
-    let other = Ending::dead("too late");
+    let other = dead("too late");
     assert!(finish(&store, &acquired.fence, other).await);
     assert_eq!(job_of(&store, &acquired).await, after_the_first);
 }
@@ -214,8 +215,8 @@ async fn finishing_again_with_the_same_fence_is_confirmed(database: Database) {
 async fn a_released_claim_can_be_claimed_and_costs_no_attempt(database: Database) {
     let store = database.open_migrated().await;
     let first = acquire(&store, "1", LONG).await;
-    assert!(store.release(&first.fence).await.unwrap());
-    assert!(!store.release(&first.fence).await.unwrap());
+    assert!(store.release(&interrupted(&first.fence)).await.unwrap());
+    assert!(!store.release(&interrupted(&first.fence)).await.unwrap());
     let waiting = job_of(&store, &first).await;
     assert_eq!((waiting.state, waiting.attempts), (JobState::Waiting, 0));
     let second = acquire(&store, "1", LONG).await;
@@ -258,11 +259,15 @@ async fn looking_changes_nothing(database: Database) {
     let before = job_of(&store, &acquired).await;
     assert!(matches!(
         store.look(&key).await.unwrap(),
-        Standing::Held(remaining) if remaining > LONG / 2
+        Standing::Held { remaining, .. } if remaining > LONG / 2
     ));
     assert_eq!(job_of(&store, &acquired).await, before);
-    store.release(&acquired.fence).await.unwrap();
-    assert_eq!(store.look(&key).await.unwrap(), Standing::Free);
+    store.release(&interrupted(&acquired.fence)).await.unwrap();
+    let remaining = Duration::ZERO;
+    assert_eq!(
+        store.look(&key).await.unwrap(),
+        Standing::Waiting { remaining }
+    );
     let again = acquire(&store, "1", LONG).await;
     finish(&store, &again.fence, succeeded()).await;
     assert_eq!(
@@ -279,7 +284,7 @@ async fn jobs_are_listed_newest_first_and_filtered(database: Database) {
     let ended = acquire(&store, "5", LONG).await;
     finish(&store, &ended.fence, succeeded()).await;
     let released = acquire(&store, "6", LONG).await;
-    store.release(&released.fence).await.unwrap();
+    store.release(&interrupted(&released.fence)).await.unwrap();
 
     let keys = async |state: Option<JobState>, task: Option<&str>, limit| -> Vec<String> {
         let filter = JobFilter {
@@ -301,7 +306,8 @@ async fn jobs_are_listed_newest_first_and_filtered(database: Database) {
 
 async fn a_job_is_read_back_as_it_was_written(database: Database) {
     let store = database.open_migrated().await;
-    let request = request("1");
+    let mut request = request("1");
+    request.message.ordering_key = "k".to_owned();
     let sent = request.message.clone();
     let claims = store.claim(&[request], &terms(LONG)).await.unwrap();
     let Claim::Acquired(acquired) = &claims[0] else {
@@ -335,7 +341,7 @@ async fn text_with_nul_characters_can_be_stored(database: Database) {
     };
     let ending = Ending {
         result: Some(json!("\0")),
-        ..Ending::dead("\0")
+        ..dead("\0")
     };
     assert!(finish(&store, &acquired.fence, ending).await);
     assert_eq!(job_of(&store, acquired).await.result, Some(json!("\0")));

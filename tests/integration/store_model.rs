@@ -15,7 +15,7 @@ use trainyard::store::{ClaimTerms, Finish, Reach, Store};
 use uuid::Uuid;
 
 use crate::support::database::{Database, Tables};
-use crate::support::jobs::{LONG, pass_the_lease, request_of};
+use crate::support::jobs::{LONG, interrupted, pass_the_lease, request_of};
 
 const KEYS: [&str; 2] = ["a", "b"];
 const WORKERS: usize = 3;
@@ -242,7 +242,7 @@ impl<'a> Case<'a> {
         known.duplicates += 1;
         match known.state {
             Some(state) => assert_eq!(answer, Claim::AlreadyFinished(state)),
-            None => assert!(matches!(answer, Claim::HeldUntil(_)), "{answer:?}"),
+            None => assert!(matches!(answer, Claim::HeldUntil { .. }), "{answer:?}"),
         }
     }
 
@@ -276,8 +276,8 @@ impl<'a> Case<'a> {
 
     async fn reap(&mut self, worker: usize) {
         let reach = Reach {
-            subscriptions: vec![self.subscription.clone()],
-            tasks: vec!["train".to_owned()],
+            subscriptions: BTreeMap::from([(self.subscription.clone(), None)]),
+            tasks: BTreeMap::from([("train".to_owned(), 100)]),
         };
         let reaped = self.store.reap(&reach, &terms(worker), KEYS.len()).await;
         let mut reaped: BTreeMap<JobKey, Fence> = reaped
@@ -312,7 +312,10 @@ impl<'a> Case<'a> {
                 known.expired &= !holds;
             }
             Write::Release => {
-                assert_eq!(self.store.release(&fence).await.unwrap(), holds);
+                assert_eq!(
+                    self.store.release(&interrupted(&fence)).await.unwrap(),
+                    holds
+                );
                 if holds {
                     known.holder = None;
                     known.interruptions += 1;
@@ -323,12 +326,15 @@ impl<'a> Case<'a> {
             Write::Finish(state) => {
                 let ending = Ending {
                     state,
+                    reason: None,
                     error: None,
                     result: None,
                 };
                 let finishes = [Finish {
                     fence: fence.clone(),
                     ending,
+                    checkpoint: None,
+                    dead_letter_topic: None,
                 }];
                 let confirmed = known.ended_by.as_ref() == Some(&fence);
                 let answers = self.store.finish(&finishes).await.unwrap();

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
+use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
@@ -86,12 +87,13 @@ fn draw(bar: &ProgressBar, event: &EventKind) {
             }
             bar.set_message(figures(progress));
         }
-        EventKind::Ended { outcome } => {
+        EventKind::Ended { outcome, retry_in } => {
             if *outcome == "succeeded" {
                 bar.set_position(STEPS);
             }
-            bar.set_message(*outcome);
+            bar.set_message(ended(outcome, *retry_in));
         }
+        EventKind::Queued => bar.set_message("waits in the table"),
         EventKind::Suppressed => bar.println(format!(
             "{:<15} second delivery: suppressed, it runs once",
             bar.prefix()
@@ -112,9 +114,17 @@ fn plain(told: &mut HashMap<String, f64>, title: &str, event: &EventKind) -> Opt
             *last = fraction;
             Some(format!("{:>3.0}%  {}", fraction * 100.0, figures(progress)))
         }
-        EventKind::Ended { outcome } => Some((*outcome).to_owned()),
+        EventKind::Ended { outcome, retry_in } => Some(ended(outcome, *retry_in)),
+        EventKind::Queued => Some("waits in the table".to_owned()),
         EventKind::Suppressed => Some("second delivery: suppressed, it runs once".to_owned()),
         EventKind::Refused { reason } => Some(format!("refused: {reason}")),
+    }
+}
+
+fn ended(outcome: &str, retry_in: Option<Duration>) -> String {
+    match retry_in {
+        None => outcome.to_owned(),
+        Some(wait) => format!("{outcome}; tried again in {} s", wait.as_secs()),
     }
 }
 

@@ -5,13 +5,14 @@
 //! has a reader of its own, and only that one ends it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::FutureExt;
 use google_cloud_pubsub::model;
 use google_cloud_pubsub::subscriber::MessageStream;
 use google_cloud_pubsub::subscriber::handler::Handler;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tokio_util::task::TaskTracker;
 
 use crate::pubsub::delivery::{Delivery, Origin};
@@ -41,8 +42,8 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    pub(super) fn new() -> (Self, mpsc::Receiver<Arrival>) {
-        let (arrivals, receiver) = mpsc::channel(MAX_MESSAGES);
+    pub(super) fn new(per_stream: usize) -> (Self, mpsc::Receiver<Arrival>) {
+        let (arrivals, receiver) = mpsc::channel(MAX_MESSAGES.max(per_stream));
         let queue = Self {
             arrivals,
             room: Arc::new(Semaphore::new(MAX_KIBIBYTES)),
@@ -55,15 +56,18 @@ impl Queue {
         &self,
         stream: MessageStream,
         path: &str,
+        origin: Origin,
+        quiet_limit: Duration,
         settling: &TaskTracker,
     ) -> Arc<Origin> {
-        let origin = Arc::new(Origin::new(settling.clone()));
+        let origin = Arc::new(origin);
         let reader = Reader {
             stream,
             what: format!("subscription {path}"),
             arrivals: self.arrivals.clone(),
             room: Arc::clone(&self.room),
             origin: Arc::clone(&origin),
+            quiet_limit,
         };
         settling.spawn(reader.run());
         origin
@@ -76,21 +80,32 @@ struct Reader {
     arrivals: mpsc::Sender<Arrival>,
     room: Arc<Semaphore>,
     origin: Arc<Origin>,
+    /// Nothing tells a stream on a dead connection from one that has nothing to
+    /// bring: the client reads without a time limit, and keeps heartbeats to
+    /// itself.
+    quiet_limit: Duration,
 }
 
 impl Reader {
     async fn run(mut self) {
+        let origin = Arc::clone(&self.origin);
         loop {
             let item = tokio::select! {
-                item = self.stream.next() => item,
-                () = self.origin.close.cancelled() => break,
+                item = self.stream.next() => item.map(Some),
+                () = origin.close.cancelled() => break,
+                () = quiet(&origin, self.quiet_limit) => Some(None),
             };
+            let what = || self.what.clone();
             let delivery = match item {
-                Some(Ok((message, handler))) => Ok(self.delivery(message, handler)),
-                Some(Err(error)) => Err(PubsubError::about(&self.what, &error)),
+                Some(Some(Ok((message, handler)))) => Ok(self.delivery(message, handler)),
+                Some(Some(Err(error))) => Err(PubsubError::about(&self.what, &error)),
+                Some(None) => Err(PubsubError::Quiet {
+                    what: what(),
+                    quiet_for: self.quiet_limit,
+                }),
                 // The server may end a stream without an error.
                 None => Err(PubsubError::Failed {
-                    what: self.what.clone(),
+                    what: what(),
                     reason: "the stream ended".to_owned(),
                 }),
             };
@@ -149,5 +164,15 @@ impl Reader {
         drop(self.arrivals);
         // Completes when all that came on the stream is settled and told.
         shutdown.shutdown().await;
+    }
+}
+
+/// Completes when the stream could have brought a message for so long.
+async fn quiet(origin: &Origin, limit: Duration) {
+    loop {
+        sleep(limit).await;
+        if origin.has_room() {
+            return;
+        }
     }
 }

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::time::Duration;
 
+use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, PgPool, Row};
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -12,7 +13,8 @@ use super::super::{
     ClaimTerms, MAX_DUPLICATES_IN_LEDGER, Standing, StoreError, final_state, json_text, storable,
     too_many_crashes,
 };
-use crate::job::{Acquired, Claim, ClaimRequest, Fence, JobKey};
+use crate::job::{Acquired, Can, Claim, ClaimRequest, Fence, JobKey, Limits};
+use crate::outcome::DeadReason;
 
 /// Answers a batch of claims in one transaction: first the new keys, then the
 /// takeovers, then how the rest stand. A new row that conflicts waits for the
@@ -27,10 +29,15 @@ pub(super) async fn claim(
     let mut rest: Vec<&ClaimRequest> = requests.iter().collect();
     let mut transaction = pool.begin().await?;
 
+    lock_ordering_keys(&mut transaction, &rest).await?;
     let inserted = insert_new(&mut transaction, &rest, terms).await?;
     settle(&mut answers, &mut rest, inserted, claimed_at);
-    if !rest.is_empty() {
-        let takers: Vec<Taker> = rest.iter().map(|request| request.into()).collect();
+    let takers: Vec<Taker> = rest
+        .iter()
+        .filter(|request| request.can == Can::Run)
+        .map(|request| (*request).into())
+        .collect();
+    if !takers.is_empty() {
         let taken = take_over(&mut transaction, &takers, terms).await?;
         settle(&mut answers, &mut rest, taken, claimed_at);
     }
@@ -51,12 +58,34 @@ pub(super) async fn claim(
     Ok(claims)
 }
 
-/// A lease that a statement has just given.
+/// A job that a statement has just given, or put on record.
 #[derive(sqlx::FromRow)]
 pub(super) struct Won {
     pub(super) token: Uuid,
     pub(super) job_id: Uuid,
     pub(super) attempt: i32,
+    /// False where the new job has to wait.
+    runs: bool,
+    counted_attempts: i32,
+    checkpoint: Option<String>,
+    cancel_requested: bool,
+}
+
+impl Won {
+    pub(super) fn acquired(self, key: JobKey, claimed_at: Instant) -> Acquired {
+        Acquired {
+            fence: Fence {
+                key,
+                attempt: self.attempt.unsigned_abs(),
+                token: self.token,
+            },
+            job_id: self.job_id,
+            claimed_at,
+            counted_attempts: self.counted_attempts.unsigned_abs(),
+            checkpoint: self.checkpoint.map(Into::into),
+            cancel_requested: self.cancel_requested,
+        }
+    }
 }
 
 fn settle(
@@ -65,34 +94,69 @@ fn settle(
     won: Vec<Won>,
     claimed_at: Instant,
 ) {
-    let won: HashMap<Uuid, Won> = won.into_iter().map(|won| (won.token, won)).collect();
+    let mut won: HashMap<Uuid, Won> = won.into_iter().map(|won| (won.token, won)).collect();
     rest.retain(|request| {
-        let Some(won) = won.get(&request.token) else {
+        let Some(won) = won.remove(&request.token) else {
             return true;
         };
-        let acquired = Acquired {
-            fence: Fence {
-                key: request.key.clone(),
-                attempt: won.attempt.unsigned_abs(),
-                token: won.token,
+        let claim = match won.runs {
+            true => Claim::Acquired(won.acquired(request.key.clone(), claimed_at)),
+            false => Claim::Waiting {
+                until: claimed_at,
+                acked: request.reap_delay.is_zero(),
             },
-            job_id: won.job_id,
-            claimed_at,
         };
-        answers.insert(request.token, Claim::Acquired(acquired));
+        answers.insert(request.token, claim);
         false
     });
 }
 
+/// Of two transactions that put jobs of one ordering key on record, the later
+/// one must see what the earlier one wrote. In key order, against deadlocks.
+const LOCK_ORDERING_KEYS: &str = "
+SELECT pg_advisory_xact_lock(lock) FROM (
+    SELECT DISTINCT hashtextextended(subscription || chr(10) || ordering_key, 0) AS lock
+    FROM unnest($1::text[], $2::text[]) AS request (subscription, ordering_key)
+    ORDER BY lock
+) AS locks";
+
+async fn lock_ordering_keys(
+    connection: &mut PgConnection,
+    requests: &[&ClaimRequest],
+) -> Result<(), StoreError> {
+    let ordered = requests
+        .iter()
+        .filter(|request| !request.message.ordering_key.is_empty());
+    let (subscriptions, keys): (Vec<&str>, Vec<Cow<'_, str>>) = ordered
+        .map(|request| {
+            let ordering_key = storable(&request.message.ordering_key);
+            (&*request.key.subscription, ordering_key)
+        })
+        .unzip();
+    if keys.is_empty() {
+        return Ok(());
+    }
+    sqlx::query(LOCK_ORDERING_KEYS)
+        .bind(subscriptions)
+        .bind(keys)
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
 /// Rows are inserted in key order, so that two batches with keys in common
 /// wait for each other instead of deadlocking.
+///
+/// A job runs at once unless it has to wait: for an earlier one of its
+/// ordering key, or for a worker that can run it.
 const INSERT_NEW: &str = "
 WITH input AS (
     SELECT DISTINCT ON (subscription, key) *
     FROM unnest($1::text[], $2::text[], $3::uuid[], $4::uuid[], $5::text[], $6::timestamptz[],
-                $7::text[], $8::text[], $9::bytea[], $10::text[], $11::float8[])
+                $7::text[], $8::text[], $9::bytea[], $10::text[], $11::float8[], $14::boolean[],
+                $15::boolean[])
       AS request (subscription, key, token, job_id, message_id, publish_time,
-                  ordering_key, attributes, payload, task, reap_delay)
+                  ordering_key, attributes, payload, task, reap_delay, can_run, unknown)
     ORDER BY subscription, key
 ), inserted AS (
     INSERT INTO processed_messages
@@ -103,19 +167,38 @@ WITH input AS (
     FROM input
     ON CONFLICT (subscription, key) DO NOTHING
     RETURNING subscription, key, job_id
+), fresh AS (
+    SELECT input.*,
+           can_run AND (ordering_key = '' OR (
+               NOT EXISTS (SELECT 1 FROM leases
+                           WHERE leases.subscription = input.subscription
+                             AND leases.ordering_key = input.ordering_key)
+               AND row_number() OVER (PARTITION BY subscription, ordering_key ORDER BY key) = 1
+           )) AS runs
+    FROM input JOIN inserted USING (subscription, key)
 ), leased AS (
     INSERT INTO leases
-           (subscription, key, attempt, token, worker, started_at, lease_until, reap_delay)
-    SELECT input.subscription, input.key, 1, input.token, $12, now(),
-           now() + make_interval(secs => $13), input.reap_delay
-    FROM input JOIN inserted USING (subscription, key)
-    RETURNING subscription, key, token, attempt
+           (subscription, key, ordering_key, attempt, token, worker, started_at, lease_until,
+            reap_delay, unknown_since)
+    SELECT subscription, key, nullif(ordering_key, ''), runs::int, CASE WHEN runs THEN token END,
+           CASE WHEN runs THEN $12 END, CASE WHEN runs THEN now() END,
+           CASE WHEN runs THEN now() + make_interval(secs => $13) ELSE now() END,
+           reap_delay, CASE WHEN unknown THEN now() END
+    FROM fresh
+    ORDER BY subscription, key
 ), noted AS (
-    INSERT INTO ledger (subscription, key, worker, kind, attempt)
-    SELECT subscription, key, $12, 'claimed', attempt FROM leased
+    INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
+    SELECT subscription, key, $12, CASE WHEN runs THEN 'claimed' ELSE 'queued' END,
+           CASE WHEN runs THEN 1 END,
+           CASE WHEN runs THEN NULL
+                WHEN unknown THEN 'this worker does not know the task `' || task || '`'
+                WHEN can_run THEN 'an earlier job of its ordering key is unfinished'
+                ELSE 'this worker has no room for the task' END
+    FROM fresh
 )
-SELECT leased.token, inserted.job_id, leased.attempt
-FROM leased JOIN inserted USING (subscription, key)";
+SELECT fresh.token, inserted.job_id, fresh.runs::int AS attempt, fresh.runs,
+       1 AS counted_attempts, NULL::text AS checkpoint, false AS cancel_requested
+FROM fresh JOIN inserted USING (subscription, key)";
 
 async fn insert_new(
     connection: &mut PgConnection,
@@ -151,6 +234,18 @@ async fn insert_new(
         .bind(delays(requests))
         .bind(&*terms.worker)
         .bind(terms.lease.as_secs_f64())
+        .bind(
+            requests
+                .iter()
+                .map(|r| r.can == Can::Run)
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            requests
+                .iter()
+                .map(|r| r.can == Can::RecordUnknown)
+                .collect::<Vec<_>>(),
+        )
         .fetch_all(connection)
         .await?;
     Ok(rows)
@@ -184,34 +279,43 @@ fn delays(requests: &[&ClaimRequest]) -> Vec<f64> {
 /// It comes before other claims of its key in the same batch, and is told once.
 ///
 /// A lease that ended without a word from its worker is a crash; at the limit
-/// of them the job is dead instead. No run ended it, so `finished_by` is unset:
+/// of them, or of the task's attempts, the job is dead instead. No run ended it, so `finished_by` is unset:
 /// the last one that lost its lease must not take the ending for its own.
 const TAKE_OVER: &str = "
 WITH input AS (
     SELECT DISTINCT ON (subscription, key) request.*
-    FROM unnest($1::text[], $2::text[], $3::uuid[], $4::float8[])
-      AS request (subscription, key, token, reap_delay)
+    FROM unnest($1::text[], $2::text[], $3::uuid[], $4::float8[], $9::int[], $10::text[])
+      AS request (subscription, key, token, reap_delay, max_attempts, dead_letter_topic)
     LEFT JOIN leases USING (subscription, key)
     ORDER BY subscription, key, leases.token IS NOT DISTINCT FROM request.token DESC
 ), free AS (
     SELECT leases.subscription, leases.key, input.token AS new_token, input.reap_delay AS new_delay,
+           input.dead_letter_topic, input.max_attempts,
            leases.token IS NOT DISTINCT FROM input.token AS mine,
            leases.token IS NOT NULL AND leases.token <> input.token AS crashed,
+           leases.attempt - leases.interruptions >= input.max_attempts AS exhausted,
            leases.crashes, leases.worker AS last_worker, leases.token AS last_token
     FROM leases JOIN input USING (subscription, key)
-    WHERE leases.token IS NULL OR leases.token = input.token OR leases.lease_until < now()
+    WHERE (leases.token = input.token OR leases.lease_until <= now())
+      AND (leases.ordering_key IS NULL OR NOT EXISTS (
+              SELECT 1 FROM leases earlier
+              WHERE earlier.subscription = leases.subscription
+                AND earlier.ordering_key = leases.ordering_key
+                AND earlier.position < leases.position))
     ORDER BY leases.subscription, leases.key
     FOR UPDATE OF leases SKIP LOCKED
+), judged AS (
+    SELECT *, crashed AND (crashes + 1 >= $7 OR exhausted) AS ends FROM free
 ), taken AS (
     UPDATE leases
-    SET attempt = leases.attempt + (NOT free.mine)::int, token = free.new_token, worker = $5,
+    SET attempt = leases.attempt + (NOT judged.mine)::int, token = judged.new_token, worker = $5,
         started_at = now(), lease_until = now() + make_interval(secs => $6),
-        crashes = free.crashes + free.crashed::int, reap_delay = free.new_delay
-    FROM free
-    WHERE leases.subscription = free.subscription AND leases.key = free.key
-      AND free.crashes + free.crashed::int < $7
-    RETURNING leases.subscription, leases.key, leases.token, leases.attempt, free.mine,
-              free.crashed, free.last_worker
+        crashes = judged.crashes + judged.crashed::int, reap_delay = judged.new_delay,
+        unknown_since = NULL
+    FROM judged
+    WHERE leases.subscription = judged.subscription AND leases.key = judged.key
+      AND NOT judged.ends
+    RETURNING leases.*, judged.mine, judged.crashed, judged.last_worker
 ), noted AS (
     INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
     SELECT subscription, key, $5, CASE WHEN crashed THEN 'taken_over' ELSE 'claimed' END, attempt,
@@ -219,23 +323,28 @@ WITH input AS (
     FROM taken
     WHERE NOT mine
 ), parked AS (
-    DELETE FROM leases USING free
-    WHERE leases.subscription = free.subscription AND leases.key = free.key
-      AND free.crashes + free.crashed::int >= $7
-    RETURNING leases.*
+    DELETE FROM leases USING judged
+    WHERE leases.subscription = judged.subscription AND leases.key = judged.key AND judged.ends
+    RETURNING leases.*, judged.dead_letter_topic,
+              CASE WHEN judged.crashes + 1 >= $7 THEN $8
+                   ELSE 'its worker was lost during attempt ' || judged.max_attempts || ' of '
+                        || judged.max_attempts END AS reason
 ), dead AS (
     UPDATE processed_messages
-    SET state = 'dead', error = $8, finished_at = now(),
-        attempts = parked.attempt - parked.interruptions, worker = parked.worker,
-        started_at = parked.started_at
+    SET state = 'dead', error = parked.reason, reason = $11, finished_at = now(),
+        attempts = parked.attempt - parked.interruptions, last_attempt = parked.attempt,
+        worker = parked.worker, started_at = parked.started_at, checkpoint = parked.checkpoint,
+        dead_letter_topic = parked.dead_letter_topic
     FROM parked
     WHERE processed_messages.subscription = parked.subscription
       AND processed_messages.key = parked.key
 ), told AS (
     INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
-    SELECT subscription, key, $5, 'parked', attempt, $8 FROM parked
+    SELECT subscription, key, $5, 'parked', attempt, reason FROM parked
 )
-SELECT taken.token, processed_messages.job_id, taken.attempt
+SELECT taken.token, processed_messages.job_id, taken.attempt, true AS runs,
+       taken.attempt - taken.interruptions AS counted_attempts, taken.checkpoint,
+       taken.cancel_requested
 FROM taken JOIN processed_messages USING (subscription, key)";
 
 /// What a run needs to take a job over.
@@ -243,14 +352,16 @@ pub(super) struct Taker<'a> {
     pub(super) key: &'a JobKey,
     pub(super) token: Uuid,
     pub(super) reap_delay: f64,
+    pub(super) limits: Limits,
 }
 
-impl<'a> From<&&'a ClaimRequest> for Taker<'a> {
-    fn from(request: &&'a ClaimRequest) -> Self {
+impl<'a> From<&'a ClaimRequest> for Taker<'a> {
+    fn from(request: &'a ClaimRequest) -> Self {
         Self {
             key: &request.key,
             token: request.token,
             reap_delay: request.reap_delay.as_secs_f64(),
+            limits: request.limits.clone(),
         }
     }
 }
@@ -262,6 +373,12 @@ pub(super) async fn take_over(
 ) -> Result<Vec<Won>, StoreError> {
     let (subscriptions, keys) = key_columns(takers.iter().map(|taker| taker.key));
     let delays = takers.iter().map(|taker| taker.reap_delay);
+    let max_attempts = takers
+        .iter()
+        .map(|taker| i32::try_from(taker.limits.max_attempts).unwrap_or(i32::MAX));
+    let topics = takers
+        .iter()
+        .map(|taker| taker.limits.dead_letter_topic.as_deref());
     let rows = sqlx::query_as(TAKE_OVER)
         .bind(subscriptions)
         .bind(keys)
@@ -271,12 +388,16 @@ pub(super) async fn take_over(
         .bind(terms.lease.as_secs_f64())
         .bind(terms.max_crashes.cast_signed())
         .bind(too_many_crashes(terms.max_crashes))
+        .bind(max_attempts.collect::<Vec<_>>())
+        .bind(topics.collect::<Vec<_>>())
+        .bind(DeadReason::WorkerLost.as_str())
         .fetch_all(connection)
         .await?;
     Ok(rows)
 }
 
-/// The ledger keeps so many duplicates of a job; the count goes on.
+/// The ledger keeps so many duplicates of a job; the count goes on. A message
+/// that comes again while its job waits is none: nobody has run it yet.
 const COUNT_DUPLICATES: &str = "
 WITH request AS (
     SELECT * FROM unnest($1::text[], $2::text[], $3::uuid[], $4::text[])
@@ -284,8 +405,11 @@ WITH request AS (
 ), repeated AS (
     SELECT subscription, key, count(*)::int AS times FROM request GROUP BY subscription, key
 ), locked AS (
-    SELECT subscription, key, repeated.times
+    SELECT subscription, key, leases.key IS NOT NULL AND leases.token IS NULL AS waiting,
+           CASE WHEN leases.key IS NOT NULL AND leases.token IS NULL THEN 0
+                ELSE repeated.times END AS times
     FROM processed_messages JOIN repeated USING (subscription, key)
+    LEFT JOIN leases USING (subscription, key)
     ORDER BY subscription, key
     FOR UPDATE OF processed_messages
 ), counted AS (
@@ -295,16 +419,17 @@ WITH request AS (
     WHERE processed_messages.subscription = locked.subscription
       AND processed_messages.key = locked.key
     RETURNING processed_messages.subscription, processed_messages.key, processed_messages.state,
-              processed_messages.duplicates, processed_messages.message_id, locked.times
+              processed_messages.duplicates, processed_messages.message_id, locked.times,
+              locked.waiting
 ), noted AS (
     INSERT INTO ledger (subscription, key, worker, kind, message_id, detail)
     SELECT subscription, key, $5, 'suppressed', nullif(request.message_id, counted.message_id),
            CASE counted.state WHEN 'open' THEN 'it is running' ELSE 'it is ' || counted.state END
     FROM (SELECT *, row_number() OVER (PARTITION BY subscription, key) AS nth FROM request) AS request
     JOIN counted USING (subscription, key)
-    WHERE counted.duplicates - counted.times + request.nth <= $6
+    WHERE counted.times > 0 AND counted.duplicates - counted.times + request.nth <= $6
 )
-SELECT request.token, counted.state,
+SELECT request.token, counted.state, counted.waiting, leases.reap_delay = 0 AS acked,
        greatest(extract(epoch FROM leases.lease_until - now()), 0)::float8 AS remaining
 FROM request
 JOIN counted USING (subscription, key)
@@ -330,24 +455,27 @@ async fn count_duplicates(
         .bind(MAX_DUPLICATES_IN_LEDGER.cast_signed())
         .fetch_all(connection)
         .await?;
-    rows.into_iter()
-        .map(|row| {
-            let state: &str = row.try_get("state")?;
-            let claim = final_state(state).map_or_else(
-                || {
-                    let remaining: Option<f64> = row.try_get("remaining")?;
-                    let remaining = Duration::from_secs_f64(remaining.unwrap_or(0.0));
-                    Ok(Claim::HeldUntil(Instant::now() + remaining))
-                },
-                |state| Ok::<_, StoreError>(Claim::AlreadyFinished(state)),
-            )?;
-            Ok((row.try_get("token")?, claim))
-        })
+    rows.iter()
+        .map(|row| Ok((row.try_get("token")?, not_acquired(row)?)))
         .collect()
 }
 
+fn not_acquired(row: &PgRow) -> Result<Claim, StoreError> {
+    if let Some(state) = final_state(row.try_get("state")?) {
+        return Ok(Claim::AlreadyFinished(state));
+    }
+    let remaining: Option<f64> = row.try_get("remaining")?;
+    let until = Instant::now() + Duration::from_secs_f64(remaining.unwrap_or(0.0));
+    let acked = row.try_get::<Option<bool>, _>("acked")? == Some(true);
+    Ok(match row.try_get("waiting")? {
+        true => Claim::Waiting { until, acked },
+        false => Claim::HeldUntil { until, acked },
+    })
+}
+
 const LOOK: &str = "
-SELECT processed_messages.state, leases.token IS NOT NULL AND leases.lease_until >= now() AS held,
+SELECT processed_messages.state, leases.token IS NULL AS waiting, leases.lease_until >= now() AS held,
+       leases.reap_delay = 0 AS acked,
        greatest(extract(epoch FROM leases.lease_until - now()), 0)::float8 AS remaining
 FROM processed_messages LEFT JOIN leases USING (subscription, key)
 WHERE subscription = $1 AND key = $2";
@@ -364,46 +492,16 @@ pub(super) async fn look(pool: &PgPool, key: &JobKey) -> Result<Standing, StoreE
     if let Some(state) = final_state(row.try_get("state")?) {
         return Ok(Standing::Finished(state));
     }
+    let remaining: Option<f64> = row.try_get("remaining")?;
+    let remaining = Duration::from_secs_f64(remaining.unwrap_or(0.0));
+    if row.try_get("waiting")? {
+        return Ok(Standing::Waiting { remaining });
+    }
     if row.try_get::<Option<bool>, _>("held")? == Some(true) {
-        let remaining = row.try_get("remaining")?;
-        return Ok(Standing::Held(Duration::from_secs_f64(remaining)));
+        let acked = row.try_get::<Option<bool>, _>("acked")? == Some(true);
+        return Ok(Standing::Held { remaining, acked });
     }
     Ok(Standing::Free)
-}
-
-const RENEW: &str = "
-WITH held AS (
-    SELECT leases.subscription, leases.key
-    FROM leases
-    JOIN unnest($1::text[], $2::text[], $3::int[], $4::uuid[])
-      AS fence (subscription, key, attempt, token) USING (subscription, key, attempt, token)
-    ORDER BY leases.subscription, leases.key
-    FOR UPDATE OF leases
-)
-UPDATE leases
-SET lease_until = now() + make_interval(secs => $5)
-FROM held
-WHERE leases.subscription = held.subscription AND leases.key = held.key
-RETURNING leases.token";
-
-pub(super) async fn renew(
-    pool: &PgPool,
-    fences: &[Fence],
-    lease: Duration,
-) -> Result<Vec<bool>, StoreError> {
-    let (subscriptions, keys) = key_columns(fences.iter().map(|fence| &fence.key));
-    let renewed: Vec<Uuid> = sqlx::query_scalar(RENEW)
-        .bind(subscriptions)
-        .bind(keys)
-        .bind(attempts(fences.iter()))
-        .bind(fence_tokens(fences.iter()))
-        .bind(lease.as_secs_f64())
-        .fetch_all(pool)
-        .await?;
-    Ok(fences
-        .iter()
-        .map(|fence| renewed.contains(&fence.token))
-        .collect())
 }
 
 pub(super) fn key_columns<'a>(

@@ -1,26 +1,32 @@
 //! The statements that end a run: finished, released, or refused unrun.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use sqlx::{PgPool, Row};
 use uuid::Uuid;
 
 use super::super::{
-    Finish, MAX_DUPLICATES_IN_LEDGER, Refusal, Refused, StoreError, json_text, storable,
+    Finish, GivenUp, MAX_DUPLICATES_IN_LEDGER, Refusal, Refused, Release, StoreError, json_text,
+    storable,
 };
 use super::claims::{attempts, fence_tokens, key_columns};
-use crate::job::Fence;
+use crate::job::JobKey;
+use crate::outcome::DeadReason;
 
 /// One statement: the lease goes and the job ends, or neither. A second call
 /// with the same token finds the ending that it wrote the first time.
 const FINISH: &str = "
 WITH input AS (
     SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::uuid[], $5::text[], $6::text[],
-                         $7::text[])
-      AS finish (subscription, key, attempt, token, state, error, result)
+                         $7::text[], $8::text[], $9::text[], $10::text[])
+      AS finish (subscription, key, attempt, token, state, error, result, reason,
+                 last_checkpoint, dead_letter_topic)
 ), held AS (
     SELECT leases.subscription, leases.key, leases.attempt, leases.interruptions, leases.worker,
-           leases.started_at, input.token, input.state, input.error, input.result
+           leases.started_at, input.token, input.state, input.error, input.result, input.reason,
+           coalesce(input.last_checkpoint, leases.checkpoint) AS checkpoint,
+           input.dead_letter_topic
     FROM leases JOIN input USING (subscription, key, attempt, token)
     ORDER BY leases.subscription, leases.key
     FOR UPDATE OF leases
@@ -32,8 +38,10 @@ WITH input AS (
     UPDATE processed_messages
     SET state = ended.state, error = ended.error, result = ended.result::json,
         finished_at = now(), finished_by = ended.token,
-        attempts = ended.attempt - ended.interruptions, worker = ended.worker,
-        started_at = ended.started_at
+        attempts = ended.attempt - ended.interruptions, last_attempt = ended.attempt,
+        worker = ended.worker, started_at = ended.started_at, reason = ended.reason,
+        checkpoint = ended.checkpoint,
+        dead_letter_topic = CASE WHEN ended.state = 'dead' THEN ended.dead_letter_topic END
     FROM ended
     WHERE processed_messages.subscription = ended.subscription
       AND processed_messages.key = ended.key
@@ -66,6 +74,24 @@ pub(super) async fn finish(pool: &PgPool, finishes: &[Finish]) -> Result<Vec<boo
         )
         .bind(errors.collect::<Vec<_>>())
         .bind(results)
+        .bind(
+            finishes
+                .iter()
+                .map(|finish| finish.ending.reason.map(DeadReason::as_str))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            finishes
+                .iter()
+                .map(|finish| finish.checkpoint.as_deref().map(storable))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            finishes
+                .iter()
+                .map(|finish| finish.dead_letter_topic.as_deref())
+                .collect::<Vec<_>>(),
+        )
         .fetch_all(pool)
         .await?;
     let mut ended: HashSet<Uuid> = ended.into_iter().collect();
@@ -100,23 +126,33 @@ async fn ended_earlier(pool: &PgPool, finishes: &[Finish]) -> Result<Vec<Uuid>, 
     Ok(tokens)
 }
 
-/// The lease ends now, so that the job waits no longer than it must.
+/// From now on the job waits in the table: for no longer than it must, or for
+/// its next attempt.
 const RELEASE: &str = "
 WITH released AS (
     UPDATE leases
-    SET token = NULL, interruptions = interruptions + 1, lease_until = now()
+    SET token = NULL, interruptions = interruptions + $5,
+        lease_until = now() + make_interval(secs => $6), last_error = coalesce($7, last_error),
+        checkpoint = coalesce($8, checkpoint)
     WHERE subscription = $1 AND key = $2 AND attempt = $3 AND token = $4
     RETURNING subscription, key, worker, attempt
 )
-INSERT INTO ledger (subscription, key, worker, kind, attempt)
-SELECT subscription, key, worker, 'released', attempt FROM released";
+INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
+SELECT subscription, key, worker, $9, attempt, $7 FROM released";
 
-pub(super) async fn release(pool: &PgPool, fence: &Fence) -> Result<bool, StoreError> {
+pub(super) async fn release(pool: &PgPool, release: &Release) -> Result<bool, StoreError> {
+    let Release { fence, why, .. } = release;
+    let (interruptions, retry_in, error, kind) = why.columns();
     let released = sqlx::query(RELEASE)
         .bind(&*fence.key.subscription)
         .bind(&*fence.key.key)
         .bind(fence.attempt.cast_signed())
         .bind(fence.token)
+        .bind(interruptions)
+        .bind(retry_in.as_secs_f64())
+        .bind(error.map(storable))
+        .bind(release.checkpoint.as_deref().map(storable))
+        .bind(kind)
         .execute(pool)
         .await?;
     Ok(released.rows_affected() == 1)
@@ -126,8 +162,8 @@ const REFUSE: &str = "
 WITH refused AS (
     INSERT INTO processed_messages AS existing
            (subscription, key, job_id, message_id, publish_time, ordering_key, attributes,
-            payload, task, state, error, finished_at, worker)
-    VALUES ($1, $2, $3, $4, $5, $6, $7::text::json, $8, $9, 'dead', $10, now(), $11)
+            payload, task, state, error, finished_at, worker, reason, dead_letter_topic)
+    VALUES ($1, $2, $3, $4, $5, $6, $7::text::json, $8, $9, 'dead', $10, now(), $11, $13, $14)
     ON CONFLICT (subscription, key) DO UPDATE SET duplicates = existing.duplicates + 1
     RETURNING job_id = $3 AS recorded, state, duplicates, message_id
 ), noted AS (
@@ -151,13 +187,52 @@ pub(super) async fn refuse(pool: &PgPool, refusal: &Refusal) -> Result<Refused, 
         .bind(json_text(&message.attributes)?)
         .bind(&message.data[..])
         .bind(refusal.task.as_deref().map(storable))
-        .bind(storable(&refusal.reason))
+        .bind(storable(&refusal.error))
         .bind(&*refusal.worker)
         .bind(MAX_DUPLICATES_IN_LEDGER.cast_signed())
+        .bind(refusal.reason.as_str())
+        .bind(refusal.dead_letter_topic.as_deref())
         .fetch_one(pool)
         .await?;
     Ok(Refused::read(
         row.try_get("recorded")?,
         row.try_get("state")?,
     ))
+}
+
+/// Only while no worker has ever begun to run it.
+const GIVE_UP_UNKNOWN: &str = "
+WITH given_up AS (
+    DELETE FROM leases
+    WHERE subscription = $1 AND key = $2 AND token IS NULL AND attempt = 0
+      AND unknown_since <= now() - make_interval(secs => $3)
+    RETURNING subscription, key
+), dead AS (
+    UPDATE processed_messages
+    SET state = 'dead', error = $4, reason = $5, finished_at = now(), worker = $6,
+        dead_letter_topic = $7
+    FROM given_up
+    WHERE processed_messages.subscription = given_up.subscription
+      AND processed_messages.key = given_up.key
+)
+INSERT INTO ledger (subscription, key, worker, kind, detail)
+SELECT subscription, key, $6, 'refused', $4 FROM given_up";
+
+pub(super) async fn give_up_unknown(
+    pool: &PgPool,
+    key: &JobKey,
+    patience: Duration,
+    refusal: &GivenUp,
+) -> Result<bool, StoreError> {
+    let given_up = sqlx::query(GIVE_UP_UNKNOWN)
+        .bind(&*key.subscription)
+        .bind(&*key.key)
+        .bind(patience.as_secs_f64())
+        .bind(storable(&refusal.error))
+        .bind(DeadReason::UnknownTask.as_str())
+        .bind(&*refusal.worker)
+        .bind(refusal.dead_letter_topic.as_deref())
+        .execute(pool)
+        .await?;
+    Ok(given_up.rows_affected() == 1)
 }

@@ -78,7 +78,9 @@ pub(super) async fn purge(
 const JOBS_OF_MESSAGE: &str = "
 SELECT m.job_id, m.subscription, m.key, m.message_id, m.publish_time, m.ordering_key, m.task,
        m.state, m.attempts, m.duplicates, m.worker, m.received_at, m.started_at, m.finished_at,
-       m.error, m.result, leases.attempt - leases.interruptions AS live_attempts, leases.worker AS live_worker,
+       m.error, m.result, m.reason, m.checkpoint, leases.attempt - leases.interruptions AS live_attempts, leases.worker AS live_worker,
+       leases.checkpoint AS live_checkpoint, leases.last_error,
+       CASE WHEN leases.token IS NULL THEN leases.lease_until END AS waits_until,
        leases.started_at AS live_started_at,
        coalesce(leases.token IS NOT NULL AND leases.lease_until >= now(), false) AS held
 FROM processed_messages m LEFT JOIN leases USING (subscription, key)

@@ -1,23 +1,32 @@
-//! The statements by which a reaper takes over what no delivery asks for.
+//! The statements by which a reaper takes what no delivery asks for.
 
 use std::collections::HashMap;
 
+use sqlx::postgres::PgRow;
 use sqlx::{PgPool, Row};
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::super::{ClaimTerms, Reach, StoreError};
 use super::claims::{Taker, Won, take_over};
-use crate::job::{Acquired, Fence, JobKey, Orphan};
+use crate::job::{JobKey, Reaped};
 
 /// Scans the small table only; the task of what it finds is looked up by key.
+/// What waits may run at once; what was running when its worker was lost, only
+/// once Pub/Sub has had its time to bring it back.
 const FIND_ORPHANS: &str = "
 SELECT leases.subscription, leases.key, leases.reap_delay, processed_messages.task,
-       processed_messages.message_id, processed_messages.payload
+       processed_messages.message_id, processed_messages.ordering_key, processed_messages.payload
 FROM leases JOIN processed_messages USING (subscription, key)
-WHERE leases.lease_until + make_interval(secs => leases.reap_delay) < now()
+WHERE leases.lease_until + make_interval(
+          secs => CASE WHEN leases.token IS NULL THEN 0 ELSE leases.reap_delay END) <= now()
   AND leases.subscription = ANY ($1) AND processed_messages.task = ANY ($2)
-ORDER BY leases.lease_until
+  AND (leases.ordering_key IS NULL OR NOT EXISTS (
+          SELECT 1 FROM leases earlier
+          WHERE earlier.subscription = leases.subscription
+            AND earlier.ordering_key = leases.ordering_key
+            AND earlier.position < leases.position))
+ORDER BY leases.lease_until, leases.position
 LIMIT $3
 FOR UPDATE OF leases SKIP LOCKED";
 
@@ -26,12 +35,12 @@ pub(super) async fn reap(
     reach: &Reach,
     terms: &ClaimTerms,
     limit: usize,
-) -> Result<Vec<Orphan>, StoreError> {
+) -> Result<Vec<Reaped>, StoreError> {
     let claimed_at = Instant::now();
     let mut transaction = pool.begin().await?;
     let found = sqlx::query(FIND_ORPHANS)
-        .bind(&reach.subscriptions)
-        .bind(&reach.tasks)
+        .bind(reach.subscriptions.keys().collect::<Vec<_>>())
+        .bind(reach.tasks.keys().collect::<Vec<_>>())
         .bind(i64::try_from(limit).unwrap_or(i64::MAX))
         .fetch_all(&mut *transaction)
         .await?;
@@ -52,6 +61,7 @@ pub(super) async fn reap(
                 key,
                 token: Uuid::new_v4(),
                 reap_delay: row.try_get("reap_delay")?,
+                limits: reach.limits(&key.subscription, row.try_get("task")?),
             })
         })
         .collect::<Result<Vec<Taker>, StoreError>>()?;
@@ -59,27 +69,22 @@ pub(super) async fn reap(
     transaction.commit().await?;
 
     let mut won: HashMap<Uuid, Won> = won.into_iter().map(|won| (won.token, won)).collect();
-    let mut orphans = Vec::with_capacity(won.len());
     // In the order of `found`; what was parked instead is not among the won.
-    for (taker, row) in takers.iter().zip(&found) {
-        let Some(won) = won.remove(&taker.token) else {
-            continue;
-        };
-        let payload: Option<Vec<u8>> = row.try_get("payload")?;
-        orphans.push(Orphan {
-            acquired: Acquired {
-                fence: Fence {
-                    key: taker.key.clone(),
-                    attempt: won.attempt.unsigned_abs(),
-                    token: won.token,
-                },
-                job_id: won.job_id,
-                claimed_at,
-            },
-            task: row.try_get("task")?,
-            message_id: row.try_get("message_id")?,
-            payload: payload.unwrap_or_default().into(),
-        });
-    }
-    Ok(orphans)
+    takers
+        .iter()
+        .zip(&found)
+        .filter_map(|(taker, row)| Some((taker, row, won.remove(&taker.token)?)))
+        .map(|(taker, row, won)| reaped(taker.key, row, won, claimed_at))
+        .collect()
+}
+
+fn reaped(key: &JobKey, row: &PgRow, won: Won, claimed_at: Instant) -> Result<Reaped, StoreError> {
+    let payload: Option<Vec<u8>> = row.try_get("payload")?;
+    Ok(Reaped {
+        acquired: won.acquired(key.clone(), claimed_at),
+        task: row.try_get("task")?,
+        message_id: row.try_get("message_id")?,
+        ordering_key: row.try_get("ordering_key")?,
+        payload: payload.unwrap_or_default().into(),
+    })
 }

@@ -32,7 +32,9 @@ pub(super) async fn outstanding_migrations(
 const JOBS: &str = "
 SELECT m.job_id, m.subscription, m.key, m.message_id, m.publish_time, m.ordering_key, m.task,
        m.state, m.attempts, m.duplicates, m.worker, m.received_at, m.started_at, m.finished_at,
-       m.error, m.result, leases.attempt - leases.interruptions AS live_attempts, leases.worker AS live_worker,
+       m.error, m.result, m.reason, m.checkpoint, leases.attempt - leases.interruptions AS live_attempts, leases.worker AS live_worker,
+       leases.checkpoint AS live_checkpoint, leases.last_error,
+       CASE WHEN leases.token IS NULL THEN leases.lease_until END AS waits_until,
        leases.started_at AS live_started_at, coalesce(leases.token IS NOT NULL AND leases.lease_until >= now(), false) AS held
 FROM processed_messages m LEFT JOIN leases USING (subscription, key)
 WHERE ($1::text IS NULL OR m.task = $1)
@@ -73,6 +75,8 @@ pub(super) async fn job_ids_ending_with(
 
 const JOB: &str = "
 SELECT m.*, leases.attempt - leases.interruptions AS live_attempts, leases.worker AS live_worker,
+       leases.checkpoint AS live_checkpoint, leases.last_error,
+       CASE WHEN leases.token IS NULL THEN leases.lease_until END AS waits_until,
        leases.started_at AS live_started_at, coalesce(leases.token IS NOT NULL AND leases.lease_until >= now(), false) AS held
 FROM processed_messages m LEFT JOIN leases USING (subscription, key)
 WHERE m.job_id = $1";
@@ -92,6 +96,8 @@ pub(super) fn read_job(row: &PgRow) -> Result<Job, StoreError> {
     let attempts = live_attempts.unwrap_or(row.try_get("attempts")?);
     let live_worker: Option<String> = row.try_get("live_worker")?;
     let ordering_key: String = row.try_get("ordering_key")?;
+    let error: Option<String> = row.try_get("error")?;
+    let checkpoint: Option<String> = row.try_get("checkpoint")?;
     Ok(Job {
         id: row.try_get("job_id")?,
         subscription: row.try_get("subscription")?,
@@ -109,7 +115,10 @@ pub(super) fn read_job(row: &PgRow) -> Result<Job, StoreError> {
             .try_get::<Option<_>, _>("live_started_at")?
             .or(row.try_get("started_at")?),
         finished_at: row.try_get("finished_at")?,
-        error: row.try_get("error")?,
+        error: error.or(row.try_get("last_error")?),
+        reason: row.try_get("reason")?,
+        checkpoint: checkpoint.or(row.try_get("live_checkpoint")?),
+        waits_until: row.try_get("waits_until")?,
         result: row.try_get("result")?,
         payload: None,
     })

@@ -14,7 +14,8 @@ use super::super::{
     too_many_crashes,
 };
 use super::ledger::{Entry, add_to_ledger};
-use crate::job::{Acquired, Claim, ClaimRequest, Fence, FinalState, JobKey};
+use crate::job::{Acquired, Can, Claim, ClaimRequest, Fence, FinalState, JobKey, Limits};
+use crate::outcome::DeadReason;
 
 /// Takes the write lock at once: a transaction that began by reading could
 /// not become a writer after another one's commit.
@@ -30,24 +31,45 @@ pub(super) async fn claim(
     let mut transaction = connection.begin_with(BEGIN).await?;
     let mut answers = Vec::with_capacity(requests.len());
     for request in requests {
-        let won = match insert_new(&mut transaction, request, terms).await? {
-            Some(won) => Some(won),
-            None => take_over(&mut transaction, &request.into(), terms).await?,
-        };
-        answers.push(match won {
-            Some(won) => Claim::Acquired(won.acquired(request.key.clone(), claimed_at)),
-            None => count_duplicate(&mut transaction, request, terms).await?,
-        });
+        answers.push(answer(&mut transaction, request, terms, claimed_at).await?);
     }
     transaction.commit().await?;
     Ok(answers)
 }
 
-/// A lease that a statement has just given.
+async fn answer(
+    connection: &mut SqliteConnection,
+    request: &ClaimRequest,
+    terms: &ClaimTerms,
+    claimed_at: Instant,
+) -> Result<Claim, StoreError> {
+    let acquired = |won: Won| Claim::Acquired(won.acquired(request.key.clone(), claimed_at));
+    match insert_new(connection, request, terms).await? {
+        Inserted::Runs(won) => return Ok(acquired(won)),
+        Inserted::Waits => {
+            return Ok(Claim::Waiting {
+                until: claimed_at,
+                acked: request.reap_delay.is_zero(),
+            });
+        }
+        Inserted::Known => {}
+    }
+    if request.can == Can::Run
+        && let Some(won) = take_over(connection, &request.into(), terms).await?
+    {
+        return Ok(acquired(won));
+    }
+    not_acquired(connection, request, terms).await
+}
+
+/// A job that a statement has just given.
 pub(super) struct Won {
     token: Uuid,
     job_id: Uuid,
     attempt: u32,
+    counted_attempts: u32,
+    checkpoint: Option<String>,
+    cancel_requested: bool,
 }
 
 impl Won {
@@ -60,8 +82,18 @@ impl Won {
             },
             job_id: self.job_id,
             claimed_at,
+            counted_attempts: self.counted_attempts,
+            checkpoint: self.checkpoint.map(Into::into),
+            cancel_requested: self.cancel_requested,
         }
     }
+}
+
+enum Inserted {
+    Runs(Won),
+    Waits,
+    /// It was on record already.
+    Known,
 }
 
 const INSERT_NEW: &str = "
@@ -71,58 +103,91 @@ INSERT INTO processed_messages
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 'open', CAST(unixepoch('subsec') * 1000 AS INTEGER))
 ON CONFLICT (subscription, key) DO NOTHING";
 
+const IS_FIRST_OF_ITS_ORDERING_KEY: &str = "
+SELECT NOT EXISTS (SELECT 1 FROM leases WHERE subscription = $1 AND ordering_key = $2)";
+
+/// A job runs at once unless it has to wait: for an earlier one of its
+/// ordering key, or for a worker that can run it.
 const INSERT_LEASE: &str = "
 INSERT INTO leases
-       (subscription, key, attempt, token, worker, started_at, lease_until, reap_delay)
-VALUES ($1, $2, 1, $3, $4, CAST(unixepoch('subsec') * 1000 AS INTEGER),
-        CAST(unixepoch('subsec') * 1000 AS INTEGER) + $5, $6)";
+       (subscription, key, ordering_key, position, attempt, token, worker, started_at,
+        lease_until, reap_delay, unknown_since)
+VALUES ($1, $2, $3,
+        (SELECT coalesce(max(position), 0) + 1 FROM leases
+         WHERE subscription = $1 AND ordering_key = $3),
+        $4, CASE WHEN $4 THEN $5 END, CASE WHEN $4 THEN $6 END,
+        CASE WHEN $4 THEN CAST(unixepoch('subsec') * 1000 AS INTEGER) END,
+        CAST(unixepoch('subsec') * 1000 AS INTEGER) + CASE WHEN $4 THEN $7 ELSE 0 END, $8,
+        CASE WHEN $9 THEN CAST(unixepoch('subsec') * 1000 AS INTEGER) END)";
 
 async fn insert_new(
     connection: &mut SqliteConnection,
     request: &ClaimRequest,
     terms: &ClaimTerms,
-) -> Result<Option<Won>, StoreError> {
+) -> Result<Inserted, StoreError> {
     let message = &request.message;
+    let ordering_key = storable(&message.ordering_key);
     let inserted = sqlx::query(INSERT_NEW)
         .bind(&*request.key.subscription)
         .bind(&*request.key.key)
         .bind(request.job_id)
         .bind(&message.id)
         .bind(message.publish_time.timestamp_millis())
-        .bind(storable(&message.ordering_key))
+        .bind(&*ordering_key)
         .bind(json_text(&message.attributes)?)
         .bind(&message.data[..])
         .bind(storable(&request.task))
         .execute(&mut *connection)
         .await?;
     if inserted.rows_affected() == 0 {
-        return Ok(None);
+        return Ok(Inserted::Known);
     }
+    let ordering_key = Some(&*ordering_key).filter(|key| !key.is_empty());
+    let is_first: bool = sqlx::query_scalar(IS_FIRST_OF_ITS_ORDERING_KEY)
+        .bind(&*request.key.subscription)
+        .bind(ordering_key)
+        .fetch_one(&mut *connection)
+        .await?;
+    let runs = request.can == Can::Run && is_first;
     sqlx::query(INSERT_LEASE)
         .bind(&*request.key.subscription)
         .bind(&*request.key.key)
+        .bind(ordering_key)
+        .bind(runs)
         .bind(request.token)
         .bind(&*terms.worker)
         .bind(milliseconds(terms.lease))
         .bind(milliseconds(request.reap_delay))
+        .bind(request.can == Can::RecordUnknown)
         .execute(&mut *connection)
         .await?;
-    add_to_ledger(
-        connection,
-        &request.key,
-        &Entry {
-            worker: &terms.worker,
-            kind: "claimed",
-            attempt: Some(1),
-            ..Entry::default()
-        },
-    )
-    .await?;
-    Ok(Some(Won {
-        token: request.token,
-        job_id: request.job_id,
-        attempt: 1,
-    }))
+    let unknown = format!("this worker does not know the task `{}`", request.task);
+    let detail = match request.can {
+        _ if runs => None,
+        Can::Run => Some("an earlier job of its ordering key is unfinished"),
+        Can::Record => Some("this worker has no room for the task"),
+        Can::RecordUnknown => Some(&*unknown),
+    };
+    let detail = detail.map(storable);
+    let entry = Entry {
+        worker: &terms.worker,
+        kind: if runs { "claimed" } else { "queued" },
+        attempt: runs.then_some(1),
+        detail: detail.as_deref(),
+        ..Entry::default()
+    };
+    add_to_ledger(connection, &request.key, &entry).await?;
+    Ok(match runs {
+        true => Inserted::Runs(Won {
+            token: request.token,
+            job_id: request.job_id,
+            attempt: 1,
+            counted_attempts: 1,
+            checkpoint: None,
+            cancel_requested: false,
+        }),
+        false => Inserted::Waits,
+    })
 }
 
 /// What a run needs to take a job over.
@@ -131,6 +196,7 @@ pub(super) struct Taker<'a> {
     pub(super) token: Uuid,
     /// In milliseconds.
     pub(super) reap_delay: i64,
+    pub(super) limits: Limits,
 }
 
 impl<'a> From<&'a ClaimRequest> for Taker<'a> {
@@ -139,6 +205,7 @@ impl<'a> From<&'a ClaimRequest> for Taker<'a> {
             key: &request.key,
             token: request.token,
             reap_delay: milliseconds(request.reap_delay),
+            limits: request.limits.clone(),
         }
     }
 }
@@ -147,19 +214,26 @@ impl<'a> From<&'a ClaimRequest> for Taker<'a> {
 /// lost: the claim is confirmed as it stands, and told once. A lease that ended without a word
 /// from its worker is a crash.
 const FREE: &str = "
-SELECT token IS $3 AS mine, token IS NOT NULL AND token <> $3 AS crashed, crashes, worker
+SELECT token IS $3 AS mine, token IS NOT NULL AND token <> $3 AS crashed, crashes, worker,
+       attempt - interruptions AS counted_attempts
 FROM leases
 WHERE subscription = $1 AND key = $2
-  AND (token IS NULL OR token = $3
-       OR lease_until < CAST(unixepoch('subsec') * 1000 AS INTEGER))";
+  AND (token = $3 OR lease_until <= CAST(unixepoch('subsec') * 1000 AS INTEGER))
+  AND (ordering_key IS NULL OR NOT EXISTS (
+          SELECT 1 FROM leases earlier
+          WHERE earlier.subscription = leases.subscription
+            AND earlier.ordering_key = leases.ordering_key
+            AND earlier.position < leases.position))";
 
 const TAKE_OVER: &str = "
 UPDATE leases
 SET attempt = attempt + (token IS NOT $3), token = $3, worker = $4,
     started_at = CAST(unixepoch('subsec') * 1000 AS INTEGER),
-    lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER) + $5, crashes = $6, reap_delay = $7
+    lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER) + $5, crashes = $6, reap_delay = $7,
+    unknown_since = NULL
 WHERE subscription = $1 AND key = $2
-RETURNING attempt, (SELECT job_id FROM processed_messages m
+RETURNING attempt, attempt - interruptions AS counted_attempts, checkpoint, cancel_requested,
+          (SELECT job_id FROM processed_messages m
                     WHERE m.subscription = leases.subscription AND m.key = leases.key) AS job_id";
 
 pub(super) async fn take_over(
@@ -178,8 +252,16 @@ pub(super) async fn take_over(
     };
     let crashed: bool = free.try_get("crashed")?;
     let crashes = free.try_get::<u32, _>("crashes")? + u32::from(crashed);
-    if crashes >= terms.max_crashes {
-        park(connection, taker.key, terms).await?;
+    let max_attempts = taker.limits.max_attempts;
+    let error = match crashed {
+        true if crashes >= terms.max_crashes => Some(too_many_crashes(terms.max_crashes)),
+        true if free.try_get::<u32, _>("counted_attempts")? >= max_attempts => Some(format!(
+            "its worker was lost during attempt {max_attempts} of {max_attempts}"
+        )),
+        _ => None,
+    };
+    if let Some(error) = error {
+        park(connection, taker, &error, terms).await?;
         return Ok(None);
     }
     let taken = sqlx::query(TAKE_OVER)
@@ -209,6 +291,9 @@ pub(super) async fn take_over(
         token: taker.token,
         job_id: taken.try_get("job_id")?,
         attempt,
+        counted_attempts: taken.try_get("counted_attempts")?,
+        checkpoint: taken.try_get("checkpoint")?,
+        cancel_requested: taken.try_get("cancel_requested")?,
     }))
 }
 
@@ -217,8 +302,9 @@ pub(super) async fn take_over(
 const PARK_JOB: &str = "
 UPDATE processed_messages
 SET state = 'dead', error = $3, finished_at = CAST(unixepoch('subsec') * 1000 AS INTEGER),
-    attempts = parked.attempt - parked.interruptions, worker = parked.worker,
-    started_at = parked.started_at
+    attempts = parked.attempt - parked.interruptions, last_attempt = parked.attempt,
+    worker = parked.worker, started_at = parked.started_at, checkpoint = parked.checkpoint,
+    reason = $4, dead_letter_topic = $5
 FROM (SELECT * FROM leases WHERE subscription = $1 AND key = $2) AS parked
 WHERE processed_messages.subscription = $1 AND processed_messages.key = $2";
 
@@ -227,14 +313,17 @@ const PARK_LEASE: &str =
 
 async fn park(
     connection: &mut SqliteConnection,
-    key: &JobKey,
+    taker: &Taker<'_>,
+    error: &str,
     terms: &ClaimTerms,
 ) -> Result<(), StoreError> {
-    let reason = too_many_crashes(terms.max_crashes);
+    let key = taker.key;
     sqlx::query(PARK_JOB)
         .bind(&*key.subscription)
         .bind(&*key.key)
-        .bind(&reason)
+        .bind(error)
+        .bind(DeadReason::WorkerLost.as_str())
+        .bind(taker.limits.dead_letter_topic.as_deref())
         .execute(&mut *connection)
         .await?;
     let attempt = sqlx::query_scalar(PARK_LEASE)
@@ -246,10 +335,38 @@ async fn park(
         worker: &terms.worker,
         kind: "parked",
         attempt: Some(attempt),
-        detail: Some(&reason),
+        detail: Some(error),
         ..Entry::default()
     };
     add_to_ledger(connection, key, &entry).await
+}
+
+/// A message that comes again while its job waits is no duplicate: nobody has
+/// run it yet.
+const WAITING: &str = "
+SELECT max(lease_until - CAST(unixepoch('subsec') * 1000 AS INTEGER), 0) AS remaining,
+       reap_delay = 0 AS acked
+FROM leases
+WHERE subscription = $1 AND key = $2 AND token IS NULL";
+
+async fn not_acquired(
+    connection: &mut SqliteConnection,
+    request: &ClaimRequest,
+    terms: &ClaimTerms,
+) -> Result<Claim, StoreError> {
+    let waiting = sqlx::query(WAITING)
+        .bind(&*request.key.subscription)
+        .bind(&*request.key.key)
+        .fetch_optional(&mut *connection)
+        .await?;
+    let Some(waiting) = waiting else {
+        return count_duplicate(connection, request, terms).await;
+    };
+    let remaining = Duration::from_millis(waiting.try_get("remaining")?);
+    Ok(Claim::Waiting {
+        until: Instant::now() + remaining,
+        acked: waiting.try_get("acked")?,
+    })
 }
 
 const COUNT_DUPLICATE: &str = "
@@ -257,6 +374,8 @@ UPDATE processed_messages
 SET duplicates = duplicates + 1
 WHERE subscription = $1 AND key = $2
 RETURNING state, duplicates, message_id,
+          (SELECT reap_delay = 0 FROM leases
+           WHERE leases.subscription = $1 AND leases.key = $2) AS acked,
           (SELECT max(lease_until - CAST(unixepoch('subsec') * 1000 AS INTEGER), 0)
            FROM leases
            WHERE leases.subscription = $1 AND leases.key = $2) AS remaining";
@@ -289,13 +408,15 @@ async fn count_duplicate(
     }
     let remaining: Option<u64> = row.try_get("remaining")?;
     let remaining = Duration::from_millis(remaining.unwrap_or(0));
-    Ok(Claim::HeldUntil(Instant::now() + remaining))
+    Ok(Claim::HeldUntil {
+        until: Instant::now() + remaining,
+        acked: row.try_get::<Option<bool>, _>("acked")? == Some(true),
+    })
 }
 
 const LOOK: &str = "
-SELECT m.state,
-       leases.token IS NOT NULL
-       AND leases.lease_until >= CAST(unixepoch('subsec') * 1000 AS INTEGER) AS held,
+SELECT m.state, leases.token IS NULL AS waiting, leases.reap_delay = 0 AS acked,
+       leases.lease_until >= CAST(unixepoch('subsec') * 1000 AS INTEGER) AS held,
        max(leases.lease_until - CAST(unixepoch('subsec') * 1000 AS INTEGER), 0) AS remaining
 FROM processed_messages m LEFT JOIN leases USING (subscription, key)
 WHERE m.subscription = $1 AND m.key = $2";
@@ -312,39 +433,16 @@ pub(super) async fn look(pool: &SqlitePool, key: &JobKey) -> Result<Standing, St
     if let Some(state) = final_state(row.try_get("state")?) {
         return Ok(Standing::Finished(state));
     }
+    let remaining: Option<u64> = row.try_get("remaining")?;
+    let remaining = Duration::from_millis(remaining.unwrap_or(0));
+    if row.try_get("waiting")? {
+        return Ok(Standing::Waiting { remaining });
+    }
     if row.try_get::<Option<bool>, _>("held")? == Some(true) {
-        let remaining = row.try_get("remaining")?;
-        return Ok(Standing::Held(Duration::from_millis(remaining)));
+        let acked = row.try_get::<Option<bool>, _>("acked")? == Some(true);
+        return Ok(Standing::Held { remaining, acked });
     }
     Ok(Standing::Free)
-}
-
-const RENEW: &str = "
-UPDATE leases
-SET lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER) + $5
-WHERE subscription = $1 AND key = $2 AND attempt = $3 AND token = $4";
-
-pub(super) async fn renew(
-    pool: &SqlitePool,
-    fences: &[Fence],
-    lease: Duration,
-) -> Result<Vec<bool>, StoreError> {
-    let mut connection = pool.acquire().await?;
-    let mut transaction = connection.begin_with(BEGIN).await?;
-    let mut renewed = Vec::with_capacity(fences.len());
-    for fence in fences {
-        let row = sqlx::query(RENEW)
-            .bind(&*fence.key.subscription)
-            .bind(&*fence.key.key)
-            .bind(fence.attempt)
-            .bind(fence.token)
-            .bind(milliseconds(lease))
-            .execute(&mut *transaction)
-            .await?;
-        renewed.push(row.rows_affected() == 1);
-    }
-    transaction.commit().await?;
-    Ok(renewed)
 }
 
 pub(super) fn milliseconds(duration: Duration) -> i64 {

@@ -1,21 +1,27 @@
 //! The statements that end a run: finished, released, or refused unrun.
 
+use std::time::Duration;
+
 use sqlx::sqlite::SqlitePool;
 use sqlx::{Connection, Row, SqliteConnection};
 
 use super::super::{
-    Finish, MAX_DUPLICATES_IN_LEDGER, Refusal, Refused, StoreError, json_text, storable,
+    Finish, GivenUp, MAX_DUPLICATES_IN_LEDGER, Refusal, Refused, Release, StoreError, json_text,
+    storable,
 };
-use super::claims::BEGIN;
+use super::claims::{BEGIN, milliseconds};
 use super::ledger::{Entry, add_to_ledger};
-use crate::job::Fence;
+use crate::job::{Fence, JobKey};
+use crate::outcome::DeadReason;
 
 const END_JOB: &str = "
 UPDATE processed_messages
 SET state = $5, error = $6, result = $7,
     finished_at = CAST(unixepoch('subsec') * 1000 AS INTEGER), finished_by = $4,
-    attempts = ended.attempt - ended.interruptions, worker = ended.worker,
-    started_at = ended.started_at
+    attempts = ended.attempt - ended.interruptions, last_attempt = ended.attempt,
+    worker = ended.worker, started_at = ended.started_at, reason = $8,
+    checkpoint = coalesce($9, ended.checkpoint),
+    dead_letter_topic = CASE WHEN $5 = 'dead' THEN $10 END
 FROM (SELECT * FROM leases
       WHERE subscription = $1 AND key = $2 AND attempt = $3 AND token = $4) AS ended
 WHERE processed_messages.subscription = $1 AND processed_messages.key = $2
@@ -43,8 +49,9 @@ pub(super) async fn finish(
 
 async fn finish_one(
     connection: &mut SqliteConnection,
-    Finish { fence, ending }: &Finish,
+    finish: &Finish,
 ) -> Result<bool, StoreError> {
+    let Finish { fence, ending, .. } = finish;
     let worker: Option<String> = sqlx::query_scalar(END_JOB)
         .bind(&*fence.key.subscription)
         .bind(&*fence.key.key)
@@ -53,6 +60,9 @@ async fn finish_one(
         .bind(ending.state.as_str())
         .bind(ending.error.as_deref().map(storable))
         .bind(ending.result.as_ref().map(json_text).transpose()?)
+        .bind(ending.reason.map(DeadReason::as_str))
+        .bind(finish.checkpoint.as_deref().map(storable))
+        .bind(finish.dead_letter_topic.as_deref())
         .fetch_optional(&mut *connection)
         .await?;
     let Some(worker) = worker else {
@@ -88,15 +98,20 @@ async fn was_ended_by(
     Ok(ended)
 }
 
-/// The lease ends now, so that the job waits no longer than it must.
+/// From now on the job waits in the table: for no longer than it must, or for
+/// its next attempt.
 const RELEASE: &str = "
 UPDATE leases
-SET token = NULL, interruptions = interruptions + 1,
-    lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER)
+SET token = NULL, interruptions = interruptions + $5,
+    lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER) + $6,
+    last_error = coalesce($7, last_error), checkpoint = coalesce($8, checkpoint)
 WHERE subscription = $1 AND key = $2 AND attempt = $3 AND token = $4
 RETURNING worker";
 
-pub(super) async fn release(pool: &SqlitePool, fence: &Fence) -> Result<bool, StoreError> {
+pub(super) async fn release(pool: &SqlitePool, release: &Release) -> Result<bool, StoreError> {
+    let Release { fence, why, .. } = release;
+    let (interruptions, retry_in, error, kind) = why.columns();
+    let error = error.map(storable);
     let mut connection = pool.acquire().await?;
     let mut transaction = connection.begin_with(BEGIN).await?;
     let worker: Option<String> = sqlx::query_scalar(RELEASE)
@@ -104,6 +119,10 @@ pub(super) async fn release(pool: &SqlitePool, fence: &Fence) -> Result<bool, St
         .bind(&*fence.key.key)
         .bind(fence.attempt)
         .bind(fence.token)
+        .bind(interruptions)
+        .bind(milliseconds(retry_in))
+        .bind(error.as_deref())
+        .bind(release.checkpoint.as_deref().map(storable))
         .fetch_optional(&mut *transaction)
         .await?;
     let Some(worker) = worker else {
@@ -111,8 +130,9 @@ pub(super) async fn release(pool: &SqlitePool, fence: &Fence) -> Result<bool, St
     };
     let entry = Entry {
         worker: &worker,
-        kind: "released",
+        kind,
         attempt: Some(fence.attempt),
+        detail: error.as_deref(),
         ..Entry::default()
     };
     add_to_ledger(&mut transaction, &fence.key, &entry).await?;
@@ -123,10 +143,10 @@ pub(super) async fn release(pool: &SqlitePool, fence: &Fence) -> Result<bool, St
 const REFUSE: &str = "
 INSERT INTO processed_messages
        (subscription, key, job_id, message_id, publish_time, ordering_key, attributes, payload,
-        task, state, error, received_at, finished_at, worker)
+        task, state, error, received_at, finished_at, worker, reason, dead_letter_topic)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 'dead', $10,
         CAST(unixepoch('subsec') * 1000 AS INTEGER),
-        CAST(unixepoch('subsec') * 1000 AS INTEGER), $11)
+        CAST(unixepoch('subsec') * 1000 AS INTEGER), $11, $12, $13)
 ON CONFLICT (subscription, key) DO UPDATE SET duplicates = duplicates + 1
 RETURNING job_id = $3 AS recorded, state, duplicates, message_id";
 
@@ -144,14 +164,16 @@ pub(super) async fn refuse(pool: &SqlitePool, refusal: &Refusal) -> Result<Refus
         .bind(json_text(&message.attributes)?)
         .bind(&message.data[..])
         .bind(refusal.task.as_deref().map(storable))
-        .bind(storable(&refusal.reason))
+        .bind(storable(&refusal.error))
         .bind(&*refusal.worker)
+        .bind(refusal.reason.as_str())
+        .bind(refusal.dead_letter_topic.as_deref())
         .fetch_one(&mut *transaction)
         .await?;
     let recorded: bool = row.try_get("recorded")?;
     let refused = Refused::read(recorded, row.try_get("state")?);
     if row.try_get::<u32, _>("duplicates")? <= MAX_DUPLICATES_IN_LEDGER {
-        let reason = storable(&refusal.reason);
+        let reason = storable(&refusal.error);
         let first: &str = row.try_get("message_id")?;
         let entry = Entry {
             worker: &refusal.worker,
@@ -164,4 +186,55 @@ pub(super) async fn refuse(pool: &SqlitePool, refusal: &Refusal) -> Result<Refus
     }
     transaction.commit().await?;
     Ok(refused)
+}
+
+/// Only while no worker has ever begun to run it.
+const GIVE_UP_LEASE: &str = "
+DELETE FROM leases
+WHERE subscription = $1 AND key = $2 AND token IS NULL AND attempt = 0
+  AND unknown_since <= CAST(unixepoch('subsec') * 1000 AS INTEGER) - $3";
+
+const GIVE_UP_JOB: &str = "
+UPDATE processed_messages
+SET state = 'dead', error = $3, reason = $4,
+    finished_at = CAST(unixepoch('subsec') * 1000 AS INTEGER), worker = $5,
+    dead_letter_topic = $6
+WHERE subscription = $1 AND key = $2";
+
+pub(super) async fn give_up_unknown(
+    pool: &SqlitePool,
+    key: &JobKey,
+    patience: Duration,
+    refusal: &GivenUp,
+) -> Result<bool, StoreError> {
+    let mut connection = pool.acquire().await?;
+    let mut transaction = connection.begin_with(BEGIN).await?;
+    let given_up = sqlx::query(GIVE_UP_LEASE)
+        .bind(&*key.subscription)
+        .bind(&*key.key)
+        .bind(milliseconds(patience))
+        .execute(&mut *transaction)
+        .await?;
+    if given_up.rows_affected() == 0 {
+        return Ok(false);
+    }
+    let error = storable(&refusal.error);
+    sqlx::query(GIVE_UP_JOB)
+        .bind(&*key.subscription)
+        .bind(&*key.key)
+        .bind(&*error)
+        .bind(DeadReason::UnknownTask.as_str())
+        .bind(&*refusal.worker)
+        .bind(refusal.dead_letter_topic.as_deref())
+        .execute(&mut *transaction)
+        .await?;
+    let entry = Entry {
+        worker: &refusal.worker,
+        kind: "refused",
+        detail: Some(&error),
+        ..Entry::default()
+    };
+    add_to_ledger(&mut transaction, key, &entry).await?;
+    transaction.commit().await?;
+    Ok(true)
 }

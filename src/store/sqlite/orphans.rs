@@ -1,4 +1,4 @@
-//! The statements by which a reaper takes over what no delivery asks for.
+//! The statements by which a reaper takes what no delivery asks for.
 
 use sqlx::sqlite::SqlitePool;
 use sqlx::{Connection, Row};
@@ -7,16 +7,25 @@ use uuid::Uuid;
 
 use super::super::{ClaimTerms, Reach, StoreError, json_text};
 use super::claims::{BEGIN, Taker, take_over};
-use crate::job::{JobKey, Orphan};
+use crate::job::{JobKey, Reaped};
 
 /// Scans the small table only; the task of what it finds is looked up by key.
+/// What waits may run at once; what was running when its worker was lost, only
+/// once Pub/Sub has had its time to bring it back.
 const FIND_ORPHANS: &str = "
-SELECT leases.subscription, leases.key, leases.reap_delay, m.task, m.message_id, m.payload
+SELECT leases.subscription, leases.key, leases.reap_delay, m.task, m.message_id,
+       m.ordering_key, m.payload
 FROM leases JOIN processed_messages m USING (subscription, key)
-WHERE leases.lease_until + leases.reap_delay < CAST(unixepoch('subsec') * 1000 AS INTEGER)
+WHERE leases.lease_until + CASE WHEN leases.token IS NULL THEN 0 ELSE leases.reap_delay END
+          <= CAST(unixepoch('subsec') * 1000 AS INTEGER)
   AND leases.subscription IN (SELECT value FROM json_each($1))
   AND m.task IN (SELECT value FROM json_each($2))
-ORDER BY leases.lease_until
+  AND (leases.ordering_key IS NULL OR NOT EXISTS (
+          SELECT 1 FROM leases earlier
+          WHERE earlier.subscription = leases.subscription
+            AND earlier.ordering_key = leases.ordering_key
+            AND earlier.position < leases.position))
+ORDER BY leases.lease_until, leases.position
 LIMIT $3";
 
 pub(super) async fn reap(
@@ -24,35 +33,37 @@ pub(super) async fn reap(
     reach: &Reach,
     terms: &ClaimTerms,
     limit: usize,
-) -> Result<Vec<Orphan>, StoreError> {
+) -> Result<Vec<Reaped>, StoreError> {
     let claimed_at = Instant::now();
     let mut connection = pool.acquire().await?;
     let mut transaction = connection.begin_with(BEGIN).await?;
     let found = sqlx::query(FIND_ORPHANS)
-        .bind(json_text(&reach.subscriptions)?)
-        .bind(json_text(&reach.tasks)?)
+        .bind(json_text(&reach.subscriptions.keys().collect::<Vec<_>>())?)
+        .bind(json_text(&reach.tasks.keys().collect::<Vec<_>>())?)
         .bind(i64::try_from(limit).unwrap_or(i64::MAX))
         .fetch_all(&mut *transaction)
         .await?;
-    let mut orphans = Vec::with_capacity(found.len());
+    let mut reaped = Vec::with_capacity(found.len());
     for row in &found {
         let key = JobKey::new(row.try_get("subscription")?, row.try_get("key")?);
         let taker = Taker {
             key: &key,
             token: Uuid::new_v4(),
             reap_delay: row.try_get("reap_delay")?,
+            limits: reach.limits(&key.subscription, row.try_get("task")?),
         };
         let Some(won) = take_over(&mut transaction, &taker, terms).await? else {
             continue;
         };
         let payload: Option<Vec<u8>> = row.try_get("payload")?;
-        orphans.push(Orphan {
+        reaped.push(Reaped {
             acquired: won.acquired(key, claimed_at),
             task: row.try_get("task")?,
             message_id: row.try_get("message_id")?,
+            ordering_key: row.try_get("ordering_key")?,
             payload: payload.unwrap_or_default().into(),
         });
     }
     transaction.commit().await?;
-    Ok(orphans)
+    Ok(reaped)
 }

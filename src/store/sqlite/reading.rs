@@ -34,7 +34,9 @@ pub(super) async fn outstanding_migrations(
 const JOBS: &str = "
 SELECT m.job_id, m.subscription, m.key, m.message_id, m.publish_time, m.ordering_key, m.task,
        m.state, m.attempts, m.duplicates, m.worker, m.received_at, m.started_at, m.finished_at,
-       m.error, m.result, leases.attempt - leases.interruptions AS live_attempts, leases.worker AS live_worker,
+       m.error, m.result, m.reason, m.checkpoint, leases.attempt - leases.interruptions AS live_attempts, leases.worker AS live_worker,
+       leases.checkpoint AS live_checkpoint, leases.last_error,
+       CASE WHEN leases.token IS NULL THEN leases.lease_until END AS waits_until,
        leases.started_at AS live_started_at, coalesce(leases.token IS NOT NULL AND leases.lease_until >= CAST(unixepoch('subsec') * 1000 AS INTEGER), false) AS held
 FROM processed_messages m LEFT JOIN leases USING (subscription, key)
 WHERE ($1 IS NULL OR m.task = $1)
@@ -75,6 +77,8 @@ pub(super) async fn job_ids_ending_with(
 
 const JOB: &str = "
 SELECT m.*, leases.attempt - leases.interruptions AS live_attempts, leases.worker AS live_worker,
+       leases.checkpoint AS live_checkpoint, leases.last_error,
+       CASE WHEN leases.token IS NULL THEN leases.lease_until END AS waits_until,
        leases.started_at AS live_started_at, coalesce(leases.token IS NOT NULL AND leases.lease_until >= CAST(unixepoch('subsec') * 1000 AS INTEGER), false) AS held
 FROM processed_messages m LEFT JOIN leases USING (subscription, key)
 WHERE m.job_id = $1";
@@ -92,6 +96,8 @@ pub(super) async fn job(pool: &SqlitePool, id: Uuid) -> Result<Option<Job>, Stor
 pub(super) fn read_job(row: &SqliteRow) -> Result<Job, StoreError> {
     let state: &str = row.try_get("state")?;
     let ordering_key: String = row.try_get("ordering_key")?;
+    let error: Option<String> = row.try_get("error")?;
+    let checkpoint: Option<String> = row.try_get("checkpoint")?;
     let result: Option<String> = row.try_get("result")?;
     let result = result.map(|text| serde_json::from_str(&text)).transpose();
     let live_attempts: Option<u32> = row.try_get("live_attempts")?;
@@ -112,7 +118,10 @@ pub(super) fn read_job(row: &SqliteRow) -> Result<Job, StoreError> {
         received_at: time(row, "received_at")?.unwrap_or_default(),
         started_at: live_started_at.or(time(row, "started_at")?),
         finished_at: time(row, "finished_at")?,
-        error: row.try_get("error")?,
+        error: error.or(row.try_get("last_error")?),
+        reason: row.try_get("reason")?,
+        checkpoint: checkpoint.or(row.try_get("live_checkpoint")?),
+        waits_until: time(row, "waits_until")?,
         result: result.map_err(|error| StoreError::Unreadable(error.to_string()))?,
         payload: None,
     })

@@ -11,11 +11,12 @@ use crate::config;
 use crate::executor::Executor;
 use crate::guard::Guard;
 use crate::job::{
-    Acquired, Claim, ClaimRequest, Fence, Job, JobFilter, JobKey, Note, Orphan, Story,
+    Acquired, Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter, JobKey, Note,
+    Reaped, Retrying, Story,
 };
 use crate::store::{
-    ClaimTerms, DatabaseError, Finish, Reach, Refusal, Refused, SchemaError, Standing, Store,
-    StoreError,
+    ClaimTerms, DatabaseError, Finish, GivenUp, Reach, Refusal, Refused, Release, SchemaError,
+    Standing, Store, StoreError,
 };
 use crate::worker::lease_keeper::LeaseKeeper;
 
@@ -62,16 +63,52 @@ impl Store for Renewing {
     async fn look(&self, _: &JobKey) -> Result<Standing, StoreError> {
         unreachable!()
     }
-    async fn reap(&self, _: &Reach, _: &ClaimTerms, _: usize) -> Result<Vec<Orphan>, StoreError> {
+    async fn reap(&self, _: &Reach, _: &ClaimTerms, _: usize) -> Result<Vec<Reaped>, StoreError> {
         unreachable!()
     }
     async fn finish(&self, _: &[Finish]) -> Result<Vec<bool>, StoreError> {
         unreachable!()
     }
-    async fn release(&self, _: &Fence) -> Result<bool, StoreError> {
+    async fn release(&self, _: &Release) -> Result<bool, StoreError> {
         unreachable!()
     }
     async fn refuse(&self, _: &Refusal) -> Result<Refused, StoreError> {
+        unreachable!()
+    }
+    async fn save_checkpoint(&self, _: &Fence, _: &str, _: bool) -> Result<bool, StoreError> {
+        unreachable!()
+    }
+    async fn cancelled_runs(&self, _: &str) -> Result<Vec<Uuid>, StoreError> {
+        unreachable!()
+    }
+    async fn give_up_unknown(
+        &self,
+        _: &JobKey,
+        _: Duration,
+        _: &GivenUp,
+    ) -> Result<bool, StoreError> {
+        unreachable!()
+    }
+    async fn dead_letters(
+        &self,
+        _: Option<&str>,
+        _: Duration,
+        _: u32,
+    ) -> Result<Vec<DeadLetter>, StoreError> {
+        unreachable!()
+    }
+    async fn dead_letter_settled(
+        &self,
+        _: &DeadLetter,
+        _: &str,
+        _: &str,
+    ) -> Result<(), StoreError> {
+        unreachable!()
+    }
+    async fn cancel(&self, _: Uuid, _: &str) -> Result<Option<Cancelling>, StoreError> {
+        unreachable!()
+    }
+    async fn retry(&self, _: Uuid, _: &str) -> Result<Option<Retrying>, StoreError> {
         unreachable!()
     }
     async fn note(&self, _: &str, _: &[Note]) -> Result<(), StoreError> {
@@ -153,6 +190,9 @@ async fn play(scene: Scene) -> (Outcome, Duration) {
         fence,
         job_id: Uuid::nil(),
         claimed_at: Instant::now(),
+        counted_attempts: 1,
+        checkpoint: None,
+        cancel_requested: false,
     });
     let keeping = tokio::spawn(keeper.run());
     let task = ConfiguredTask {

@@ -4,14 +4,13 @@ use std::sync::Arc;
 
 use futures::future::join_all;
 use trainyard::job::{Claim, ClaimRequest, FinalState, JobState};
-use trainyard::outcome::Ending;
 use trainyard::store::Finish;
 
 use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::jobs::{
-    ENDED, LONG, acquire, claim, finish, job_of, kinds, pass_the_lease, request, story_of,
-    succeeded, terms,
+    ENDED, LONG, acquire, claim, dead, finish, interrupted, job_of, kinds, pass_the_lease, request,
+    story_of, succeeded, terms,
 };
 
 on_both_databases!(
@@ -35,7 +34,7 @@ async fn of_32_claims_at_a_leases_end_one_wins(database: Database) {
     for claim in claims {
         match claim.unwrap() {
             Claim::Acquired(acquired) => winners.push(acquired),
-            Claim::HeldUntil(_) => {}
+            Claim::HeldUntil { .. } => {}
             other => panic!("neither acquired nor held: {other:?}"),
         }
     }
@@ -91,11 +90,11 @@ async fn a_claim_sent_again_beside_another_delivery_is_confirmed(database: Datab
     let send = async |batch: &[ClaimRequest]| store.claim(batch, &terms(LONG)).await.unwrap();
     send(std::slice::from_ref(&mine)).await;
     let before = send(&[request("1"), mine.clone()]).await;
-    assert!(matches!(before[0], Claim::HeldUntil(_)));
+    assert!(matches!(before[0], Claim::HeldUntil { .. }));
     assert!(matches!(before[1], Claim::Acquired(_)), "{before:?}");
     let after = send(&[mine, request("1")]).await;
     assert!(matches!(after[0], Claim::Acquired(_)), "{after:?}");
-    assert!(matches!(after[1], Claim::HeldUntil(_)));
+    assert!(matches!(after[1], Claim::HeldUntil { .. }));
 }
 
 async fn a_batch_of_finishes_is_answered_in_its_order(database: Database) {
@@ -106,7 +105,7 @@ async fn a_batch_of_finishes_is_answered_in_its_order(database: Database) {
     let earlier = acquire(&store, "earlier", LONG).await;
     assert!(finish(&store, &earlier.fence, succeeded()).await);
     let released = acquire(&store, "released", LONG).await;
-    store.release(&released.fence).await.unwrap();
+    store.release(&interrupted(&released.fence)).await.unwrap();
     let (one, two) = (
         acquire(&store, "z", LONG).await,
         acquire(&store, "a", LONG).await,
@@ -115,10 +114,15 @@ async fn a_batch_of_finishes_is_answered_in_its_order(database: Database) {
         (stale, succeeded()),
         (one.fence.clone(), succeeded()),
         (released.fence.clone(), succeeded()),
-        (earlier.fence.clone(), Ending::dead("too late")),
-        (two.fence.clone(), Ending::dead("it is broken")),
+        (earlier.fence.clone(), dead("too late")),
+        (two.fence.clone(), dead("it is broken")),
     ];
-    let finishes = batch.map(|(fence, ending)| Finish { fence, ending });
+    let finishes = batch.map(|(fence, ending)| Finish {
+        fence,
+        ending,
+        checkpoint: None,
+        dead_letter_topic: None,
+    });
     let answers = store.finish(&finishes).await.unwrap();
     assert_eq!(answers, [false, true, false, true, true]);
     let states = [

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use trainyard::job::{Claim, FinalState, JobState};
-use trainyard::store::{Reach, Standing, Store};
+use trainyard::store::{Standing, Store};
 
 use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::jobs::{
-    ENDED, LONG, acquire, claim, finish, job_of, kinds, pass_the_lease, story_of, succeeded, terms,
+    ENDED, LONG, acquire, claim, finish, interrupted, job_of, kinds, pass_the_lease, reach,
+    story_of, succeeded, terms,
 };
 
 on_both_databases!(
@@ -63,12 +64,9 @@ async fn a_reaper_parks_a_job_and_does_not_get_it(database: Database) {
     let store = database.open_migrated().await;
     // The interruption moves the fence's attempt away from the job's attempts.
     let released = acquire(&store, "1", LONG).await;
-    store.release(&released.fence).await.unwrap();
+    store.release(&interrupted(&released.fence)).await.unwrap();
     let last = crash(&store, "1", 3).await;
-    let reach = Reach {
-        subscriptions: vec!["s".to_owned()],
-        tasks: vec!["train".to_owned()],
-    };
+    let reach = reach();
     let orphans = store.reap(&reach, &terms(LONG), 10).await.unwrap();
     assert!(orphans.is_empty());
     let job = job_of(&store, &last).await;
@@ -91,7 +89,7 @@ async fn an_interruption_is_no_crash_and_costs_no_attempt(database: Database) {
     for _ in 0..5 {
         let acquired = acquire(&store, "1", LONG).await;
         assert_eq!(job_of(&store, &acquired).await.attempts, 1);
-        assert!(store.release(&acquired.fence).await.unwrap());
+        assert!(store.release(&interrupted(&acquired.fence)).await.unwrap());
     }
     // Two crashes are still allowed for.
     let acquired = crash(&store, "1", 3).await;
@@ -102,7 +100,7 @@ async fn an_interruption_is_no_crash_and_costs_no_attempt(database: Database) {
 async fn a_claim_that_ends_in_time_is_no_crash(database: Database) {
     let store = database.open_migrated().await;
     let acquired = crash(&store, "1", 2).await;
-    store.release(&acquired.fence).await.unwrap();
+    store.release(&interrupted(&acquired.fence)).await.unwrap();
     let again = acquire(&store, "1", LONG).await;
     assert!(finish(&store, &again.fence, succeeded()).await);
     let job = job_of(&store, &again).await;

@@ -7,8 +7,8 @@ use uuid::Uuid;
 use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::jobs::{
-    ENDED, LONG, acquire, claim, finish, kinds, pass_the_lease, refusal, request, request_of,
-    story_of, succeeded, terms,
+    ENDED, LONG, acquire, claim, finish, interrupted, kinds, pass_the_lease, refusal, request,
+    request_of, story_of, succeeded, terms,
 };
 
 on_both_databases!(
@@ -39,7 +39,7 @@ async fn a_story_tells_what_happened_in_order(database: Database) {
         token: current_token(&database).await,
     };
     assert!(story.ledger[1].detail.as_deref().unwrap().contains("w1"));
-    store.release(&taker).await.unwrap();
+    store.release(&interrupted(&taker)).await.unwrap();
     let last = acquire(&store, "1", LONG).await;
     finish(&store, &last.fence, succeeded()).await;
     claim(&store, "1", LONG).await;

@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::join_all;
-use trainyard::job::{Claim, JobKey, JobState, Orphan};
-use trainyard::store::{Reach, Store};
+use trainyard::job::{Claim, JobKey, JobState, Reaped};
+use trainyard::store::Store;
 
 use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::jobs::{
-    ENDED, LONG, acquire, finish, job_of, pass_the_lease, request, request_of, succeeded, terms,
+    ENDED, LONG, acquire, finish, interrupted, job_of, pass_the_lease, reach, request, request_of,
+    succeeded, terms,
 };
 
 on_both_databases!(
@@ -28,18 +29,11 @@ on_both_databases!(
     a_run_whose_job_was_reaped_can_write_nothing_more,
 );
 
-fn reach() -> Reach {
-    Reach {
-        subscriptions: vec!["s".to_owned()],
-        tasks: vec!["train".to_owned()],
-    }
-}
-
-async fn reap(store: &Arc<dyn Store>, limit: usize) -> Vec<Orphan> {
+async fn reap(store: &Arc<dyn Store>, limit: usize) -> Vec<Reaped> {
     store.reap(&reach(), &terms(LONG), limit).await.unwrap()
 }
 
-fn keys(orphans: &[Orphan]) -> Vec<&str> {
+fn keys(orphans: &[Reaped]) -> Vec<&str> {
     let fences = orphans.iter().map(|orphan| &orphan.acquired.fence);
     fences.map(|fence| &*fence.key.key).collect()
 }
@@ -56,10 +50,11 @@ async fn an_orphan_comes_with_its_payload_and_a_larger_fence(database: Database)
     pass_the_lease().await;
     let orphans = reap(&store, 10).await;
     assert_eq!(orphans.len(), 1);
-    let Orphan {
+    let Reaped {
         acquired,
         task,
         message_id,
+        ordering_key: _,
         payload,
     } = &orphans[0];
     assert_eq!(acquired.job_id, first.job_id);
@@ -158,7 +153,7 @@ async fn concurrent_reapers_never_get_the_same_job(database: Database) {
 async fn a_released_job_without_a_reap_delay_can_be_reaped_at_once(database: Database) {
     let store = database.open_migrated().await;
     let acquired = acquire(&store, "1", LONG).await;
-    assert!(store.release(&acquired.fence).await.unwrap());
+    assert!(store.release(&interrupted(&acquired.fence)).await.unwrap());
     // Times are whole milliseconds on SQLite.
     pass_the_lease().await;
     let orphans = reap(&store, 1).await;
@@ -174,7 +169,7 @@ async fn a_run_whose_job_was_reaped_can_write_nothing_more(database: Database) {
     let before = job_of(&store, &orphans[0].acquired).await;
     let fences = std::slice::from_ref(&stale);
     assert_eq!(store.renew(fences, LONG).await.unwrap(), [false]);
-    assert!(!store.release(&stale).await.unwrap());
+    assert!(!store.release(&interrupted(&stale)).await.unwrap());
     assert!(!finish(&store, &stale, succeeded()).await);
     assert_eq!(job_of(&store, &orphans[0].acquired).await, before);
 }

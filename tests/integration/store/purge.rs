@@ -9,7 +9,7 @@ use uuid::{NoContext, Timestamp, Uuid};
 
 use crate::on_both_databases;
 use crate::support::database::Database;
-use crate::support::jobs::{LONG, claim, finish, refusal, request, succeeded, terms};
+use crate::support::jobs::{LONG, claim, finish, interrupted, refusal, request, succeeded, terms};
 
 on_both_databases!(
     an_old_ended_job_is_purged_with_its_ledger,
@@ -84,7 +84,7 @@ async fn an_open_job_is_never_purged(database: Database) {
     let store = database.open_migrated().await;
     let acquired = old_claim(&store, "1", 10).await;
     let released = old_claim(&store, "2", 10).await;
-    store.release(&released.fence).await.unwrap();
+    store.release(&interrupted(&released.fence)).await.unwrap();
     let tables = database.tables().await;
     tables.end_lease(&acquired.fence.key, DAY * 10).await;
     for retention in [Duration::ZERO, DAY] {

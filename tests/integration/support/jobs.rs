@@ -7,10 +7,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use chrono::{SubsecRound, Utc};
 use serde_json::json;
-use trainyard::job::{Acquired, Claim, ClaimRequest, Fence, FinalState, Job, JobKey, Story};
+use trainyard::job::{Acquired, Can, Claim, ClaimRequest, Fence, Job, JobKey, Limits, Story};
 use trainyard::message::Message;
-use trainyard::outcome::Ending;
-use trainyard::store::{ClaimTerms, Finish, Refusal, Store};
+use trainyard::outcome::{DeadReason, Ending};
+use trainyard::store::{ClaimTerms, Finish, Reach, Refusal, Release, Released, Store};
 use uuid::Uuid;
 
 pub const LONG: Duration = Duration::from_secs(600);
@@ -23,7 +23,7 @@ pub fn message(id: &str) -> Message {
         publish_time: Utc::now().trunc_subsecs(3),
         data: Bytes::from_static(b"{\"name\":\"train\"}"),
         attributes: BTreeMap::from([("team".to_owned(), "vision".to_owned())]),
-        ordering_key: "k".to_owned(),
+        ordering_key: String::new(),
     }
 }
 
@@ -39,7 +39,34 @@ pub fn request_of(subscription: &str, key: &str) -> ClaimRequest {
         task: "train".to_owned(),
         message: message(key),
         reap_delay: Duration::ZERO,
+        can: Can::Run,
+        limits: Limits {
+            max_attempts: 100,
+            dead_letter_topic: None,
+        },
     }
+}
+
+/// What a run writes when it gives its claim back at no cost.
+pub fn interrupted(fence: &Fence) -> Release {
+    Release {
+        fence: fence.clone(),
+        why: Released::Interrupted,
+        checkpoint: None,
+    }
+}
+
+/// A worker that could run `train` from subscription `s`.
+pub fn reach() -> Reach {
+    Reach {
+        subscriptions: BTreeMap::from([("s".to_owned(), None)]),
+        tasks: BTreeMap::from([("train".to_owned(), 100)]),
+    }
+}
+
+/// An ending in which the job is dead.
+pub fn dead(error: &str) -> Ending {
+    Ending::dead(DeadReason::Permanent, error)
 }
 
 pub fn terms(lease: Duration) -> ClaimTerms {
@@ -71,16 +98,14 @@ pub async fn finish(store: &Arc<dyn Store>, fence: &Fence, ending: Ending) -> bo
     let finish = Finish {
         fence: fence.clone(),
         ending,
+        checkpoint: None,
+        dead_letter_topic: None,
     };
     store.finish(&[finish]).await.unwrap()[0]
 }
 
 pub fn succeeded() -> Ending {
-    Ending {
-        state: FinalState::Succeeded,
-        error: None,
-        result: Some(json!({"accuracy": 0.5})),
-    }
+    Ending::succeeded(json!({"accuracy": 0.5}))
 }
 
 pub async fn job_of(store: &Arc<dyn Store>, acquired: &Acquired) -> Job {
@@ -93,8 +118,10 @@ pub fn refusal(key: &str) -> Refusal {
         job_id: Uuid::now_v7(),
         task: None,
         message: message(key),
-        reason: "the data is not valid JSON".to_owned(),
+        reason: DeadReason::Malformed,
+        error: "the data is not valid JSON".to_owned(),
         worker: "w1".into(),
+        dead_letter_topic: None,
     }
 }
 

@@ -1,0 +1,59 @@
+//! What has happened on a subscription since the start, in numbers.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Counts for one subscription.
+#[derive(Debug, Default)]
+pub struct Counters {
+    pub(super) deliveries: Counter,
+    pub(super) acks: Counter,
+    pub(super) unconfirmed_acks: Counter,
+    pub(super) nacks: Counter,
+    pub(super) streams_opened: Counter,
+    pub(super) streams_failed: Counter,
+    pub(super) streams_quiet: Counter,
+}
+
+/// The counts as they stand.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Figures {
+    pub deliveries: u64,
+    pub acks: u64,
+    /// Acks that an exactly-once subscription did not confirm: their messages
+    /// may come again.
+    pub unconfirmed_acks: u64,
+    /// Deliveries that were handed back.
+    pub nacks: u64,
+    pub streams_opened: u64,
+    pub streams_failed: u64,
+    /// Streams that were replaced since they had brought nothing for too long.
+    pub streams_quiet: u64,
+}
+
+impl Counters {
+    #[must_use]
+    pub fn figures(&self) -> Figures {
+        Figures {
+            deliveries: self.deliveries.get(),
+            acks: self.acks.get(),
+            unconfirmed_acks: self.unconfirmed_acks.get(),
+            nacks: self.nacks.get(),
+            streams_opened: self.streams_opened.get(),
+            streams_failed: self.streams_failed.get(),
+            streams_quiet: self.streams_quiet.get(),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(super) fn add_one(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}

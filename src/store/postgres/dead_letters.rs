@@ -1,0 +1,83 @@
+//! Dead jobs whose message is still to be published to its topic.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use sqlx::postgres::PgRow;
+use sqlx::{PgPool, Row};
+
+use super::super::StoreError;
+use crate::job::{DeadLetter, JobKey};
+use crate::message::Message;
+
+const DEAD_LETTERS: &str = "
+SELECT job_id, subscription, key, message_id, publish_time, ordering_key, attributes::text,
+       payload, task, attempts, reason, error, dead_letter_topic
+FROM processed_messages
+WHERE dead_letter_topic IS NOT NULL AND finished_at <= now() - make_interval(secs => $1)
+  AND ($3::text IS NULL OR worker = $3)
+ORDER BY finished_at
+LIMIT $2";
+
+pub(super) async fn dead_letters(
+    pool: &PgPool,
+    worker: Option<&str>,
+    at_least: Duration,
+    limit: u32,
+) -> Result<Vec<DeadLetter>, StoreError> {
+    let rows = sqlx::query(DEAD_LETTERS)
+        .bind(at_least.as_secs_f64())
+        .bind(i64::from(limit))
+        .bind(worker)
+        .fetch_all(pool)
+        .await?;
+    rows.iter().map(read_dead_letter).collect()
+}
+
+fn read_dead_letter(row: &PgRow) -> Result<DeadLetter, StoreError> {
+    let attributes: BTreeMap<String, String> = serde_json::from_str(row.try_get("attributes")?)
+        .map_err(|error| StoreError::Unreadable(error.to_string()))?;
+    let payload: Option<Vec<u8>> = row.try_get("payload")?;
+    Ok(DeadLetter {
+        job_id: row.try_get("job_id")?,
+        key: JobKey::new(row.try_get("subscription")?, row.try_get("key")?),
+        topic: row.try_get("dead_letter_topic")?,
+        message: Message {
+            id: row.try_get("message_id")?,
+            publish_time: row.try_get("publish_time")?,
+            data: payload.unwrap_or_default().into(),
+            attributes,
+            ordering_key: row.try_get("ordering_key")?,
+        },
+        reason: row.try_get("reason")?,
+        error: row.try_get("error")?,
+        task: row.try_get("task")?,
+        attempts: row.try_get::<i32, _>("attempts")?.unsigned_abs(),
+    })
+}
+
+/// Nothing, where the job was retried meanwhile.
+const DEAD_LETTER_SETTLED: &str = "
+WITH settled AS (
+    UPDATE processed_messages SET dead_letter_topic = NULL
+    WHERE job_id = $1 AND state = 'dead' AND dead_letter_topic = $2
+    RETURNING subscription, key
+)
+INSERT INTO ledger (subscription, key, worker, kind, detail)
+SELECT subscription, key, $3, 'dead_lettered', $4 FROM settled";
+
+pub(super) async fn dead_letter_settled(
+    pool: &PgPool,
+    letter: &DeadLetter,
+    worker: &str,
+    detail: &str,
+) -> Result<(), StoreError> {
+    sqlx::query(DEAD_LETTER_SETTLED)
+        .bind(letter.job_id)
+        .bind(&letter.topic)
+        .bind(worker)
+        .bind(detail)
+        .execute(pool)
+        .await?;
+    Ok(())
+}

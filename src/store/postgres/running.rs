@@ -1,0 +1,79 @@
+//! The statements about a run that goes on.
+
+use std::time::Duration;
+
+use sqlx::PgPool;
+use uuid::Uuid;
+
+use super::super::{StoreError, storable};
+use super::claims::{attempts, fence_tokens, key_columns};
+use crate::job::Fence;
+
+const RENEW: &str = "
+WITH held AS (
+    SELECT leases.subscription, leases.key
+    FROM leases
+    JOIN unnest($1::text[], $2::text[], $3::int[], $4::uuid[])
+      AS fence (subscription, key, attempt, token) USING (subscription, key, attempt, token)
+    ORDER BY leases.subscription, leases.key
+    FOR UPDATE OF leases
+)
+UPDATE leases
+SET lease_until = now() + make_interval(secs => $5)
+FROM held
+WHERE leases.subscription = held.subscription AND leases.key = held.key
+RETURNING leases.token";
+
+pub(super) async fn renew(
+    pool: &PgPool,
+    fences: &[Fence],
+    lease: Duration,
+) -> Result<Vec<bool>, StoreError> {
+    let (subscriptions, keys) = key_columns(fences.iter().map(|fence| &fence.key));
+    let renewed: Vec<Uuid> = sqlx::query_scalar(RENEW)
+        .bind(subscriptions)
+        .bind(keys)
+        .bind(attempts(fences.iter()))
+        .bind(fence_tokens(fences.iter()))
+        .bind(lease.as_secs_f64())
+        .fetch_all(pool)
+        .await?;
+    Ok(fences
+        .iter()
+        .map(|fence| renewed.contains(&fence.token))
+        .collect())
+}
+
+const SAVE_CHECKPOINT: &str = "
+UPDATE leases
+SET checkpoint = $5, reap_delay = CASE WHEN $6 THEN 0 ELSE reap_delay END
+WHERE subscription = $1 AND key = $2 AND attempt = $3 AND token = $4";
+
+pub(super) async fn save_checkpoint(
+    pool: &PgPool,
+    fence: &Fence,
+    checkpoint: &str,
+    acked: bool,
+) -> Result<bool, StoreError> {
+    let saved = sqlx::query(SAVE_CHECKPOINT)
+        .bind(&*fence.key.subscription)
+        .bind(&*fence.key.key)
+        .bind(fence.attempt.cast_signed())
+        .bind(fence.token)
+        .bind(storable(checkpoint))
+        .bind(acked)
+        .execute(pool)
+        .await?;
+    Ok(saved.rows_affected() == 1)
+}
+
+const CANCELLED_RUNS: &str =
+    "SELECT token FROM leases WHERE cancel_requested AND worker = $1 AND token IS NOT NULL";
+
+pub(super) async fn cancelled_runs(pool: &PgPool, worker: &str) -> Result<Vec<Uuid>, StoreError> {
+    let tokens = sqlx::query_scalar(CANCELLED_RUNS)
+        .bind(worker)
+        .fetch_all(pool)
+        .await?;
+    Ok(tokens)
+}

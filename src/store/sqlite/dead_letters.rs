@@ -1,0 +1,93 @@
+//! Dead jobs whose message is still to be published to its topic.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use sqlx::sqlite::{SqlitePool, SqliteRow};
+use sqlx::{Connection, Row};
+
+use super::super::StoreError;
+use super::claims::{BEGIN, milliseconds};
+use super::ledger::{Entry, add_to_ledger};
+use super::reading::time;
+use crate::job::{DeadLetter, JobKey};
+use crate::message::Message;
+
+const DEAD_LETTERS: &str = "
+SELECT job_id, subscription, key, message_id, publish_time, ordering_key, attributes, payload,
+       task, attempts, reason, error, dead_letter_topic
+FROM processed_messages
+WHERE dead_letter_topic IS NOT NULL
+  AND finished_at <= CAST(unixepoch('subsec') * 1000 AS INTEGER) - $1
+  AND ($3 IS NULL OR worker = $3)
+ORDER BY finished_at
+LIMIT $2";
+
+pub(super) async fn dead_letters(
+    pool: &SqlitePool,
+    worker: Option<&str>,
+    at_least: Duration,
+    limit: u32,
+) -> Result<Vec<DeadLetter>, StoreError> {
+    let rows = sqlx::query(DEAD_LETTERS)
+        .bind(milliseconds(at_least))
+        .bind(limit)
+        .bind(worker)
+        .fetch_all(pool)
+        .await?;
+    rows.iter().map(read_dead_letter).collect()
+}
+
+fn read_dead_letter(row: &SqliteRow) -> Result<DeadLetter, StoreError> {
+    let attributes: BTreeMap<String, String> = serde_json::from_str(row.try_get("attributes")?)
+        .map_err(|error| StoreError::Unreadable(error.to_string()))?;
+    let payload: Option<Vec<u8>> = row.try_get("payload")?;
+    Ok(DeadLetter {
+        job_id: row.try_get("job_id")?,
+        key: JobKey::new(row.try_get("subscription")?, row.try_get("key")?),
+        topic: row.try_get("dead_letter_topic")?,
+        message: Message {
+            id: row.try_get("message_id")?,
+            publish_time: time(row, "publish_time")?.unwrap_or_default(),
+            data: payload.unwrap_or_default().into(),
+            attributes,
+            ordering_key: row.try_get("ordering_key")?,
+        },
+        reason: row.try_get("reason")?,
+        error: row.try_get("error")?,
+        task: row.try_get("task")?,
+        attempts: row.try_get("attempts")?,
+    })
+}
+
+/// Nothing, where the job was retried meanwhile.
+const DEAD_LETTER_SETTLED: &str = "
+UPDATE processed_messages SET dead_letter_topic = NULL
+WHERE job_id = $1 AND state = 'dead' AND dead_letter_topic = $2";
+
+pub(super) async fn dead_letter_settled(
+    pool: &SqlitePool,
+    letter: &DeadLetter,
+    worker: &str,
+    detail: &str,
+) -> Result<(), StoreError> {
+    let mut connection = pool.acquire().await?;
+    let mut transaction = connection.begin_with(BEGIN).await?;
+    let settled = sqlx::query(DEAD_LETTER_SETTLED)
+        .bind(letter.job_id)
+        .bind(&letter.topic)
+        .execute(&mut *transaction)
+        .await?;
+    if settled.rows_affected() == 0 {
+        return Ok(());
+    }
+    let entry = Entry {
+        worker,
+        kind: "dead_lettered",
+        detail: Some(detail),
+        ..Entry::default()
+    };
+    add_to_ledger(&mut transaction, &letter.key, &entry).await?;
+    transaction.commit().await?;
+    Ok(())
+}

@@ -1,0 +1,233 @@
+//! Publishes the messages of dead jobs to their subscription's topic.
+//!
+//! A job's death and the wish to publish its message are one commit, and only
+//! then is the message acked; so nothing is lost whenever a worker dies. A
+//! dead letter may be published twice, but not never.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::guard::{Guard, Whose};
+use crate::job::DeadLetter;
+use crate::pubsub::{Outgoing, Publishers, PubsubError};
+use crate::retry::{Backoff, jittered};
+
+/// What other workers should have published long ago is looked for so often.
+const PAUSE: Duration = Duration::from_secs(10);
+const LONG_AGO: Duration = Duration::from_secs(30);
+/// Pauses after a failure.
+const TRY_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// Their data is in memory.
+const BATCH: u32 = 20;
+
+/// Pub/Sub's limits.
+/// <https://cloud.google.com/pubsub/quotas#resource_limits>
+const MAX_ATTRIBUTES: usize = 100;
+const MAX_ATTRIBUTE_BYTES: usize = 1024;
+
+pub(super) struct DeadLetters {
+    pub(super) guard: Guard,
+    pub(super) publishers: Publishers,
+    pub(super) wake: Arc<Notify>,
+    pub(super) draining: CancellationToken,
+}
+
+impl DeadLetters {
+    /// Publishes until the worker drains, and then once more what it has left.
+    pub(super) async fn run(&self) {
+        let mut backoff = Backoff::new(TRY_AGAIN.0, TRY_AGAIN.1);
+        let mut failed = false;
+        loop {
+            let pause = match failed {
+                true => backoff.next_ceiling(),
+                false => PAUSE,
+            };
+            let whose = tokio::select! {
+                () = self.draining.cancelled() => break,
+                () = sleep(jittered(pause)) => Whose::Anybodys { at_least: LONG_AGO },
+                () = self.wake.notified(), if !failed => Whose::Mine,
+            };
+            failed = !self.publish_all(whose).await;
+            if !failed {
+                backoff.reset();
+            }
+        }
+    }
+
+    /// Publishes what the last jobs of a stopping worker have left.
+    pub(super) async fn publish_mine(&self) {
+        self.publish_all(Whose::Mine).await;
+    }
+
+    /// False where something could not be published.
+    async fn publish_all(&self, whose: Whose) -> bool {
+        loop {
+            let letters = match self.guard.dead_letters(whose, BATCH).await {
+                Ok(letters) => letters,
+                Err(error) => {
+                    warn!(%error, "no look for dead letters");
+                    return false;
+                }
+            };
+            let is_last = letters.len() < BATCH as usize;
+            for letter in letters {
+                if !self.publish(letter).await {
+                    return false;
+                }
+            }
+            if is_last {
+                return true;
+            }
+        }
+    }
+
+    async fn publish(&self, letter: DeadLetter) -> bool {
+        let (job, topic) = (&letter.key, &letter.topic);
+        let detail = match self.publishers.publish(topic, outgoing(&letter)).await {
+            Ok(id) => {
+                info!(%job, topic, id, "dead-lettered");
+                format!("published to {topic} as message {id}")
+            }
+            Err(error @ PubsubError::Refused { .. }) => {
+                error!(%job, topic, %error, "Pub/Sub does not take the dead letter; its job keeps the message");
+                format!("{error}; the message stays in the table only")
+            }
+            Err(error) => {
+                error!(%job, topic, %error, "a dead letter is not published yet");
+                return false;
+            }
+        };
+        match self.guard.dead_letter_settled(&letter, &detail).await {
+            Ok(()) => true,
+            Err(error) => {
+                warn!(%job, %error, "a dead letter may be published twice");
+                false
+            }
+        }
+    }
+}
+
+/// The message as it was, and why it is dead.
+fn outgoing(letter: &DeadLetter) -> Outgoing {
+    let message = &letter.message;
+    let published = message.publish_time.to_rfc3339();
+    let attempts = letter.attempts.to_string();
+    let ours = [
+        ("reason", letter.reason.as_deref()),
+        ("error", letter.error.as_deref()),
+        ("task", letter.task.as_deref()),
+        ("attempts", Some(&*attempts)),
+        ("subscription", Some(&*letter.key.subscription)),
+        ("message-id", Some(&*message.id)),
+        ("publish-time", Some(&*published)),
+    ];
+    let ours: Vec<(String, String)> = ours
+        .into_iter()
+        .filter_map(|(name, value)| {
+            let value = shortened(value?, MAX_ATTRIBUTE_BYTES);
+            Some((format!("trainyard-{name}"), value))
+        })
+        .collect();
+    let original = message
+        .attributes
+        .iter()
+        .filter(|(name, _)| !ours.iter().any(|(our_name, _)| our_name == *name))
+        // A message may have as many as there may be; some must go.
+        .take(MAX_ATTRIBUTES - ours.len())
+        .map(|(name, value)| (name.clone(), value.clone()));
+    Outgoing {
+        data: message.data.to_vec(),
+        attributes: original.chain(ours.iter().cloned()).collect(),
+        ordering_key: message.ordering_key.clone(),
+    }
+}
+
+fn shortened(text: &str, max_bytes: usize) -> String {
+    const MARK: &str = "…";
+    if text.len() <= max_bytes {
+        return text.to_owned();
+    }
+    let end = text.floor_char_boundary(max_bytes - MARK.len());
+    format!("{}{MARK}", &text[..end])
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use chrono::DateTime;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::job::JobKey;
+    use crate::message::Message;
+
+    fn letter(attributes: BTreeMap<String, String>, error: &str) -> DeadLetter {
+        DeadLetter {
+            job_id: Uuid::nil(),
+            key: JobKey::new("s", "k"),
+            topic: "dead".to_owned(),
+            message: Message {
+                id: "7".to_owned(),
+                publish_time: DateTime::UNIX_EPOCH,
+                data: "data".into(),
+                attributes,
+                ordering_key: "o".to_owned(),
+            },
+            reason: Some("permanent".to_owned()),
+            error: Some(error.to_owned()),
+            task: None,
+            attempts: 2,
+        }
+    }
+
+    #[test]
+    fn a_dead_letter_has_the_original_and_the_reason() {
+        let attributes = BTreeMap::from([("tenant".to_owned(), "a".to_owned())]);
+        let sent = outgoing(&letter(attributes, "no such column"));
+        assert_eq!(sent.data, b"data");
+        assert_eq!(sent.ordering_key, "o");
+        let attributes: BTreeMap<_, _> = sent.attributes.into_iter().collect();
+        let expected = [
+            ("tenant", "a"),
+            ("trainyard-attempts", "2"),
+            ("trainyard-error", "no such column"),
+            ("trainyard-message-id", "7"),
+            ("trainyard-publish-time", "1970-01-01T00:00:00+00:00"),
+            ("trainyard-reason", "permanent"),
+            ("trainyard-subscription", "s"),
+        ];
+        let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(attributes, BTreeMap::from(expected));
+    }
+
+    #[test]
+    fn a_dead_letter_keeps_to_pubsubs_limits() {
+        let many = (0..100).map(|n| (format!("a{n}"), String::new()));
+        let sent = outgoing(&letter(many.collect(), &"é".repeat(5000)));
+        assert_eq!(sent.attributes.len(), MAX_ATTRIBUTES);
+        assert!(
+            sent.attributes
+                .iter()
+                .all(|(_, value)| value.len() <= MAX_ATTRIBUTE_BYTES)
+        );
+    }
+
+    #[test]
+    fn a_second_death_overwrites_the_reason_of_the_first() {
+        let first = BTreeMap::from([("trainyard-error".to_owned(), "old".to_owned())]);
+        let sent = outgoing(&letter(first, "new"));
+        let errors: Vec<_> = sent
+            .attributes
+            .iter()
+            .filter(|(name, _)| name == "trainyard-error")
+            .collect();
+        assert_eq!(errors.len(), 1);
+        assert_eq!(errors[0].1, "new");
+    }
+}
