@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import unittest
 from pathlib import Path
 
@@ -139,6 +140,8 @@ class TrainDigits(ExampleTest):
             TRAINYARD_CHECKPOINT=checkpoint,
         )
         second.wait_for("going on from")
+        # No line tells of the first batch. If it takes longer, this stops before it.
+        time.sleep(0.3)
         second.signal(signal.SIGTERM)
         second.end()
         self.assert_ended(second, 75)
