@@ -27,6 +27,7 @@ test: ## Run all tests, with PostgreSQL and Google's emulator started for them
 	tests/services/run.sh $(CARGO) test --locked --all-targets $(ARGS)
 	$(CARGO) test --locked --doc
 	tests/services/python-client.sh
+	tests/python/examples.sh
 
 dev: ## Open a shell with the test services running, for single tests
 	@echo 'Ready when the prompt shows: cargo test finds the services. Leaving the shell stops them.'
