@@ -13,7 +13,7 @@ use crate::pubsub::{Connection, Publishers, PubsubError, Pulling, Subscription};
 use crate::registry::Registry;
 use crate::shutdown::Shutdown;
 use crate::store::{self, ClaimTerms, Missing, Store};
-use crate::worker::{MAX_HELD, Source, Worker};
+use crate::worker::{MAX_KEPT, Source, Worker};
 
 /// Loads the configuration and runs a worker with the given tasks until
 /// SIGTERM or SIGINT: the whole `main` of a program that embeds trainyard.
@@ -122,7 +122,7 @@ pub async fn build_worker(
             ack_deadline: settings.ack_deadline,
             slots: config.worker.slots,
             prefetch: settings.prefetch,
-            held: MAX_HELD,
+            held: MAX_KEPT,
             quiet_limit: settings.quiet_limit,
         };
         subscriptions.push(Source {

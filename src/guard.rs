@@ -21,7 +21,8 @@ use crate::message::Message;
 use crate::outcome::{DeadReason, Ending};
 use crate::retry::Backoff;
 use crate::store::{
-    ClaimTerms, Finish, GivenUp, Reach, Refusal, Refused, Release, Standing, Store, StoreError,
+    ClaimTerms, DeadLettersDue, Finish, GivenUp, Reach, Refusal, Refused, Release, Standing, Store,
+    StoreError,
 };
 use batch::{Batcher, in_time};
 use health::Health;
@@ -271,21 +272,28 @@ impl Guard {
         in_time(self.store.give_up_unknown(key, patience, &given_up)).await
     }
 
-    /// Dead jobs whose message is still to be published: this worker's own,
-    /// or anybody's that have waited for `at_least`.
+    /// Dead jobs whose message is still to be published, but not to one of
+    /// these topics: this worker's own, or anybody's.
     ///
     /// # Errors
     /// The database did not answer.
     pub async fn dead_letters(
         &self,
         whose: Whose,
+        not_to: &[String],
         limit: u32,
     ) -> Result<Vec<DeadLetter>, StoreError> {
         let (worker, at_least) = match whose {
-            Whose::Mine => (Some(&*self.terms.worker), Duration::ZERO),
+            Whose::Mine => (Some(Arc::clone(&self.terms.worker)), Duration::ZERO),
             Whose::Anybodys { at_least } => (None, at_least),
         };
-        in_time(self.store.dead_letters(worker, at_least, limit)).await
+        let due = DeadLettersDue {
+            worker,
+            at_least,
+            not_to: not_to.to_vec(),
+            limit,
+        };
+        in_time(self.store.dead_letters(&due)).await
     }
 
     /// A dead letter needs no more publishing; `detail` goes into the ledger.

@@ -174,6 +174,18 @@ pub struct Refusal {
     pub dead_letter_topic: Option<Arc<str>>,
 }
 
+/// Which dead letters are asked for.
+#[derive(Debug, Clone)]
+pub struct DeadLettersDue {
+    /// Only those of jobs that this worker ran last, or refused.
+    pub worker: Option<Arc<str>>,
+    /// Only those that have waited for so long.
+    pub at_least: Duration,
+    /// None to these topics.
+    pub not_to: Vec<String>,
+    pub limit: u32,
+}
+
 /// What is written about a job whose task nobody knew.
 #[derive(Debug, Clone)]
 pub struct GivenUp {
@@ -294,14 +306,8 @@ pub trait Store: Send + Sync + 'static {
         refusal: &GivenUp,
     ) -> Result<bool, StoreError>;
 
-    /// At most `limit` dead jobs whose message has waited to be published to
-    /// its topic for `at_least`, earliest first; all or a worker's own.
-    async fn dead_letters(
-        &self,
-        worker: Option<&str>,
-        at_least: Duration,
-        limit: u32,
-    ) -> Result<Vec<DeadLetter>, StoreError>;
+    /// Dead jobs whose message is still to be published, earliest first.
+    async fn dead_letters(&self, due: &DeadLettersDue) -> Result<Vec<DeadLetter>, StoreError>;
 
     /// The message of a dead job need not be published any more; `detail` says
     /// why, for the ledger.

@@ -41,7 +41,7 @@ use reaper::Reaper;
 use slots::{Limits, Slots};
 
 pub use events::{Event, EventKind, Events};
-pub use hold::MAX_HELD;
+pub use hold::MAX_KEPT;
 
 /// How long writing outcomes and giving claims back may take after the last
 /// run has stopped.

@@ -22,8 +22,8 @@ use sqlx::sqlite::{
 use uuid::Uuid;
 
 use super::{
-    ClaimTerms, Finish, GivenUp, Missing, Reach, Refusal, Refused, Release, SchemaError, Standing,
-    Store, StoreError,
+    ClaimTerms, DeadLettersDue, Finish, GivenUp, Missing, Reach, Refusal, Refused, Release,
+    SchemaError, Standing, Store, StoreError,
 };
 use crate::job::{
     Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter, JobKey, Note, Reaped,
@@ -157,13 +157,8 @@ impl Store for SqliteStore {
         endings::give_up_unknown(&self.pool, key, patience, refusal).await
     }
 
-    async fn dead_letters(
-        &self,
-        worker: Option<&str>,
-        at_least: Duration,
-        limit: u32,
-    ) -> Result<Vec<DeadLetter>, StoreError> {
-        dead_letters::dead_letters(&self.pool, worker, at_least, limit).await
+    async fn dead_letters(&self, due: &DeadLettersDue) -> Result<Vec<DeadLetter>, StoreError> {
+        dead_letters::dead_letters(&self.pool, due).await
     }
 
     async fn dead_letter_settled(

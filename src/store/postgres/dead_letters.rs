@@ -1,12 +1,11 @@
 //! Dead jobs whose message is still to be published to its topic.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use sqlx::postgres::PgRow;
 use sqlx::{PgPool, Row};
 
-use super::super::StoreError;
+use super::super::{DeadLettersDue, StoreError};
 use crate::job::{DeadLetter, JobKey};
 use crate::message::Message;
 
@@ -15,20 +14,19 @@ SELECT job_id, subscription, key, message_id, publish_time, ordering_key, attrib
        payload, task, attempts, reason, error, dead_letter_topic
 FROM processed_messages
 WHERE dead_letter_topic IS NOT NULL AND finished_at <= now() - make_interval(secs => $1)
-  AND ($3::text IS NULL OR worker = $3)
+  AND ($3::text IS NULL OR worker = $3) AND dead_letter_topic <> ALL ($4)
 ORDER BY finished_at
 LIMIT $2";
 
 pub(super) async fn dead_letters(
     pool: &PgPool,
-    worker: Option<&str>,
-    at_least: Duration,
-    limit: u32,
+    due: &DeadLettersDue,
 ) -> Result<Vec<DeadLetter>, StoreError> {
     let rows = sqlx::query(DEAD_LETTERS)
-        .bind(at_least.as_secs_f64())
-        .bind(i64::from(limit))
-        .bind(worker)
+        .bind(due.at_least.as_secs_f64())
+        .bind(i64::from(due.limit))
+        .bind(due.worker.as_deref())
+        .bind(&due.not_to)
         .fetch_all(pool)
         .await?;
     rows.iter().map(read_dead_letter).collect()

@@ -1,12 +1,11 @@
 //! Dead jobs whose message is still to be published to its topic.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use sqlx::sqlite::{SqlitePool, SqliteRow};
 use sqlx::{Connection, Row};
 
-use super::super::StoreError;
+use super::super::{DeadLettersDue, StoreError, json_text};
 use super::claims::{BEGIN, milliseconds};
 use super::ledger::{Entry, add_to_ledger};
 use super::reading::time;
@@ -20,19 +19,19 @@ FROM processed_messages
 WHERE dead_letter_topic IS NOT NULL
   AND finished_at <= CAST(unixepoch('subsec') * 1000 AS INTEGER) - $1
   AND ($3 IS NULL OR worker = $3)
+  AND dead_letter_topic NOT IN (SELECT value FROM json_each($4))
 ORDER BY finished_at
 LIMIT $2";
 
 pub(super) async fn dead_letters(
     pool: &SqlitePool,
-    worker: Option<&str>,
-    at_least: Duration,
-    limit: u32,
+    due: &DeadLettersDue,
 ) -> Result<Vec<DeadLetter>, StoreError> {
     let rows = sqlx::query(DEAD_LETTERS)
-        .bind(milliseconds(at_least))
-        .bind(limit)
-        .bind(worker)
+        .bind(milliseconds(due.at_least))
+        .bind(due.limit)
+        .bind(due.worker.as_deref())
+        .bind(json_text(&due.not_to)?)
         .fetch_all(pool)
         .await?;
     rows.iter().map(read_dead_letter).collect()

@@ -15,8 +15,8 @@ use crate::job::{
     Reaped, Retrying, Story,
 };
 use crate::store::{
-    ClaimTerms, DatabaseError, Finish, GivenUp, Reach, Refusal, Refused, Release, SchemaError,
-    Standing, Store, StoreError,
+    ClaimTerms, DatabaseError, DeadLettersDue, Finish, GivenUp, Reach, Refusal, Refused, Release,
+    SchemaError, Standing, Store, StoreError,
 };
 use crate::worker::lease_keeper::LeaseKeeper;
 
@@ -89,12 +89,7 @@ impl Store for Renewing {
     ) -> Result<bool, StoreError> {
         unreachable!()
     }
-    async fn dead_letters(
-        &self,
-        _: Option<&str>,
-        _: Duration,
-        _: u32,
-    ) -> Result<Vec<DeadLetter>, StoreError> {
+    async fn dead_letters(&self, _: &DeadLettersDue) -> Result<Vec<DeadLetter>, StoreError> {
         unreachable!()
     }
     async fn dead_letter_settled(
