@@ -13,6 +13,7 @@ mod app;
 pub mod cli;
 pub mod config;
 pub mod dedupe;
+pub mod devices;
 pub mod emulator;
 pub mod executor;
 pub mod guard;
