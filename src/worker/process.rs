@@ -212,6 +212,7 @@ impl Processor {
             payload: Arc::new(payload),
             checkpoint: None,
             deadline: None,
+            devices: Vec::new(),
             reports,
             valid_until: lease.validity(),
             stop: CancellationToken::new(),
