@@ -106,7 +106,7 @@ pub async fn build_worker(
     store: Arc<dyn Store>,
     connection: &Connection,
 ) -> anyhow::Result<Worker> {
-    let tasks = registry.configure(&config.tasks)?;
+    let tasks = registry.configure(&config.tasks, &config.worker)?;
     if tasks.is_empty() {
         return Err(invalid(
             "no task is configured: add a section such as [tasks.train-classifier] with `builtin = \"train-classifier\"`",

@@ -1,10 +1,10 @@
 //! What a configuration can get wrong although every key and type is right.
 
+mod tasks;
+
 use std::time::Duration;
 
-use super::load::nearest;
 use super::{Config, ConfigError};
-use crate::tasks::BUILTIN_NAMES;
 
 /// Pub/Sub's own limits of a stream's ack deadline.
 /// <https://cloud.google.com/pubsub/docs/reference/rpc/google.pubsub.v1#streamingpullrequest>
@@ -45,22 +45,7 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
         }
     }
     for (name, task) in &config.tasks {
-        if task.timeout.is_some_and(|timeout| timeout.is_zero()) {
-            return bad(
-                &format!("tasks.{name}.timeout"),
-                "it must be longer than nothing; leave it out for no limit",
-            );
-        }
-        let Some(builtin) = &task.builtin else {
-            continue;
-        };
-        if !BUILTIN_NAMES.contains(&builtin.as_str()) {
-            let known = nearest(builtin, BUILTIN_NAMES.iter().copied()).unwrap_or_default();
-            return bad(
-                &format!("tasks.{name}.builtin"),
-                &format!("there is no built-in task `{builtin}`; did you mean `{known}`?"),
-            );
-        }
+        tasks::check(name, task, &config.worker)?;
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
 
 use serde_json::{Value, json};
 use trainyard::outcome::Outcome;
@@ -36,6 +37,25 @@ async fn a_command_that_cannot_be_run_is_a_permanent_failure_that_names_it() {
     let (error, permanent) = failure(run(settings).await);
     assert!(error.contains("/no/such/folder") && permanent, "{error}");
     assert_eq!(place.work_dirs(), 0);
+}
+
+#[test]
+fn config_check_tells_of_a_command_that_cannot_be_run() {
+    let place = Place::new();
+    let file = place.folder.path().join("trainyard.toml");
+    let text = "[tasks.good]\ncommand = ['sh']\n[tasks.bad]\ncommand = ['no-such-program']\n";
+    fs::write(&file, text).unwrap();
+    let checked = Command::new(env!("CARGO_BIN_EXE_trainyard"))
+        .args(["config", "check", "--offline", "--config"])
+        .arg(&file)
+        .current_dir(place.folder.path())
+        .output()
+        .unwrap();
+    let told = String::from_utf8(checked.stdout).unwrap();
+    let warning = "# warning: task bad cannot be run here: its program `no-such-program`";
+    assert!(told.contains(warning), "{told}");
+    assert!(!told.contains("task good cannot"), "{told}");
+    assert!(told.contains("good (command: sh)"), "{told}");
 }
 
 #[tokio::test]
