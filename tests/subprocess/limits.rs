@@ -21,7 +21,7 @@ async fn limits_are_exact_and_those_of_every_process() {
     let place = Place::new();
     let mut settings = place.script("sh -c 'ulimit -v; ulimit -Hv; ulimit -n; ulimit -c; nice'");
     settings.limits = Limits {
-        memory: Some(100 << 20),
+        memory: Some(2 << 30),
         nice: Some(5),
         open_files: Some(64),
     };
@@ -32,7 +32,7 @@ async fn limits_are_exact_and_those_of_every_process() {
     let own = std::process::Command::new("nice").output().unwrap().stdout;
     let own: i32 = String::from_utf8(own).unwrap().trim().parse().unwrap();
     let nice = (own + 5).min(19).to_string();
-    assert_eq!(tail, ["102400", "102400", "64", "0", nice.as_str()]);
+    assert_eq!(tail, ["2097152", "2097152", "64", "0", nice.as_str()]);
 }
 
 #[tokio::test]

@@ -20,7 +20,7 @@ use trainyard::report::Reports;
 use uuid::Uuid;
 
 /// Far longer than anything here takes.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A folder for work directories, and for files of the test's own.
 pub struct Place {

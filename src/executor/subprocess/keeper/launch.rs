@@ -78,29 +78,23 @@ pub(super) fn launch(spec: &Spec) -> Result<Child, Failure> {
 fn limit_open_files(files: u64) -> io::Result<()> {
     let most = getrlimit(Resource::Nofile).maximum;
     let files = most.map_or(files, |most| most.min(files));
-    let limit = Rlimit {
-        current: Some(files),
-        maximum: Some(files),
-    };
-    Ok(setrlimit(Resource::Nofile, limit)?)
+    Ok(setrlimit(Resource::Nofile, both(files))?)
 }
 
-/// Starting a process takes some address space of the keeper's own, so the
-/// command begins with a limit that leaves room for that and gets its exact
-/// one a moment later.
+/// The command inherits the keeper's own limit. One that is too small for the
+/// keeper itself is set for the command alone, a moment after it has begun.
 fn within_memory(memory: u64, spec: &Spec, mut command: Command) -> Result<Child, Failure> {
     let cannot = |error| Failure::transient("cannot set `memory`", &error);
-    let own = getrlimit(Resource::As);
-    let memory = own.maximum.map_or(memory, |most| most.min(memory));
-    let coarse = Rlimit {
-        current: Some(memory.max(room_to_start())),
-        maximum: own.maximum,
-    };
-    setrlimit(Resource::As, coarse).map_err(|error| cannot(error.into()))?;
+    let most = getrlimit(Resource::As).maximum;
+    let memory = most.map_or(memory, |most| most.min(memory));
+    let inherited = memory.max(keepers_own());
+    let inherited = most.map_or(inherited, |most| most.min(inherited));
+    setrlimit(Resource::As, both(inherited)).map_err(|error| cannot(error.into()))?;
     let started = command.spawn();
-    setrlimit(Resource::As, own).map_err(|error| cannot(error.into()))?;
     let mut child = started.map_err(|error| Failure::of_start(spec, &error))?;
-    if let Err(error) = limit_child(&child, memory) {
+    if memory < inherited
+        && let Err(error) = limit_child(&child, memory)
+    {
         let _ = child.kill();
         let _ = child.wait();
         return Err(cannot(error));
@@ -108,14 +102,17 @@ fn within_memory(memory: u64, spec: &Spec, mut command: Command) -> Result<Child
     Ok(child)
 }
 
+fn both(limit: u64) -> Rlimit {
+    Rlimit {
+        current: Some(limit),
+        maximum: Some(limit),
+    }
+}
+
 #[cfg(target_os = "linux")]
 fn limit_child(child: &Child, memory: u64) -> io::Result<()> {
-    let exact = Rlimit {
-        current: Some(memory),
-        maximum: Some(memory),
-    };
     let pid = rustix::process::Pid::from_child(child);
-    match rustix::process::prlimit(Some(pid), Resource::As, exact) {
+    match rustix::process::prlimit(Some(pid), Resource::As, both(memory)) {
         // It has ended already.
         Ok(_) | Err(Errno::SRCH) => Ok(()),
         Err(error) => Err(error.into()),
@@ -128,13 +125,14 @@ fn limit_child(_: &Child, _: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// This process's address space and some more, in bytes.
-fn room_to_start() -> u64 {
-    const SOME_MORE: u64 = 16 << 20;
+/// The address space that this process has, and what its threads will need, in
+/// bytes.
+fn keepers_own() -> u64 {
+    const THREADS: u64 = 64 << 20;
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let kilobytes = status
         .lines()
         .find_map(|line| line.strip_prefix("VmSize:"))
         .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse().ok());
-    kilobytes.map_or(0, |kilobytes: u64| kilobytes * 1024 + SOME_MORE)
+    kilobytes.map_or(0, |kilobytes: u64| kilobytes * 1024 + THREADS)
 }
