@@ -8,6 +8,7 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use crate::config::{self, Config, ConfigError};
+use crate::executor::subprocess::keep_if_asked;
 use crate::guard::Guard;
 use crate::pubsub::{Connection, Publishers, PubsubError, Pulling, Subscription};
 use crate::registry::Registry;
@@ -18,10 +19,15 @@ use crate::worker::{MAX_KEPT, Source, Worker};
 /// Loads the configuration and runs a worker with the given tasks until
 /// SIGTERM or SIGINT: the whole `main` of a program that embeds trainyard.
 ///
+/// For each job of a task with a `command` the program is started again, as the
+/// job's keeper. Where its `main` does more than call this, it calls
+/// [`crate::keep_if_asked`] before.
+///
 /// # Errors
 /// [`ConfigError`] for a configuration that cannot be used; any other error
 /// when the database or Pub/Sub cannot be reached at the start.
 pub async fn run(config_file: Option<&Path>, registry: Registry) -> anyhow::Result<()> {
+    keep_if_asked();
     let config = config::load(config_file)?;
     run_worker(config, registry, false).await
 }
@@ -100,7 +106,7 @@ pub async fn build_worker(
     store: Arc<dyn Store>,
     connection: &Connection,
 ) -> anyhow::Result<Worker> {
-    let tasks = registry.configure(&config.tasks)?;
+    let tasks = registry.configure(&config.tasks, &config.worker)?;
     if tasks.is_empty() {
         return Err(invalid(
             "no task is configured: add a section such as [tasks.train-classifier] with `builtin = \"train-classifier\"`",

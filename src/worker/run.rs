@@ -318,6 +318,7 @@ fn attempt_of(
         deadline: timeout
             .and_then(Result::ok)
             .and_then(|timeout| Utc::now().checked_add_signed(timeout)),
+        devices: Vec::new(),
         reports,
         valid_until: lease.validity(),
         stop: CancellationToken::new(),
