@@ -8,10 +8,11 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use crate::config::{self, Config, ConfigError};
+use crate::devices::Devices;
 use crate::executor::subprocess::keep_if_asked;
 use crate::guard::Guard;
 use crate::pubsub::{Connection, Publishers, PubsubError, Pulling, Subscription};
-use crate::registry::Registry;
+use crate::registry::{ConfiguredTasks, Registry};
 use crate::shutdown::Shutdown;
 use crate::store::{self, ClaimTerms, Missing, Store};
 use crate::worker::{MAX_KEPT, Source, Worker};
@@ -150,6 +151,8 @@ pub async fn build_worker(
         subscriptions = config.subscriptions.keys().cloned().collect::<Vec<_>>().join(", "),
         "ready"
     );
+    let devices = Devices::discover(&config.worker.gpus).await;
+    warn_of_missing_gpus(&tasks, &devices);
     let guard = Guard::new(store, terms);
     Ok(Worker::new(
         config.worker.clone(),
@@ -157,8 +160,24 @@ pub async fn build_worker(
         tasks,
         subscriptions,
         Publishers::new(connection.clone()),
+        devices,
         config.guard.retention,
     ))
+}
+
+/// Another worker may have them, so such a task's jobs wait in the table.
+fn warn_of_missing_gpus(tasks: &ConfiguredTasks, devices: &Devices) {
+    for task in tasks.iter() {
+        let (needed, there) = (task.settings.gpus, devices.total());
+        if needed > there {
+            warn!(
+                task = task.name,
+                needed,
+                there,
+                "this worker has too few GPUs for the task and leaves its jobs to others"
+            );
+        }
+    }
 }
 
 /// A subscription that does not exist is found now rather than in the log. A

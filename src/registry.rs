@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::config::{self, ConfigError};
 use crate::executor::subprocess::{self, Limits, PERMANENT_EXIT_CODES, Subprocess};
@@ -87,7 +88,21 @@ pub struct ConfiguredTask {
     pub executor: Arc<dyn Executor>,
 }
 
+/// A command is killed when its stop grace is over; its end is told a little
+/// later.
+const LAST_NEWS: Duration = Duration::from_secs(1);
+
 impl ConfiguredTask {
+    /// How long a run that is asked to stop is waited for.
+    #[must_use]
+    pub fn stop_patience(&self, worker_stop_grace: Duration) -> Duration {
+        let grace = self.settings.stop_grace.unwrap_or(worker_stop_grace);
+        match self.settings.command {
+            Some(_) => grace + LAST_NEWS,
+            None => grace,
+        }
+    }
+
     fn in_process(name: &str, task: &Arc<dyn Task>, settings: config::Task) -> Arc<Self> {
         Arc::new(Self {
             name: name.to_owned(),

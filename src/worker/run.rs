@@ -37,6 +37,8 @@ pub(super) struct Assignment<'a> {
     pub(super) task: &'a Arc<ConfiguredTask>,
     pub(super) payload: Payload,
     pub(super) acquired: Acquired,
+    /// The GPUs that it has to itself.
+    pub(super) devices: Vec<String>,
 }
 
 /// What the broker is told once the run has ended.
@@ -143,6 +145,7 @@ impl Processor {
             task,
             payload,
             acquired,
+            devices,
             ..
         } = assignment;
         let mut lease = self.keeper.keep(&acquired);
@@ -155,11 +158,15 @@ impl Processor {
         self.events.tell(&id, started);
         let (progress, checkpoints) = (reports.watch_progress(), reports.watch_checkpoint());
         let fence = acquired.fence.clone();
-        let attempt = attempt_of(task, acquired, &id, payload, reports, &lease);
+        let stop_patience = task.stop_patience(self.stop_grace);
+        let attempt = Attempt {
+            devices,
+            ..attempt_of(task, acquired, &id, payload, reports, &lease)
+        };
         let stopping = &self.shutdown.stopping;
         failpoint::reach(Step::DuringRun);
         tokio::select! {
-            outcome = supervise(task, attempt, &mut lease, stopping, self.stop_grace) => outcome,
+            outcome = supervise(task, attempt, &mut lease, stopping, stop_patience) => outcome,
             never = self.relay_progress(&id, progress) => never,
             never = self.keep_checkpoints(&fence, task, checkpoints, receipt) => never,
         }
