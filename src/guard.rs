@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 use uuid::Uuid;
 
-use crate::job::{Claim, ClaimRequest, DeadLetter, Fence, JobKey, Note, NoteKind, Reaped};
+use crate::job::{Claim, ClaimRequest, DeadLetter, Fence, JobKey, Note, NoteKind, Reaped, Told};
 use crate::message::Message;
 use crate::outcome::{DeadReason, Ending};
 use crate::retry::Backoff;
@@ -33,6 +33,9 @@ const TRY_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::f
 /// How often a claim is sent before its delivery is put off. The tries carry
 /// one token, so that a claim whose answer was lost is found to be one's own.
 const CLAIM_TRIES: u32 = 3;
+
+/// Nobody waits for long for what only people read.
+const NOTE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Notes for the ledger that may wait to be written; more are lost.
 const MAX_NOTES: usize = 1024;
@@ -189,6 +192,20 @@ impl Guard {
         let never = CancellationToken::new();
         let saved = until_answered("the checkpoint is not kept yet", fence, &never, asking).await;
         saved == Some(true)
+    }
+
+    /// Keeps what an attempt has told about itself. Best effort, like a note;
+    /// an attempt that told nothing leaves no record.
+    pub async fn keep_attempt(&self, fence: &Fence, told: &Told) {
+        if told.log.is_empty() && told.series.is_empty() {
+            return;
+        }
+        let keeping = self.store.keep_attempt(fence, &self.terms.worker, told);
+        match timeout(NOTE_TIMEOUT, keeping).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => debug!(job = %fence.key, %error, "an attempt's record is lost"),
+            Err(_) => debug!(job = %fence.key, "an attempt's record is lost: no answer"),
+        }
     }
 
     /// The lease tokens of this worker's runs that are to be cancelled.

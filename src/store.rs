@@ -15,8 +15,8 @@ use async_trait::async_trait;
 use uuid::Uuid;
 
 use crate::job::{
-    Cancelling, Claim, ClaimRequest, DeadLetter, Fence, FinalState, Job, JobFilter, JobKey,
-    JobState, Limits, Note, Reaped, Retrying, Story,
+    AttemptRecord, Cancelling, Claim, ClaimRequest, DeadLetter, Fence, FinalState, Job, JobFilter,
+    JobKey, JobState, Limits, Note, Reaped, Retrying, Story, Told,
 };
 use crate::message::Message;
 use crate::outcome::{DeadReason, Ending};
@@ -282,6 +282,19 @@ pub trait Store: Send + Sync + 'static {
         acked: bool,
     ) -> Result<bool, StoreError>;
 
+    /// Keeps what an attempt has told about itself, for people; nothing depends
+    /// on it, so any attempt may, once.
+    async fn keep_attempt(
+        &self,
+        fence: &Fence,
+        worker: &str,
+        told: &Told,
+    ) -> Result<(), StoreError>;
+
+    /// What a job's attempts have told, in their order; those that told
+    /// nothing, or were lost, are missing.
+    async fn attempts(&self, id: Uuid) -> Result<Vec<AttemptRecord>, StoreError>;
+
     /// The tokens of a worker's runs that are to be cancelled.
     async fn cancelled_runs(&self, worker: &str) -> Result<Vec<Uuid>, StoreError>;
 
@@ -329,7 +342,8 @@ pub trait Store: Send + Sync + 'static {
     async fn note(&self, worker: &str, notes: &[Note]) -> Result<(), StoreError>;
 
     /// Deletes at most `limit` jobs that ended more than `retention` ago, with
-    /// their ledgers, and returns how many. Passes over rows that are being
+    /// their ledgers and all, and returns how many. Keeps dead ones whose
+    /// message is still to be published. Passes over rows that are being
     /// written, so that no claim waits.
     async fn purge(&self, retention: Duration, limit: u32) -> Result<u64, StoreError>;
 
@@ -458,4 +472,8 @@ fn storable(text: &str) -> Cow<'_, str> {
 /// JSON as text, in which a NUL is an escape and so can be stored.
 fn json_text(value: &impl serde::Serialize) -> Result<String, StoreError> {
     serde_json::to_string(value).map_err(|error| StoreError::Unreadable(error.to_string()))
+}
+
+fn from_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, StoreError> {
+    serde_json::from_str(text).map_err(|error| StoreError::Unreadable(error.to_string()))
 }

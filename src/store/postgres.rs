@@ -1,5 +1,6 @@
 //! The tables on Postgres.
 
+mod attempts;
 mod claims;
 mod dead_letters;
 mod endings;
@@ -24,8 +25,8 @@ use super::{
     Standing, Store, StoreError,
 };
 use crate::job::{
-    Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter, JobKey, Note, Reaped,
-    Retrying, Story,
+    AttemptRecord, Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter, JobKey,
+    Note, Reaped, Retrying, Story, Told,
 };
 use crate::retry::Backoff;
 
@@ -163,6 +164,19 @@ impl Store for PostgresStore {
         acked: bool,
     ) -> Result<bool, StoreError> {
         retried(|| running::save_checkpoint(&self.pool, fence, checkpoint, acked)).await
+    }
+
+    async fn keep_attempt(
+        &self,
+        fence: &Fence,
+        worker: &str,
+        told: &Told,
+    ) -> Result<(), StoreError> {
+        attempts::keep_attempt(&self.pool, fence, worker, told).await
+    }
+
+    async fn attempts(&self, id: Uuid) -> Result<Vec<AttemptRecord>, StoreError> {
+        attempts::attempts(&self.pool, id).await
     }
 
     async fn cancelled_runs(&self, worker: &str) -> Result<Vec<Uuid>, StoreError> {

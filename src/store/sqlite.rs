@@ -1,6 +1,7 @@
 //! The tables on SQLite: one process's own, for development and single
 //! machines. Statements have the names and the order of those for Postgres.
 
+mod attempts;
 mod claims;
 mod dead_letters;
 mod endings;
@@ -26,8 +27,8 @@ use super::{
     SchemaError, Standing, Store, StoreError,
 };
 use crate::job::{
-    Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter, JobKey, Note, Reaped,
-    Retrying, Story,
+    AttemptRecord, Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter, JobKey,
+    Note, Reaped, Retrying, Story, Told,
 };
 
 /// SQLite has one writer at a time; a few more connections let readers by.
@@ -130,6 +131,19 @@ impl Store for SqliteStore {
         acked: bool,
     ) -> Result<bool, StoreError> {
         running::save_checkpoint(&self.pool, fence, checkpoint, acked).await
+    }
+
+    async fn keep_attempt(
+        &self,
+        fence: &Fence,
+        worker: &str,
+        told: &Told,
+    ) -> Result<(), StoreError> {
+        attempts::keep_attempt(&self.pool, fence, worker, told).await
+    }
+
+    async fn attempts(&self, id: Uuid) -> Result<Vec<AttemptRecord>, StoreError> {
+        attempts::attempts(&self.pool, id).await
     }
 
     async fn cancelled_runs(&self, worker: &str) -> Result<Vec<Uuid>, StoreError> {

@@ -18,7 +18,7 @@ use super::supervise::supervise;
 use crate::config::AckTiming;
 use crate::executor::Attempt;
 use crate::failpoint::{self, Step};
-use crate::job::{Acquired, Fence, NoteKind};
+use crate::job::{Acquired, Fence, NoteKind, Told};
 use crate::message::Payload;
 use crate::outcome::{Ending, Outcome, Verdict};
 use crate::pubsub::Receipt;
@@ -106,7 +106,7 @@ impl Processor {
         let attempts = assignment.acquired.counted_attempts;
         let fence = assignment.acquired.fence.clone();
         let reports = Reports::default();
-        let checkpoints = reports.watch_checkpoint();
+        let (checkpoints, told) = (reports.watch_checkpoint(), reports.clone());
         let outcome = match assignment.acquired.cancel_requested {
             true => Outcome::Cancelled,
             false => self.attempt(assignment, reports, receipt).await,
@@ -120,9 +120,15 @@ impl Processor {
             Verdict::Retry { after, .. } => Some(*after),
             _ => None,
         };
-        let settling = self
-            .write(intake, &fence, verdict, retry_in, checkpoint, name)
-            .await;
+        let told = Told {
+            outcome: name,
+            log: told.tail(),
+            series: told.series(),
+        };
+        let (settling, ()) = tokio::join!(
+            self.write(intake, &fence, verdict, retry_in, checkpoint, name),
+            self.guard.keep_attempt(&fence, &told),
+        );
         if is_ordered || task.settings.concurrency.is_some() {
             self.wake_reaper.notify_one();
         }

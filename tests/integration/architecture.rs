@@ -136,6 +136,7 @@ fn both_databases_have_the_same_functions_in_the_same_order() {
             .collect()
     };
     for file in [
+        "attempts.rs",
         "claims.rs",
         "dead_letters.rs",
         "endings.rs",

@@ -1,11 +1,9 @@
 //! Dead jobs whose message is still to be published to its topic.
 
-use std::collections::BTreeMap;
-
 use sqlx::postgres::PgRow;
 use sqlx::{PgPool, Row};
 
-use super::super::{DeadLettersDue, StoreError};
+use super::super::{DeadLettersDue, StoreError, from_json};
 use crate::job::{DeadLetter, JobKey};
 use crate::message::Message;
 
@@ -33,8 +31,6 @@ pub(super) async fn dead_letters(
 }
 
 fn read_dead_letter(row: &PgRow) -> Result<DeadLetter, StoreError> {
-    let attributes: BTreeMap<String, String> = serde_json::from_str(row.try_get("attributes")?)
-        .map_err(|error| StoreError::Unreadable(error.to_string()))?;
     let payload: Option<Vec<u8>> = row.try_get("payload")?;
     Ok(DeadLetter {
         job_id: row.try_get("job_id")?,
@@ -44,7 +40,7 @@ fn read_dead_letter(row: &PgRow) -> Result<DeadLetter, StoreError> {
             id: row.try_get("message_id")?,
             publish_time: row.try_get("publish_time")?,
             data: payload.unwrap_or_default().into(),
-            attributes,
+            attributes: from_json(row.try_get("attributes")?)?,
             ordering_key: row.try_get("ordering_key")?,
         },
         reason: row.try_get("reason")?,

@@ -1,11 +1,9 @@
 //! Dead jobs whose message is still to be published to its topic.
 
-use std::collections::BTreeMap;
-
 use sqlx::sqlite::{SqlitePool, SqliteRow};
 use sqlx::{Connection, Row};
 
-use super::super::{DeadLettersDue, StoreError, json_text};
+use super::super::{DeadLettersDue, StoreError, from_json, json_text};
 use super::claims::{BEGIN, milliseconds};
 use super::ledger::{Entry, add_to_ledger};
 use super::reading::time;
@@ -38,8 +36,6 @@ pub(super) async fn dead_letters(
 }
 
 fn read_dead_letter(row: &SqliteRow) -> Result<DeadLetter, StoreError> {
-    let attributes: BTreeMap<String, String> = serde_json::from_str(row.try_get("attributes")?)
-        .map_err(|error| StoreError::Unreadable(error.to_string()))?;
     let payload: Option<Vec<u8>> = row.try_get("payload")?;
     Ok(DeadLetter {
         job_id: row.try_get("job_id")?,
@@ -49,7 +45,7 @@ fn read_dead_letter(row: &SqliteRow) -> Result<DeadLetter, StoreError> {
             id: row.try_get("message_id")?,
             publish_time: time(row, "publish_time")?.unwrap_or_default(),
             data: payload.unwrap_or_default().into(),
-            attributes,
+            attributes: from_json(row.try_get("attributes")?)?,
             ordering_key: row.try_get("ordering_key")?,
         },
         reason: row.try_get("reason")?,

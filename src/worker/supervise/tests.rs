@@ -11,8 +11,8 @@ use crate::config;
 use crate::executor::Executor;
 use crate::guard::Guard;
 use crate::job::{
-    Acquired, Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter, JobKey, Note,
-    Reaped, Retrying, Story,
+    Acquired, AttemptRecord, Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter,
+    JobKey, Note, Reaped, Retrying, Story, Told,
 };
 use crate::store::{
     ClaimTerms, DatabaseError, DeadLettersDue, Finish, GivenUp, Reach, Refusal, Refused, Release,
@@ -76,6 +76,12 @@ impl Store for Renewing {
         unreachable!()
     }
     async fn save_checkpoint(&self, _: &Fence, _: &str, _: bool) -> Result<bool, StoreError> {
+        unreachable!()
+    }
+    async fn keep_attempt(&self, _: &Fence, _: &str, _: &Told) -> Result<(), StoreError> {
+        unreachable!()
+    }
+    async fn attempts(&self, _: Uuid) -> Result<Vec<AttemptRecord>, StoreError> {
         unreachable!()
     }
     async fn cancelled_runs(&self, _: &str) -> Result<Vec<Uuid>, StoreError> {
