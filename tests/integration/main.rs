@@ -13,6 +13,7 @@ mod dead_letters;
 mod delivery;
 mod failures;
 mod ordering;
+mod programs;
 mod store;
 mod store_model;
 mod support;

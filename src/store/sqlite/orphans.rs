@@ -1,7 +1,7 @@
 //! The statements by which a reaper takes what no delivery asks for.
 
-use sqlx::sqlite::SqlitePool;
-use sqlx::{Connection, Row};
+use sqlx::sqlite::{SqlitePool, SqliteRow};
+use sqlx::{Connection, Row, SqliteConnection};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -28,6 +28,20 @@ WHERE leases.lease_until + CASE WHEN leases.token IS NULL THEN 0 ELSE leases.rea
 ORDER BY leases.lease_until, leases.position
 LIMIT $3";
 
+async fn find(
+    connection: &mut SqliteConnection,
+    reach: &Reach,
+    limit: usize,
+) -> Result<Vec<SqliteRow>, StoreError> {
+    let found = sqlx::query(FIND_ORPHANS)
+        .bind(json_text(&reach.subscriptions.keys().collect::<Vec<_>>())?)
+        .bind(json_text(&reach.tasks.keys().collect::<Vec<_>>())?)
+        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+        .fetch_all(connection)
+        .await?;
+    Ok(found)
+}
+
 pub(super) async fn reap(
     pool: &SqlitePool,
     reach: &Reach,
@@ -36,13 +50,12 @@ pub(super) async fn reap(
 ) -> Result<Vec<Reaped>, StoreError> {
     let claimed_at = Instant::now();
     let mut connection = pool.acquire().await?;
+    // Most sweeps find nothing, and need not have kept writers waiting.
+    if find(&mut connection, reach, limit).await?.is_empty() {
+        return Ok(Vec::new());
+    }
     let mut transaction = connection.begin_with(BEGIN).await?;
-    let found = sqlx::query(FIND_ORPHANS)
-        .bind(json_text(&reach.subscriptions.keys().collect::<Vec<_>>())?)
-        .bind(json_text(&reach.tasks.keys().collect::<Vec<_>>())?)
-        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
-        .fetch_all(&mut *transaction)
-        .await?;
+    let found = find(&mut transaction, reach, limit).await?;
     let mut reaped = Vec::with_capacity(found.len());
     for row in &found {
         let key = JobKey::new(row.try_get("subscription")?, row.try_get("key")?);

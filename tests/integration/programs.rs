@@ -1,0 +1,271 @@
+//! Tasks that are programs of their own, run by worker processes.
+
+use std::path::{Path, PathBuf};
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use trainyard::job::{Job, JobState};
+
+use crate::on_both_databases;
+use crate::support::database::Database;
+use crate::support::scene::{Scene, Sections, TRAINING};
+use crate::support::{eventually, not_tested};
+
+on_both_databases!(
+    a_killed_workers_program_goes_on_elsewhere_from_its_checkpoint,
+    a_stopped_workers_program_goes_on_elsewhere_at_no_cost,
+    a_failing_programs_last_words_are_kept,
+    a_cancelled_program_is_stopped,
+);
+
+const NAME: &str = "program";
+
+/// A scene whose workers also know a task that is this command.
+async fn scene(database: &Database, command: &[&str], more: &str) -> Scene {
+    let sections = Sections {
+        slots: 1,
+        ..Sections::default()
+    };
+    let scene = Scene::new(database, &sections).await;
+    let config = std::fs::read_to_string(&scene.yard.config).unwrap();
+    let work_dir = scene.folder().join("work");
+    let config = config.replace(
+        "[worker]\n",
+        &format!("[worker]\nwork_dir = {work_dir:?}\n"),
+    );
+    let config = format!(
+        "{config}\n[tasks.{NAME}]\ncommand = {command:?}\nbackoff = {{ initial = \"10ms\", max = \"50ms\" }}\n{more}\n"
+    );
+    std::fs::write(&scene.yard.config, config).unwrap();
+    scene
+}
+
+async fn publish(scene: &Scene, mut request: Value) -> String {
+    request["name"] = NAME.into();
+    scene.broker.publish(TRAINING, request.to_string()).await
+}
+
+/// A shell script in the scene's folder; it finds that folder as `$HERE`.
+fn script(text: &str) -> String {
+    format!("cd \"$HERE\"; {text}")
+}
+
+fn here(scene: &Scene) -> String {
+    format!("env = {{ HERE = {:?} }}", scene.folder())
+}
+
+async fn add_env(scene: &Scene) {
+    let config = std::fs::read_to_string(&scene.yard.config).unwrap();
+    std::fs::write(&scene.yard.config, format!("{config}{}\n", here(scene))).unwrap();
+}
+
+/// The processes that run a job, whoever their parents are.
+fn processes_of(job: &Job) -> Vec<u32> {
+    let mark = format!("TRAINYARD_JOB_ID={}", job.id);
+    let processes = std::fs::read_dir("/proc").unwrap();
+    processes
+        .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
+        .filter(|pid: &u32| {
+            let environment = std::fs::read(format!("/proc/{pid}/environ"));
+            let environment = environment.unwrap_or_default();
+            environment
+                .split(|byte| *byte == 0)
+                .any(|variable| variable == mark.as_bytes())
+        })
+        .collect()
+}
+
+async fn nothing_runs(job: &Job) {
+    eventually("no process of the job is left", async || {
+        processes_of(job).is_empty().then_some(())
+    })
+    .await;
+}
+
+fn digits_example() -> Option<PathBuf> {
+    let python = std::process::Command::new("python3")
+        .arg("--version")
+        .output();
+    if python.is_err() {
+        not_tested("python3");
+        return None;
+    }
+    Some(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("examples/python/train_digits.py"))
+}
+
+fn digits_request() -> Value {
+    json!({"epochs": 4, "hidden": 16, "seconds_per_epoch": 0.5})
+}
+
+/// What the training comes to when nothing disturbs it.
+fn undisturbed(program: &Path) -> Value {
+    let mut child = std::process::Command::new("python3")
+        .arg(program)
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    std::io::Write::write_all(&mut stdin, digits_request().to_string().as_bytes()).unwrap();
+    drop(stdin);
+    let output = child.wait_with_output().unwrap();
+    let output = String::from_utf8(output.stdout).unwrap();
+    let result = output
+        .lines()
+        .filter_map(|line| line.strip_prefix("@trainyard "))
+        .filter_map(|line| {
+            serde_json::from_str::<Value>(line)
+                .ok()?
+                .get("result")
+                .cloned()
+        })
+        .next_back();
+    result.unwrap()
+}
+
+async fn digits_scene(database: &Database, program: &Path) -> Scene {
+    let command = ["python3", program.to_str().unwrap()];
+    let scene = scene(database, &command, "ack = \"after_checkpoint\"").await;
+    let checkpoints = scene.folder().join("checkpoints");
+    std::fs::create_dir(&checkpoints).unwrap();
+    let config = std::fs::read_to_string(&scene.yard.config).unwrap();
+    let config = format!("{config}env = {{ CHECKPOINT_DIR = {checkpoints:?} }}\n");
+    std::fs::write(&scene.yard.config, config).unwrap();
+    scene
+}
+
+/// The job, once its first checkpoint is on record and its message acked.
+async fn first_checkpoint(scene: &Scene, id: &str) -> Job {
+    let job = scene.job(id, JobState::Running).await;
+    let job = eventually("a checkpoint is on record", async || {
+        let job = scene.store.job(job.id).await.unwrap().unwrap();
+        job.checkpoint.is_some().then_some(job)
+    })
+    .await;
+    scene.nothing_is_left_to_deliver().await;
+    job
+}
+
+async fn a_killed_workers_program_goes_on_elsewhere_from_its_checkpoint(database: Database) {
+    let Some(program) = digits_example() else {
+        return;
+    };
+    let scene = digits_scene(&database, &program).await;
+    let mut first = scene.start_worker("first");
+    let id = publish(&scene, digits_request()).await;
+    let job = first_checkpoint(&scene, &id).await;
+    first.kill().await;
+    nothing_runs(&job).await;
+    let _second = scene.start_worker("second");
+    let job = scene.job(&id, JobState::Succeeded).await;
+    assert_eq!(job.attempts, 2);
+    assert_eq!(job.result, Some(undisturbed(&program)));
+    let shown = scene
+        .command(&["jobs", "show", &job.id.to_string()])
+        .await
+        .stdout;
+    assert!(shown.contains("going on from"), "{shown}");
+}
+
+async fn a_stopped_workers_program_goes_on_elsewhere_at_no_cost(database: Database) {
+    let Some(program) = digits_example() else {
+        return;
+    };
+    let scene = digits_scene(&database, &program).await;
+    let first = scene.start_worker("first");
+    let id = publish(&scene, digits_request()).await;
+    let job = first_checkpoint(&scene, &id).await;
+    assert_eq!(first.stop().await.code(), Some(0));
+    nothing_runs(&job).await;
+    let _second = scene.start_worker("second");
+    let job = scene.job(&id, JobState::Succeeded).await;
+    assert_eq!(job.attempts, 1);
+    assert_eq!(job.result, Some(undisturbed(&program)));
+}
+
+/// On Postgres only: a frozen process may have the lock of a SQLite file.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_stale_program_says_changes_nothing() {
+    if let Some(database) = Database::postgres().await {
+        a_stale_program_speaks(database).await;
+    }
+}
+
+/// The first worker is frozen. Its program says something before its time is
+/// over, and the worker reads it only after another one has taken over.
+async fn a_stale_program_speaks(database: Database) {
+    let text = script(
+        r#"if [ -n "$TRAINYARD_CHECKPOINT" ]; then
+             echo "@trainyard {\"result\":{\"resumed_from\":\"$TRAINYARD_CHECKPOINT\"}}"; exit 0
+           fi
+           echo '@trainyard {"checkpoint":"good"}'
+           while [ ! -e frozen ]; do sleep 0.05; done
+           echo '@trainyard {"checkpoint":"stale"}'
+           touch said; sleep 3600"#,
+    );
+    let command = ["sh", "-c", &text];
+    let scene = scene(&database, &command, "ack = \"after_checkpoint\"").await;
+    add_env(&scene).await;
+    let frozen = scene.start_worker("frozen");
+    let id = publish(&scene, json!({})).await;
+    let job = first_checkpoint(&scene, &id).await;
+    frozen.signal(Signal::SIGSTOP);
+    std::fs::write(scene.folder().join("frozen"), "").unwrap();
+    eventually("the program has spoken", async || {
+        scene.folder().join("said").exists().then_some(())
+    })
+    .await;
+    let _other = scene.start_worker("other");
+    let done = scene.job(&id, JobState::Succeeded).await;
+    assert_eq!(done.result, Some(json!({"resumed_from": "good"})));
+    // Its keeper has ended it although its worker could not.
+    nothing_runs(&job).await;
+    frozen.signal(Signal::SIGCONT);
+    eventually("the thawed worker notices", async || {
+        frozen.log().contains("the lease is lost").then_some(())
+    })
+    .await;
+    let after = scene.store.job(done.id).await.unwrap().unwrap();
+    assert_eq!(after.checkpoint.as_deref(), Some("good"));
+    assert_eq!(after.state, JobState::Succeeded);
+    assert_eq!(frozen.stop().await.code(), Some(0));
+}
+
+async fn a_failing_programs_last_words_are_kept(database: Database) {
+    let text = script("echo on the way; echo 'no such column: y' >&2; exit 65");
+    let scene = scene(&database, &["sh", "-c", &text], "").await;
+    add_env(&scene).await;
+    let _worker = scene.start_worker("w1");
+    let id = publish(&scene, json!({})).await;
+    let job = scene.job(&id, JobState::Dead).await;
+    assert_eq!(job.attempts, 1);
+    assert!(job.error.unwrap().contains("no such column: y"));
+    let shown = eventually("the last words are shown", async || {
+        let shown = scene.command(&["jobs", "show", &job.id.to_string()]).await;
+        shown
+            .stdout
+            .contains("| on the way")
+            .then_some(shown.stdout)
+    })
+    .await;
+    assert!(shown.contains("| no such column: y"), "{shown}");
+    let work = std::fs::read_dir(scene.folder().join("work")).unwrap();
+    assert_eq!(work.count(), 0, "its directory is removed");
+}
+
+async fn a_cancelled_program_is_stopped(database: Database) {
+    let scene = scene(&database, &["sleep", "3600"], "").await;
+    let _worker = scene.start_worker("w1");
+    let id = publish(&scene, json!({})).await;
+    let job = scene.job(&id, JobState::Running).await;
+    eventually("it runs", async || {
+        (!processes_of(&job).is_empty()).then_some(())
+    })
+    .await;
+    scene
+        .command(&["jobs", "cancel", &job.id.to_string()])
+        .await;
+    scene.job(&id, JobState::Cancelled).await;
+    nothing_runs(&job).await;
+    scene.nothing_is_left_to_deliver().await;
+}
