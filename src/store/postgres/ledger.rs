@@ -45,13 +45,15 @@ pub(super) async fn note(pool: &PgPool, worker: &str, notes: &[Note]) -> Result<
 }
 
 /// Job ids begin with the milliseconds of their making, so the unique index on
-/// them finds old rows; the time that counts is the database's.
+/// them finds old rows; the time that counts is the database's. A job whose
+/// dead letter is still to be published is kept: nothing else has its message.
 const PURGE: &str = "
 WITH old AS (
     SELECT subscription, key FROM processed_messages
     WHERE job_id < (lpad(to_hex((extract(epoch FROM now()) * 1000 - $1 * 1000)::bigint), 12, '0')
                     || repeat('0', 20))::uuid
-      AND state <> 'open' AND finished_at < now() - make_interval(secs => $1)
+      AND state <> 'open' AND dead_letter_topic IS NULL
+      AND finished_at < now() - make_interval(secs => $1)
     ORDER BY job_id
     LIMIT $2
     FOR UPDATE SKIP LOCKED

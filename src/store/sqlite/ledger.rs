@@ -64,12 +64,14 @@ pub(super) async fn note(
 }
 
 /// Job ids begin with the milliseconds of their making, so the unique index on
-/// them finds old rows; the time that counts is the database's.
+/// them finds old rows; the time that counts is the database's. A job whose
+/// dead letter is still to be published is kept: nothing else has its message.
 const FIND_OLD: &str = "
 SELECT subscription, key FROM processed_messages
 WHERE job_id < unhex(printf('%012x', CAST(unixepoch('subsec') * 1000 AS INTEGER) - $1)
                      || '00000000000000000000')
-  AND state <> 'open' AND finished_at < CAST(unixepoch('subsec') * 1000 AS INTEGER) - $1
+  AND state <> 'open' AND dead_letter_topic IS NULL
+  AND finished_at < CAST(unixepoch('subsec') * 1000 AS INTEGER) - $1
 ORDER BY job_id
 LIMIT $2";
 const FORGET_JOB: &str = "DELETE FROM processed_messages WHERE subscription = $1 AND key = $2";
