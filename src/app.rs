@@ -8,20 +8,27 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use crate::config::{self, Config, ConfigError};
+use crate::devices::Devices;
+use crate::executor::subprocess::keep_if_asked;
 use crate::guard::Guard;
 use crate::pubsub::{Connection, Publishers, PubsubError, Pulling, Subscription};
-use crate::registry::Registry;
+use crate::registry::{ConfiguredTasks, Registry};
 use crate::shutdown::Shutdown;
 use crate::store::{self, ClaimTerms, Missing, Store};
-use crate::worker::{MAX_HELD, Source, Worker};
+use crate::worker::{MAX_KEPT, Source, Worker};
 
 /// Loads the configuration and runs a worker with the given tasks until
 /// SIGTERM or SIGINT: the whole `main` of a program that embeds trainyard.
+///
+/// For each job of a task with a `command` the program is started again, as the
+/// job's keeper. Where its `main` does more than call this, it calls
+/// [`crate::keep_if_asked`] before.
 ///
 /// # Errors
 /// [`ConfigError`] for a configuration that cannot be used; any other error
 /// when the database or Pub/Sub cannot be reached at the start.
 pub async fn run(config_file: Option<&Path>, registry: Registry) -> anyhow::Result<()> {
+    keep_if_asked();
     let config = config::load(config_file)?;
     run_worker(config, registry, false).await
 }
@@ -100,7 +107,7 @@ pub async fn build_worker(
     store: Arc<dyn Store>,
     connection: &Connection,
 ) -> anyhow::Result<Worker> {
-    let tasks = registry.configure(&config.tasks)?;
+    let tasks = registry.configure(&config.tasks, &config.worker)?;
     if tasks.is_empty() {
         return Err(invalid(
             "no task is configured: add a section such as [tasks.train-classifier] with `builtin = \"train-classifier\"`",
@@ -122,7 +129,7 @@ pub async fn build_worker(
             ack_deadline: settings.ack_deadline,
             slots: config.worker.slots,
             prefetch: settings.prefetch,
-            held: MAX_HELD,
+            held: MAX_KEPT,
             quiet_limit: settings.quiet_limit,
         };
         subscriptions.push(Source {
@@ -144,6 +151,8 @@ pub async fn build_worker(
         subscriptions = config.subscriptions.keys().cloned().collect::<Vec<_>>().join(", "),
         "ready"
     );
+    let devices = Devices::discover(&config.worker.gpus).await;
+    warn_of_missing_gpus(&tasks, &devices);
     let guard = Guard::new(store, terms);
     Ok(Worker::new(
         config.worker.clone(),
@@ -151,8 +160,24 @@ pub async fn build_worker(
         tasks,
         subscriptions,
         Publishers::new(connection.clone()),
+        devices,
         config.guard.retention,
     ))
+}
+
+/// Another worker may have them, so such a task's jobs wait in the table.
+fn warn_of_missing_gpus(tasks: &ConfiguredTasks, devices: &Devices) {
+    for task in tasks.iter() {
+        let (needed, there) = (task.settings.gpus, devices.total());
+        if needed > there {
+            warn!(
+                task = task.name,
+                needed,
+                there,
+                "this worker has too few GPUs for the task and leaves its jobs to others"
+            );
+        }
+    }
 }
 
 /// A subscription that does not exist is found now rather than in the log. A

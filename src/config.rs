@@ -3,17 +3,21 @@
 
 mod load;
 mod problems;
+mod size;
 mod timeline;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::dedupe::DedupeKey;
+use crate::devices::Gpus;
 use crate::retry::RetryPolicy;
 
 pub use load::{ConfigError, load};
+pub use size::Size;
 pub use timeline::timeline;
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -79,6 +83,11 @@ pub struct Worker {
     /// is refused. Nothing: it is refused at once.
     #[serde(with = "humantime_serde")]
     pub unknown_task_patience: Duration,
+    /// The GPUs that its jobs share: "auto", 0 for none, or a list.
+    pub gpus: Gpus,
+    /// Where jobs that run a command have their directories. Unset: a folder
+    /// `trainyard` in the system's folder for temporary files.
+    pub work_dir: Option<PathBuf>,
 }
 
 impl Default for Worker {
@@ -89,6 +98,8 @@ impl Default for Worker {
             shutdown_grace: Duration::from_secs(25),
             stop_grace: Duration::from_secs(10),
             unknown_task_patience: Duration::from_secs(300),
+            gpus: Gpus::default(),
+            work_dir: None,
         }
     }
 }
@@ -167,9 +178,12 @@ pub enum WithoutDedupeKey {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Task {
-    /// One of the tasks that come with trainyard. Unset: the task is one that
-    /// the program embedding trainyard registers under this name.
+    /// One of the tasks that come with trainyard.
     pub builtin: Option<String>,
+    /// The program to run and its arguments; no shell. With neither this nor
+    /// `builtin` the task is one that the program embedding trainyard registers
+    /// under this name.
+    pub command: Option<Vec<String>>,
     pub ack: AckTiming,
     /// A run longer than this is stopped. Unset: no limit.
     #[serde(with = "humantime_serde")]
@@ -180,6 +194,30 @@ pub struct Task {
     /// How many jobs of the task run side by side in one worker. Unset: as many
     /// as it has slots.
     pub concurrency: Option<usize>,
+    /// How long a run that is asked to stop may take to end. Unset: the
+    /// worker's.
+    #[serde(with = "humantime_serde")]
+    pub stop_grace: Option<Duration>,
+    /// A run that tells nothing for so long is stopped as stuck. Unset: never.
+    #[serde(with = "humantime_serde")]
+    pub stall_timeout: Option<Duration>,
+    /// The command's working directory. Unset: the worker's own.
+    pub cwd: Option<PathBuf>,
+    /// With these exit codes a request can never succeed. Unset: 65 and 78.
+    pub permanent_exit_codes: Option<Vec<u8>>,
+    /// Address space of each of the command's processes.
+    pub memory: Option<Size>,
+    /// Added to the niceness of the worker.
+    pub nice: Option<i32>,
+    /// File descriptors of each of the command's processes.
+    pub open_files: Option<u64>,
+    /// How many GPUs each of its jobs has to itself.
+    pub gpus: usize,
+    /// Keep a job's directory after it has ended.
+    pub keep_work_dir: bool,
+    /// Variables for the command, besides those that every command gets.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
 }
 
 impl Default for Task {
@@ -191,6 +229,17 @@ impl Default for Task {
             max_attempts: RetryPolicy::default().max_attempts,
             backoff: Backoff::default(),
             concurrency: None,
+            command: None,
+            stop_grace: None,
+            stall_timeout: None,
+            cwd: None,
+            permanent_exit_codes: None,
+            memory: None,
+            nice: None,
+            open_files: None,
+            gpus: 0,
+            keep_work_dir: false,
+            env: BTreeMap::new(),
         }
     }
 }
@@ -277,6 +326,12 @@ impl Config {
     pub fn masked(&self) -> Self {
         let mut masked = self.clone();
         masked.database.url = mask_password(&self.database.url);
+        // Any of them may be a key to something.
+        for task in masked.tasks.values_mut() {
+            for value in task.env.values_mut() {
+                "***".clone_into(value);
+            }
+        }
         masked
     }
 }
@@ -311,6 +366,16 @@ pub fn mask_password(url: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_variables_of_a_command_are_masked() {
+        let text = "[tasks.t]\ncommand = ['sh']\nenv = { API_KEY = 'secret' }";
+        let config = load::from_toml(text).unwrap();
+        assert_eq!(config.tasks["t"].env["API_KEY"], "secret");
+        let shown = toml::to_string(&config.masked()).unwrap();
+        assert!(shown.contains("API_KEY = \"***\""), "{shown}");
+        assert!(!shown.contains("secret"), "{shown}");
+    }
 
     #[test]
     fn a_password_in_a_database_url_is_masked_wherever_it_stands() {

@@ -1,6 +1,7 @@
-//! How a task runs. For now: inside this process.
+//! How a task runs: inside this process, or as a command of its own.
 
 mod in_process;
+pub mod subprocess;
 
 use std::sync::Arc;
 
@@ -17,6 +18,7 @@ use crate::outcome::Outcome;
 use crate::report::{Checkpoint, Reports};
 
 pub use in_process::InProcess;
+pub use subprocess::{Subprocess, check_command};
 
 /// One attempt of one job, as an executor is asked to run it.
 #[derive(Debug, Clone)]
@@ -32,6 +34,8 @@ pub struct Attempt {
     pub checkpoint: Option<Checkpoint>,
     /// When the task's timeout will stop the run, for the run to know.
     pub deadline: Option<DateTime<Utc>>,
+    /// The GPUs that are the run's own, as `CUDA_VISIBLE_DEVICES` names them.
+    pub devices: Vec<String>,
     pub reports: Reports,
     /// Until when the run may go on without another word: the lease less a
     /// margin, by this process's clock. Grows with every renewal.
@@ -57,6 +61,7 @@ impl Attempt {
             payload: Arc::new(payload.as_object().cloned().unwrap_or_default()),
             checkpoint: None,
             deadline: None,
+            devices: Vec::new(),
             reports: Reports::default(),
             valid_until: watch::channel(far).1,
             stop: CancellationToken::new(),

@@ -16,12 +16,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 use uuid::Uuid;
 
-use crate::job::{Claim, ClaimRequest, DeadLetter, Fence, JobKey, Note, NoteKind, Reaped};
+use crate::job::{Claim, ClaimRequest, DeadLetter, Fence, JobKey, Note, NoteKind, Reaped, Told};
 use crate::message::Message;
 use crate::outcome::{DeadReason, Ending};
 use crate::retry::Backoff;
 use crate::store::{
-    ClaimTerms, Finish, GivenUp, Reach, Refusal, Refused, Release, Standing, Store, StoreError,
+    ClaimTerms, DeadLettersDue, Finish, GivenUp, Reach, Refusal, Refused, Release, Standing, Store,
+    StoreError,
 };
 use batch::{Batcher, in_time};
 use health::Health;
@@ -32,6 +33,9 @@ const TRY_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::f
 /// How often a claim is sent before its delivery is put off. The tries carry
 /// one token, so that a claim whose answer was lost is found to be one's own.
 const CLAIM_TRIES: u32 = 3;
+
+/// Nobody waits for long for what only people read.
+const NOTE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Notes for the ledger that may wait to be written; more are lost.
 const MAX_NOTES: usize = 1024;
@@ -190,6 +194,20 @@ impl Guard {
         saved == Some(true)
     }
 
+    /// Keeps what an attempt has told about itself. Best effort, like a note;
+    /// an attempt that told nothing leaves no record.
+    pub async fn keep_attempt(&self, fence: &Fence, told: &Told) {
+        if told.log.is_empty() && told.series.is_empty() {
+            return;
+        }
+        let keeping = self.store.keep_attempt(fence, &self.terms.worker, told);
+        match timeout(NOTE_TIMEOUT, keeping).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => debug!(job = %fence.key, %error, "an attempt's record is lost"),
+            Err(_) => debug!(job = %fence.key, "an attempt's record is lost: no answer"),
+        }
+    }
+
     /// The lease tokens of this worker's runs that are to be cancelled.
     ///
     /// # Errors
@@ -271,21 +289,28 @@ impl Guard {
         in_time(self.store.give_up_unknown(key, patience, &given_up)).await
     }
 
-    /// Dead jobs whose message is still to be published: this worker's own,
-    /// or anybody's that have waited for `at_least`.
+    /// Dead jobs whose message is still to be published, but not to one of
+    /// these topics: this worker's own, or anybody's.
     ///
     /// # Errors
     /// The database did not answer.
     pub async fn dead_letters(
         &self,
         whose: Whose,
+        not_to: &[String],
         limit: u32,
     ) -> Result<Vec<DeadLetter>, StoreError> {
         let (worker, at_least) = match whose {
-            Whose::Mine => (Some(&*self.terms.worker), Duration::ZERO),
+            Whose::Mine => (Some(Arc::clone(&self.terms.worker)), Duration::ZERO),
             Whose::Anybodys { at_least } => (None, at_least),
         };
-        in_time(self.store.dead_letters(worker, at_least, limit)).await
+        let due = DeadLettersDue {
+            worker,
+            at_least,
+            not_to: not_to.to_vec(),
+            limit,
+        };
+        in_time(self.store.dead_letters(&due)).await
     }
 
     /// A dead letter needs no more publishing; `detail` goes into the ledger.

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::message::Message;
-use crate::report::Checkpoint;
+use crate::report::{Checkpoint, Progress};
 
 /// What the guard deduplicates on: unique per subscription and message, so two
 /// subscriptions of one topic each run the message (fan-out).
@@ -338,6 +338,28 @@ pub struct Job {
     /// The message's data; only where one job is asked for.
     #[serde(skip)]
     pub payload: Option<Bytes>,
+}
+
+/// What an attempt has told about itself by its end.
+#[derive(Debug, Clone, Default)]
+pub struct Told {
+    /// The outcome's name.
+    pub outcome: &'static str,
+    /// The last lines of its output.
+    pub log: Vec<String>,
+    /// Its progress reports, thinned where there were many.
+    pub series: Vec<Progress>,
+}
+
+/// The same as it is on record.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct AttemptRecord {
+    pub attempt: u32,
+    pub worker: String,
+    pub ended_at: DateTime<Utc>,
+    pub outcome: String,
+    pub log: Vec<String>,
+    pub series: Vec<Progress>,
 }
 
 /// Which jobs to list; an unset field lets every job through.

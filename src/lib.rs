@@ -13,6 +13,7 @@ mod app;
 pub mod cli;
 pub mod config;
 pub mod dedupe;
+pub mod devices;
 pub mod emulator;
 pub mod executor;
 #[doc(hidden)]
@@ -33,6 +34,7 @@ pub mod telemetry;
 pub mod worker;
 
 pub use app::run;
+pub use executor::subprocess::keep_if_asked;
 pub use registry::Registry;
 pub use task::{Progress, Run, Task, TaskError};
 pub use worker::Worker;

@@ -1,10 +1,18 @@
-//! What a run tells about itself while it goes on: progress and checkpoints.
+//! What a run tells about itself while it goes on: progress, checkpoints, and
+//! the last lines of its output.
+
+mod series;
+mod tail;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+
+use series::Series;
+
+pub(crate) use tail::{Tail, readable};
 
 /// How far a run has come. Later reports replace earlier ones.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -26,14 +34,18 @@ pub struct Progress {
 pub type Checkpoint = Arc<str>;
 
 /// Where a run's reports go. Telling never blocks; who listens sees the newest.
+/// What is worth keeping of the rest is kept here, bounded.
 #[derive(Debug, Clone, Default)]
 pub struct Reports {
     progress: watch::Sender<Progress>,
     checkpoint: watch::Sender<Option<Checkpoint>>,
+    series: Arc<Mutex<Series>>,
+    tail: Arc<Mutex<Tail>>,
 }
 
 impl Reports {
     pub fn progress(&self, progress: Progress) {
+        lock(&self.series).push(progress.clone());
         self.progress.send_replace(progress);
     }
 
@@ -41,6 +53,11 @@ impl Reports {
     /// goes on from it.
     pub fn checkpoint(&self, checkpoint: &str) {
         self.checkpoint.send_replace(Some(checkpoint.into()));
+    }
+
+    /// A line of the run's output, as its bytes came.
+    pub fn output(&self, line: &[u8]) {
+        lock(&self.tail).push(line);
     }
 
     #[must_use]
@@ -52,4 +69,22 @@ impl Reports {
     pub fn watch_checkpoint(&self) -> watch::Receiver<Option<Checkpoint>> {
         self.checkpoint.subscribe()
     }
+
+    /// The progress reports so far, oldest first, for a plot: all of them, or
+    /// a few hundred at even distances when there were many, and the newest.
+    #[must_use]
+    pub fn series(&self) -> Vec<Progress> {
+        lock(&self.series).points()
+    }
+
+    /// The last lines of the run's output, oldest first: at most 50, each cut
+    /// to 500 bytes and with its control characters escaped.
+    #[must_use]
+    pub fn tail(&self) -> Vec<String> {
+        lock(&self.tail).lines()
+    }
+}
+
+fn lock<T>(kept: &Mutex<T>) -> MutexGuard<'_, T> {
+    kept.lock().unwrap_or_else(PoisonError::into_inner)
 }

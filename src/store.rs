@@ -15,8 +15,8 @@ use async_trait::async_trait;
 use uuid::Uuid;
 
 use crate::job::{
-    Cancelling, Claim, ClaimRequest, DeadLetter, Fence, FinalState, Job, JobFilter, JobKey,
-    JobState, Limits, Note, Reaped, Retrying, Story,
+    AttemptRecord, Cancelling, Claim, ClaimRequest, DeadLetter, Fence, FinalState, Job, JobFilter,
+    JobKey, JobState, Limits, Note, Reaped, Retrying, Story, Told,
 };
 use crate::message::Message;
 use crate::outcome::{DeadReason, Ending};
@@ -174,6 +174,18 @@ pub struct Refusal {
     pub dead_letter_topic: Option<Arc<str>>,
 }
 
+/// Which dead letters are asked for.
+#[derive(Debug, Clone)]
+pub struct DeadLettersDue {
+    /// Only those of jobs that this worker ran last, or refused.
+    pub worker: Option<Arc<str>>,
+    /// Only those that have waited for so long.
+    pub at_least: Duration,
+    /// None to these topics.
+    pub not_to: Vec<String>,
+    pub limit: u32,
+}
+
 /// What is written about a job whose task nobody knew.
 #[derive(Debug, Clone)]
 pub struct GivenUp {
@@ -270,6 +282,19 @@ pub trait Store: Send + Sync + 'static {
         acked: bool,
     ) -> Result<bool, StoreError>;
 
+    /// Keeps what an attempt has told about itself, for people; nothing depends
+    /// on it, so any attempt may, once.
+    async fn keep_attempt(
+        &self,
+        fence: &Fence,
+        worker: &str,
+        told: &Told,
+    ) -> Result<(), StoreError>;
+
+    /// What a job's attempts have told, in their order; those that told
+    /// nothing, or were lost, are missing.
+    async fn attempts(&self, id: Uuid) -> Result<Vec<AttemptRecord>, StoreError>;
+
     /// The tokens of a worker's runs that are to be cancelled.
     async fn cancelled_runs(&self, worker: &str) -> Result<Vec<Uuid>, StoreError>;
 
@@ -294,14 +319,8 @@ pub trait Store: Send + Sync + 'static {
         refusal: &GivenUp,
     ) -> Result<bool, StoreError>;
 
-    /// At most `limit` dead jobs whose message has waited to be published to
-    /// its topic for `at_least`, earliest first; all or a worker's own.
-    async fn dead_letters(
-        &self,
-        worker: Option<&str>,
-        at_least: Duration,
-        limit: u32,
-    ) -> Result<Vec<DeadLetter>, StoreError>;
+    /// Dead jobs whose message is still to be published, earliest first.
+    async fn dead_letters(&self, due: &DeadLettersDue) -> Result<Vec<DeadLetter>, StoreError>;
 
     /// The message of a dead job need not be published any more; `detail` says
     /// why, for the ledger.
@@ -323,7 +342,8 @@ pub trait Store: Send + Sync + 'static {
     async fn note(&self, worker: &str, notes: &[Note]) -> Result<(), StoreError>;
 
     /// Deletes at most `limit` jobs that ended more than `retention` ago, with
-    /// their ledgers, and returns how many. Passes over rows that are being
+    /// their ledgers and all, and returns how many. Keeps dead ones whose
+    /// message is still to be published. Passes over rows that are being
     /// written, so that no claim waits.
     async fn purge(&self, retention: Duration, limit: u32) -> Result<u64, StoreError>;
 
@@ -452,4 +472,8 @@ fn storable(text: &str) -> Cow<'_, str> {
 /// JSON as text, in which a NUL is an escape and so can be stored.
 fn json_text(value: &impl serde::Serialize) -> Result<String, StoreError> {
     serde_json::to_string(value).map_err(|error| StoreError::Unreadable(error.to_string()))
+}
+
+fn from_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, StoreError> {
+    serde_json::from_str(text).map_err(|error| StoreError::Unreadable(error.to_string()))
 }

@@ -25,6 +25,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 use crate::config;
+use crate::devices::Devices;
 use crate::guard::Guard;
 use crate::pubsub::{Publishers, Subscription};
 use crate::registry::ConfiguredTasks;
@@ -38,10 +39,10 @@ use lease_keeper::LeaseKeeper;
 use process::Processor;
 use puller::Puller;
 use reaper::Reaper;
-use slots::{Limits, Slots};
+use slots::{Capacity, Slots};
 
 pub use events::{Event, EventKind, Events};
-pub use hold::MAX_HELD;
+pub use hold::MAX_KEPT;
 
 /// How long writing outcomes and giving claims back may take after the last
 /// run has stopped.
@@ -57,6 +58,7 @@ pub struct Worker {
     tasks: ConfiguredTasks,
     subscriptions: Vec<Source>,
     publishers: Publishers,
+    devices: Devices,
     retention: Duration,
     events: Events,
 }
@@ -76,6 +78,7 @@ impl Worker {
         tasks: ConfiguredTasks,
         subscriptions: Vec<Source>,
         publishers: Publishers,
+        devices: Devices,
         retention: Duration,
     ) -> Self {
         Self {
@@ -84,6 +87,7 @@ impl Worker {
             tasks,
             subscriptions,
             publishers,
+            devices,
             retention,
             events: Events::default(),
         }
@@ -103,7 +107,8 @@ impl Worker {
         let slots = self.slots();
         let reach = self.reach();
         let intakes = self.intakes(&running, &shutdown);
-        let keeper = LeaseKeeper::new(self.guard.clone(), self.settings.stop_grace);
+        let stop_grace = self.longest_stop_grace();
+        let keeper = LeaseKeeper::new(self.guard.clone(), stop_grace);
         let dead_letters = Arc::new(DeadLetters {
             guard: self.guard.clone(),
             publishers: self.publishers,
@@ -158,8 +163,8 @@ impl Worker {
             pullers.spawn(puller.run());
         }
 
-        let last_words = self.settings.stop_grace + LAST_WRITES;
-        let patience = self.settings.shutdown_grace - self.settings.stop_grace;
+        let last_words = stop_grace + LAST_WRITES;
+        let patience = self.settings.shutdown_grace.saturating_sub(stop_grace);
         let giving_up = shutdown.giving_up.clone();
         let stopping = tokio::spawn(async move { shutdown.stop_after(patience, last_words).await });
         let subscriptions = pullers.join_all().await;
@@ -190,17 +195,31 @@ impl Worker {
     }
 
     fn slots(&self) -> Slots {
-        let subscriptions: Limits = self
-            .subscriptions
-            .iter()
-            .filter_map(|source| Some((source.name.clone(), source.settings.concurrency?)))
-            .collect();
-        let tasks: Limits = self
+        let subscriptions = self.subscriptions.iter();
+        let tasks = || self.tasks.iter();
+        Slots::new(Capacity {
+            slots: self.settings.slots,
+            subscriptions: subscriptions
+                .filter_map(|source| Some((source.name.clone(), source.settings.concurrency?)))
+                .collect(),
+            tasks: tasks()
+                .filter_map(|task| Some((task.name.clone(), task.settings.concurrency?)))
+                .collect(),
+            devices: self.devices.clone(),
+            needs: tasks()
+                .filter(|task| task.settings.gpus > 0)
+                .map(|task| (task.name.clone(), task.settings.gpus))
+                .collect(),
+        })
+    }
+
+    /// The longest that any run may take to end once it is asked to.
+    fn longest_stop_grace(&self) -> Duration {
+        let graces = self
             .tasks
             .iter()
-            .filter_map(|task| Some((task.name.clone(), task.settings.concurrency?)))
-            .collect();
-        Slots::new(self.settings.slots, &subscriptions, &tasks)
+            .filter_map(|task| task.settings.stop_grace);
+        graces.fold(self.settings.stop_grace, Duration::max)
     }
 
     fn reach(&self) -> Reach {

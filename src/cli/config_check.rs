@@ -1,8 +1,11 @@
+use std::ffi::OsStr;
+
 use clap::{Args, Subcommand};
 
 use super::Shared;
 use crate::app;
 use crate::config::{Config, timeline};
+use crate::executor::check_command;
 
 /// Look at the configuration.
 #[derive(Debug, Subcommand)]
@@ -32,6 +35,7 @@ impl ConfigCommand {
             false => comment(&timeline(&config)),
         }
         warn_of_what_run_refuses(&config);
+        warn_of_commands(&config);
         if !offline {
             check_retention(&config).await;
         }
@@ -46,12 +50,30 @@ fn warn_of_what_run_refuses(config: &Config) {
         (config.subscriptions.is_empty(), "nothing is subscribed"),
         (config.tasks.is_empty(), "no task is configured"),
         (
-            config.tasks.values().any(|task| task.builtin.is_none()),
-            "a task without `builtin` needs a program that registers it",
+            config
+                .tasks
+                .values()
+                .any(|task| task.builtin.is_none() && task.command.is_none()),
+            "a task with neither `command` nor `builtin` needs a program that registers it",
         ),
     ];
     for (_, reason) in refused.iter().filter(|(refused, _)| *refused) {
         println!("# warning: `trainyard run` refuses this: {reason}");
+    }
+}
+
+/// Of the machine that this is run on, which may not be the worker's.
+fn warn_of_commands(config: &Config) {
+    let own_path = std::env::var_os("PATH");
+    for (name, task) in &config.tasks {
+        let Some(command) = &task.command else {
+            continue;
+        };
+        let path = task.env.get("PATH").map(OsStr::new);
+        let checked = check_command(command, task.cwd.as_deref(), path.or(own_path.as_deref()));
+        if let Err(reason) = checked {
+            println!("# warning: task {name} cannot be run here: {reason}");
+        }
     }
 }
 

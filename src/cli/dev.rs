@@ -1,3 +1,4 @@
+mod python;
 mod samples;
 mod screen;
 
@@ -35,7 +36,8 @@ const SLOTS: usize = 2;
 /// Try it: emulator, database, worker and sample jobs in one process.
 ///
 /// Starts the built-in Pub/Sub emulator, a SQLite database and a worker, and
-/// publishes a few training requests, one of them twice under one message id.
+/// publishes a few training requests, one of them twice under one message id;
+/// where python3 is found, one runs as a Python program.
 /// It stays up afterwards so that more can be published.
 #[derive(Debug, Args)]
 pub(super) struct Dev {
@@ -57,7 +59,9 @@ impl Dev {
             "`dev` has its own configuration; use `run` with --config"
         );
         let shutdown = Shutdown::on_signals()?;
-        let dataset = samples::write_dataset(&self.dir)?;
+        // Jobs of programs have a working directory of their own.
+        let dir = std::path::absolute(&self.dir).context("there is no working directory")?;
+        let dataset = samples::write_dataset(&dir)?;
         let emulator = bind_near(self.port).await?;
         let address = emulator.address();
         let broker = emulator.broker();
@@ -65,7 +69,12 @@ impl Dev {
         let emulator_stop = tokio_util::sync::CancellationToken::new();
         let serving = tokio::spawn(emulator.serve(emulator_stop.clone()));
 
-        let config = config(&self.dir, address);
+        let mut config = config(&dir, address);
+        let with_python = python::is_there().await;
+        if with_python {
+            let task = python::task(&dir)?;
+            config.tasks.insert(python::NAME.to_owned(), task);
+        }
         let store = app::open_store(&config, Missing::Create).await?;
         store.migrate().await?;
         let connection = app::connection(&config)?;
@@ -81,7 +90,10 @@ impl Dev {
 
         println!("Pub/Sub emulator on {address}, project {PROJECT}");
         println!("database         {}", config.database.url);
-        let samples = samples::all(&dataset, &self.dir);
+        if !with_python {
+            println!("python3          not found (3.9 or newer), so no sample runs as a program");
+        }
+        let samples = samples::all(&dataset, &dir, with_python);
         let published = publish(&connection, &broker, samples).await?;
         let watched = tokio::select! {
             watched = watch(events, &published) => Some(watched),
@@ -92,7 +104,7 @@ impl Dev {
         if let Some(jobs) = watched {
             as_expected = report(&store, &jobs?, &published).await?;
             if !self.once {
-                say_how_to_go_on(address, &config.database.url, &dataset, &self.dir);
+                say_how_to_go_on(address, &config.database.url, &dataset, &dir);
                 tokio::select! {
                     () = shutdown.draining.cancelled() => {}
                     () = tell(happening.watch()) => {}
@@ -129,6 +141,7 @@ fn config(dir: &Path, emulator: SocketAddr) -> Config {
     config.pubsub.emulator_host = Some(emulator.to_string());
     config.database.url = format!("sqlite://{}/trainyard.db", dir.display());
     config.worker.slots = SLOTS;
+    config.worker.work_dir = Some(dir.join("work"));
     // There is no other worker that might know more.
     config.worker.unknown_task_patience = Duration::ZERO;
     for name in ["light-task", "heavy-task"] {

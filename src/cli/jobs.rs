@@ -6,7 +6,7 @@ use uuid::Uuid;
 use super::table::SHORT_ID;
 use super::{Shared, say, table};
 use crate::app;
-use crate::job::{Cancelling, Job, JobFilter, JobState, Retrying};
+use crate::job::{AttemptRecord, Cancelling, Job, JobFilter, JobState, Retrying};
 use crate::store::{Missing, Store};
 
 /// Look at jobs, cancel them, run them again.
@@ -77,7 +77,8 @@ impl Jobs {
                 let id = whole_id(&*store, &show.id).await?;
                 let job = store.job(id).await?;
                 let job = job.with_context(|| format!("there is no job {}", show.id))?;
-                print_job(&job, show.json)
+                let attempts = store.attempts(id).await?;
+                print_job(&job, &attempts, show.json)
             }
             Self::Cancel(one) => cancel(&*store, &one.id).await,
             Self::Retry(one) => retry(&*store, &one.id).await,
@@ -153,11 +154,13 @@ fn print_list(jobs: &[Job], json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn print_job(job: &Job, json: bool) -> anyhow::Result<()> {
+fn print_job(job: &Job, attempts: &[AttemptRecord], json: bool) -> anyhow::Result<()> {
     if !json {
-        return say(table::of_one_job(job).trim_end());
+        let text = table::of_one_job(job) + &table::of_attempts(attempts);
+        return say(text.trim_end());
     }
     let mut value = serde_json::to_value(job)?;
+    value["attempts_told"] = serde_json::to_value(attempts)?;
     // Data that is no JSON can only be shown as text.
     value["payload"] = job.payload.as_ref().map_or(Value::Null, |payload| {
         serde_json::from_slice(payload).unwrap_or_else(|_| String::from_utf8_lossy(payload).into())

@@ -5,7 +5,8 @@ use comfy_table::presets::NOTHING;
 use comfy_table::{ContentArrangement, Table};
 use serde_json::Value;
 
-use crate::job::{Job, Story};
+use crate::job::{AttemptRecord, Job, Story};
+use crate::report::Progress;
 
 /// The width of a table where there is no terminal to ask.
 const WIDTH: usize = 120;
@@ -97,6 +98,32 @@ pub(super) fn of_one_job(job: &Job) -> String {
         .iter()
         .map(|(label, value)| format!("{label:<13} {}\n", printable(value)))
         .collect()
+}
+
+/// What attempts have told: how far they came, and their last lines.
+pub(super) fn of_attempts(attempts: &[AttemptRecord]) -> String {
+    let mut text = String::new();
+    for told in attempts {
+        let last = told.series.last().map(progress).unwrap_or_default();
+        text += &format!("\nattempt {}  {}{last}\n", told.attempt, told.outcome);
+        for line in &told.log {
+            text += &format!("  | {}\n", printable(line));
+        }
+    }
+    text
+}
+
+fn progress(progress: &Progress) -> String {
+    let mut parts = Vec::new();
+    parts.extend(
+        progress
+            .fraction
+            .map(|done| format!("{:.0}%", done * 100.0)),
+    );
+    parts.extend(progress.step.map(|step| format!("step {step}")));
+    let metrics = progress.metrics.iter();
+    parts.extend(metrics.map(|(name, figure)| format!("{name} {figure:.4}")));
+    format!(", {}", parts.join(", "))
 }
 
 /// What happened to a message, a line each.

@@ -1,10 +1,10 @@
 //! What a configuration can get wrong although every key and type is right.
 
+mod tasks;
+
 use std::time::Duration;
 
-use super::load::nearest;
-use super::{Config, ConfigError, Subscription, Task};
-use crate::tasks::BUILTIN_NAMES;
+use super::{Config, ConfigError, Subscription};
 
 /// Pub/Sub's own limits of a stream's ack deadline.
 /// <https://cloud.google.com/pubsub/docs/reference/rpc/google.pubsub.v1#streamingpullrequest>
@@ -45,7 +45,7 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
         check_subscription(name, subscription)?;
     }
     for (name, task) in &config.tasks {
-        check_task(name, task)?;
+        tasks::check(name, task, &config.worker)?;
     }
     Ok(())
 }
@@ -74,46 +74,6 @@ fn check_subscription(name: &str, subscription: &Subscription) -> Result<(), Con
         return bad(
             &key("dead_letter_topic"),
             "it is empty; leave it out for none",
-        );
-    }
-    Ok(())
-}
-
-fn check_task(name: &str, task: &Task) -> Result<(), ConfigError> {
-    let key = |key: &str| format!("tasks.{name}.{key}");
-    if task.max_attempts == 0 {
-        return bad(&key("max_attempts"), "at least 1 is needed");
-    }
-    if task.concurrency == Some(0) {
-        return bad(
-            &key("concurrency"),
-            "at least 1 is needed; leave it out for no limit",
-        );
-    }
-    let backoff = &task.backoff;
-    if backoff.max < backoff.initial {
-        return bad(&key("backoff.max"), "it is shorter than backoff.initial");
-    }
-    if !(1.0..=1000.0).contains(&backoff.multiplier) {
-        return bad(
-            &key("backoff.multiplier"),
-            "it must be between 1 and 1000; 1 keeps the waits the same",
-        );
-    }
-    if task.timeout.is_some_and(|timeout| timeout.is_zero()) {
-        return bad(
-            &key("timeout"),
-            "it must be longer than nothing; leave it out for no limit",
-        );
-    }
-    let Some(builtin) = &task.builtin else {
-        return Ok(());
-    };
-    if !BUILTIN_NAMES.contains(&builtin.as_str()) {
-        let known = nearest(builtin, BUILTIN_NAMES.iter().copied()).unwrap_or_default();
-        return bad(
-            &key("builtin"),
-            &format!("there is no built-in task `{builtin}`; did you mean `{known}`?"),
         );
     }
     Ok(())

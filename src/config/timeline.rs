@@ -51,16 +51,24 @@ fn write_task(text: &mut String, config: &Config, name: &str, task: &Task) {
             "stop",
             format!(
                 "a run that is asked to stop has {} to end",
-                humantime::format_duration(worker.stop_grace)
+                humantime::format_duration(task.stop_grace.unwrap_or(worker.stop_grace))
             ),
         ),
     ];
     // Writing to a String cannot fail.
-    let _ = match &task.builtin {
-        Some(builtin) => writeln!(text, "{name} (built in: {builtin})"),
-        None => writeln!(text, "{name} (only in a program that registers it)"),
+    let _ = match (&task.builtin, &task.command) {
+        (Some(builtin), _) => writeln!(text, "{name} (built in: {builtin})"),
+        (None, Some(command)) => writeln!(text, "{name} (command: {})", command.join(" ")),
+        (None, None) => writeln!(text, "{name} (only in a program that registers it)"),
     };
-    for (label, line) in lines {
+    let stall = task.stall_timeout.map(|limit| {
+        let limit = humantime::format_duration(limit);
+        (
+            "stall",
+            format!("after {limit} without a word the run is stopped as stuck"),
+        )
+    });
+    for (label, line) in lines.into_iter().chain(stall) {
         let _ = writeln!(text, "  {label:<8} {line}");
     }
 }

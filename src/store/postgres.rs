@@ -1,5 +1,6 @@
 //! The tables on Postgres.
 
+mod attempts;
 mod claims;
 mod dead_letters;
 mod endings;
@@ -20,12 +21,12 @@ use tokio::time::sleep;
 use uuid::Uuid;
 
 use super::{
-    ClaimTerms, Finish, GivenUp, Reach, Refusal, Refused, Release, SchemaError, Standing, Store,
-    StoreError,
+    ClaimTerms, DeadLettersDue, Finish, GivenUp, Reach, Refusal, Refused, Release, SchemaError,
+    Standing, Store, StoreError,
 };
 use crate::job::{
-    Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter, JobKey, Note, Reaped,
-    Retrying, Story,
+    AttemptRecord, Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter, JobKey,
+    Note, Reaped, Retrying, Story, Told,
 };
 use crate::retry::Backoff;
 
@@ -165,6 +166,19 @@ impl Store for PostgresStore {
         retried(|| running::save_checkpoint(&self.pool, fence, checkpoint, acked)).await
     }
 
+    async fn keep_attempt(
+        &self,
+        fence: &Fence,
+        worker: &str,
+        told: &Told,
+    ) -> Result<(), StoreError> {
+        attempts::keep_attempt(&self.pool, fence, worker, told).await
+    }
+
+    async fn attempts(&self, id: Uuid) -> Result<Vec<AttemptRecord>, StoreError> {
+        attempts::attempts(&self.pool, id).await
+    }
+
     async fn cancelled_runs(&self, worker: &str) -> Result<Vec<Uuid>, StoreError> {
         running::cancelled_runs(&self.pool, worker).await
     }
@@ -190,13 +204,8 @@ impl Store for PostgresStore {
         retried(|| endings::give_up_unknown(&self.pool, key, patience, refusal)).await
     }
 
-    async fn dead_letters(
-        &self,
-        worker: Option<&str>,
-        at_least: Duration,
-        limit: u32,
-    ) -> Result<Vec<DeadLetter>, StoreError> {
-        dead_letters::dead_letters(&self.pool, worker, at_least, limit).await
+    async fn dead_letters(&self, due: &DeadLettersDue) -> Result<Vec<DeadLetter>, StoreError> {
+        dead_letters::dead_letters(&self.pool, due).await
     }
 
     async fn dead_letter_settled(

@@ -1,6 +1,7 @@
 //! The tables on SQLite: one process's own, for development and single
 //! machines. Statements have the names and the order of those for Postgres.
 
+mod attempts;
 mod claims;
 mod dead_letters;
 mod endings;
@@ -22,12 +23,12 @@ use sqlx::sqlite::{
 use uuid::Uuid;
 
 use super::{
-    ClaimTerms, Finish, GivenUp, Missing, Reach, Refusal, Refused, Release, SchemaError, Standing,
-    Store, StoreError,
+    ClaimTerms, DeadLettersDue, Finish, GivenUp, Missing, Reach, Refusal, Refused, Release,
+    SchemaError, Standing, Store, StoreError,
 };
 use crate::job::{
-    Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter, JobKey, Note, Reaped,
-    Retrying, Story,
+    AttemptRecord, Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter, JobKey,
+    Note, Reaped, Retrying, Story, Told,
 };
 
 /// SQLite has one writer at a time; a few more connections let readers by.
@@ -132,6 +133,19 @@ impl Store for SqliteStore {
         running::save_checkpoint(&self.pool, fence, checkpoint, acked).await
     }
 
+    async fn keep_attempt(
+        &self,
+        fence: &Fence,
+        worker: &str,
+        told: &Told,
+    ) -> Result<(), StoreError> {
+        attempts::keep_attempt(&self.pool, fence, worker, told).await
+    }
+
+    async fn attempts(&self, id: Uuid) -> Result<Vec<AttemptRecord>, StoreError> {
+        attempts::attempts(&self.pool, id).await
+    }
+
     async fn cancelled_runs(&self, worker: &str) -> Result<Vec<Uuid>, StoreError> {
         running::cancelled_runs(&self.pool, worker).await
     }
@@ -157,13 +171,8 @@ impl Store for SqliteStore {
         endings::give_up_unknown(&self.pool, key, patience, refusal).await
     }
 
-    async fn dead_letters(
-        &self,
-        worker: Option<&str>,
-        at_least: Duration,
-        limit: u32,
-    ) -> Result<Vec<DeadLetter>, StoreError> {
-        dead_letters::dead_letters(&self.pool, worker, at_least, limit).await
+    async fn dead_letters(&self, due: &DeadLettersDue) -> Result<Vec<DeadLetter>, StoreError> {
+        dead_letters::dead_letters(&self.pool, due).await
     }
 
     async fn dead_letter_settled(

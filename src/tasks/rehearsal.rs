@@ -17,11 +17,14 @@ pub const NAME: &str = "rehearsal";
 /// How often a rehearsal reports how far it is.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
 
+/// How often it looks for the file that ends it.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
 /// Takes its time and succeeds, or fails as it is told.
 ///
 /// Payload: `{"name":"rehearsal","seconds":1.5,"log":PATH,"label":"a",
-/// "fail":"transient","fail_attempts":2,"checkpoint_after":0.5}`; everything but
-/// the name may be left out.
+/// "fail":"transient","fail_attempts":2,"checkpoint_after":0.5,"until":PATH}`;
+/// everything but the name may be left out.
 pub struct Rehearsal;
 
 #[derive(Debug, Deserialize)]
@@ -29,6 +32,8 @@ struct Request {
     /// How long the run takes.
     #[serde(default)]
     seconds: f64,
+    /// It goes on until this file exists, however long it takes.
+    until: Option<PathBuf>,
     /// A file to which each run adds a line when it begins and when it ends.
     log: Option<PathBuf>,
     /// What the log calls the run.
@@ -79,6 +84,17 @@ impl Task for Rehearsal {
                 fraction: Some(1.0 - left.as_secs_f64() / length.as_secs_f64()),
                 ..Progress::default()
             });
+        }
+        while let Some(until) = &request.until
+            && !until.exists()
+        {
+            tokio::select! {
+                () = run.stop_requested() => {
+                    log("stopped")?;
+                    return Err(anyhow::anyhow!("stopped on request").into());
+                }
+                () = sleep(LOOK_EVERY) => {}
+            }
         }
         log("end")?;
         let fails = request

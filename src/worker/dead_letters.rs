@@ -18,8 +18,8 @@ use crate::pubsub::{Outgoing, Publishers, PubsubError};
 use crate::retry::{Backoff, jittered};
 
 /// What other workers should have published long ago is looked for so often.
-const PAUSE: Duration = Duration::from_secs(10);
-const LONG_AGO: Duration = Duration::from_secs(30);
+const PAUSE: Duration = Duration::from_secs(5);
+const LONG_AGO: Duration = Duration::from_secs(10);
 /// Pauses after a failure.
 const TRY_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// Their data is in memory.
@@ -64,24 +64,29 @@ impl DeadLetters {
         self.publish_all(Whose::Mine).await;
     }
 
-    /// False where something could not be published.
+    /// False where something could not be published. A topic that fails does
+    /// not keep the others waiting.
     async fn publish_all(&self, whose: Whose) -> bool {
+        let mut failing: Vec<String> = Vec::new();
         loop {
-            let letters = match self.guard.dead_letters(whose, BATCH).await {
+            let letters = match self.guard.dead_letters(whose, &failing, BATCH).await {
                 Ok(letters) => letters,
                 Err(error) => {
                     warn!(%error, "no look for dead letters");
                     return false;
                 }
             };
-            let is_last = letters.len() < BATCH as usize;
-            for letter in letters {
-                if !self.publish(letter).await {
-                    return false;
-                }
+            if letters.is_empty() {
+                return failing.is_empty();
             }
-            if is_last {
-                return true;
+            for letter in letters {
+                if failing.contains(&letter.topic) {
+                    continue;
+                }
+                let topic = letter.topic.clone();
+                if !self.publish(letter).await {
+                    failing.push(topic);
+                }
             }
         }
     }

@@ -1,7 +1,9 @@
 //! Deliveries of messages whose job is on record but has not ended.
 //!
 //! Acknowledging one would settle the message and take away what `after_run`
-//! promises, so it is held, its ack deadline extended, without a slot.
+//! promises, so it is held, its ack deadline extended, without a slot. How many
+//! are held is bounded; those beyond are handed back, after a pause that keeps a
+//! broker from sending them again at once.
 
 use std::collections::HashMap;
 use std::pin::pin;
@@ -21,11 +23,14 @@ use crate::pubsub::Receipt;
 use crate::retry::jittered;
 use crate::store::Standing;
 
-/// How many of one subscription a worker holds before it pulls no more of it.
-pub const MAX_HELD: usize = 256;
-/// What arrived all the same is handed back after a pause; more than these are
-/// not even kept for the pause.
-const MAX_PAUSED: usize = 1024;
+/// How many of one subscription a worker holds; more are handed back after a
+/// pause.
+const MAX_HELD: usize = 200;
+/// How many of one subscription wait for that pause to be over; while there are
+/// so many, no more is pulled of it.
+const MAX_PAUSED: usize = 200;
+/// How many deliveries of one subscription a worker may keep without a slot.
+pub const MAX_KEPT: usize = MAX_HELD + MAX_PAUSED;
 /// The pause before a delivery that cannot be dealt with now is handed back;
 /// without it, a broker would send it again at once.
 const PAUSE: Duration = Duration::from_secs(2);
@@ -68,10 +73,10 @@ impl HeldDeliveries {
         }
     }
 
-    /// Completes once one more could be held.
+    /// Completes once one more could be kept.
     pub(super) async fn some_room(&self) {
         // The semaphore is never closed, so either answer means the same.
-        drop(self.held.acquire().await);
+        drop(self.paused.acquire().await);
     }
 
     /// Holds a delivery until its job has ended or needs it no more (then
@@ -86,7 +91,7 @@ impl HeldDeliveries {
     ) {
         receipt.is_held();
         let Some(place) = place_in(&self.held) else {
-            self.pause(receipt);
+            self.pause_unless_given_up(receipt, unknown.map(|unknown| (key, unknown)));
             return;
         };
         let held = self.clone();
@@ -101,17 +106,28 @@ impl HeldDeliveries {
 
     /// Hands a delivery back after a jittered pause, without a slot.
     pub(super) fn pause(&self, receipt: Receipt) {
+        self.pause_unless_given_up(receipt, None);
+    }
+
+    fn pause_unless_given_up(&self, receipt: Receipt, unknown: Option<(JobKey, Unknown)>) {
         let Some(place) = place_in(&self.paused) else {
             receipt.nack();
             return;
         };
-        let draining = self.draining.clone();
+        let held = self.clone();
         self.tasks.spawn(async move {
             tokio::select! {
-                () = draining.cancelled() => {}
+                () = held.draining.cancelled() => {}
                 () = sleep(jittered(PAUSE)) => {}
             }
-            receipt.nack();
+            let given_up = match unknown {
+                Some((key, unknown)) => held.give_up_if_due(&key, &unknown).await,
+                None => false,
+            };
+            match given_up {
+                true => receipt.ack(),
+                false => receipt.nack(),
+            }
             drop(place);
         });
     }
@@ -166,15 +182,22 @@ impl HeldDeliveries {
         disposition
     }
 
-    async fn give_up_if_due(&self, key: &JobKey, unknown: &Unknown) {
+    async fn give_up_if_due(&self, key: &JobKey, unknown: &Unknown) -> bool {
         let topic = unknown.dead_letter_topic.clone();
         let given_up = self
             .guard
             .give_up_unknown(key, unknown.patience, &unknown.error, topic);
         match given_up.await {
-            Ok(true) => warn!(job = %key, error = unknown.error, "refused"),
-            Ok(false) => {}
-            Err(error) => warn!(job = %key, %error, "a message of an unknown task waits longer"),
+            Ok(given_up) => {
+                if given_up {
+                    warn!(job = %key, error = unknown.error, "refused");
+                }
+                given_up
+            }
+            Err(error) => {
+                warn!(job = %key, %error, "a message of an unknown task waits longer");
+                false
+            }
         }
     }
 

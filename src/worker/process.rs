@@ -86,6 +86,7 @@ impl Processor {
                     task,
                     payload: request.payload,
                     acquired: reaped.acquired,
+                    devices: slot.devices(),
                 };
                 self.run(intake, assignment, None, slot).await;
             }
@@ -143,6 +144,7 @@ impl Processor {
                     task: &task,
                     payload: wish.request.payload,
                     acquired,
+                    devices: slot.devices(),
                 };
                 self.run(intake, assignment, Some(receipt), slot).await;
             }

@@ -18,7 +18,7 @@ use super::supervise::supervise;
 use crate::config::AckTiming;
 use crate::executor::Attempt;
 use crate::failpoint::{self, Step};
-use crate::job::{Acquired, Fence, NoteKind};
+use crate::job::{Acquired, Fence, NoteKind, Told};
 use crate::message::Payload;
 use crate::outcome::{Ending, Outcome, Verdict};
 use crate::pubsub::Receipt;
@@ -37,6 +37,8 @@ pub(super) struct Assignment<'a> {
     pub(super) task: &'a Arc<ConfiguredTask>,
     pub(super) payload: Payload,
     pub(super) acquired: Acquired,
+    /// The GPUs that it has to itself.
+    pub(super) devices: Vec<String>,
 }
 
 /// What the broker is told once the run has ended.
@@ -104,7 +106,7 @@ impl Processor {
         let attempts = assignment.acquired.counted_attempts;
         let fence = assignment.acquired.fence.clone();
         let reports = Reports::default();
-        let checkpoints = reports.watch_checkpoint();
+        let (checkpoints, told) = (reports.watch_checkpoint(), reports.clone());
         let outcome = match assignment.acquired.cancel_requested {
             true => Outcome::Cancelled,
             false => self.attempt(assignment, reports, receipt).await,
@@ -118,9 +120,15 @@ impl Processor {
             Verdict::Retry { after, .. } => Some(*after),
             _ => None,
         };
-        let settling = self
-            .write(intake, &fence, verdict, retry_in, checkpoint, name)
-            .await;
+        let told = Told {
+            outcome: name,
+            log: told.tail(),
+            series: told.series(),
+        };
+        let (settling, ()) = tokio::join!(
+            self.write(intake, &fence, verdict, retry_in, checkpoint, name),
+            self.guard.keep_attempt(&fence, &told),
+        );
         if is_ordered || task.settings.concurrency.is_some() {
             self.wake_reaper.notify_one();
         }
@@ -143,6 +151,7 @@ impl Processor {
             task,
             payload,
             acquired,
+            devices,
             ..
         } = assignment;
         let mut lease = self.keeper.keep(&acquired);
@@ -155,11 +164,15 @@ impl Processor {
         self.events.tell(&id, started);
         let (progress, checkpoints) = (reports.watch_progress(), reports.watch_checkpoint());
         let fence = acquired.fence.clone();
-        let attempt = attempt_of(task, acquired, &id, payload, reports, &lease);
+        let stop_patience = task.stop_patience(self.stop_grace);
+        let attempt = Attempt {
+            devices,
+            ..attempt_of(task, acquired, &id, payload, reports, &lease)
+        };
         let stopping = &self.shutdown.stopping;
         failpoint::reach(Step::DuringRun);
         tokio::select! {
-            outcome = supervise(task, attempt, &mut lease, stopping, self.stop_grace) => outcome,
+            outcome = supervise(task, attempt, &mut lease, stopping, stop_patience) => outcome,
             never = self.relay_progress(&id, progress) => never,
             never = self.keep_checkpoints(&fence, task, checkpoints, receipt) => never,
         }
@@ -318,6 +331,7 @@ fn attempt_of(
         deadline: timeout
             .and_then(Result::ok)
             .and_then(|timeout| Utc::now().checked_add_signed(timeout)),
+        devices: Vec::new(),
         reports,
         valid_until: lease.validity(),
         stop: CancellationToken::new(),

@@ -1,11 +1,12 @@
-//! Room for jobs: slots of the worker, and what subscriptions and tasks may
-//! take of them.
+//! Room for jobs: slots of the worker, what subscriptions and tasks may take of
+//! them, and GPUs.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::devices::{DeviceSet, Devices};
 use crate::store::Reach;
 
 /// The slots of a worker. Clones share them.
@@ -16,6 +17,9 @@ pub(super) struct Slots {
     /// Of those that have a limit of their own.
     subscriptions: Arc<BTreeMap<String, Arc<Semaphore>>>,
     tasks: Arc<BTreeMap<String, Arc<Semaphore>>>,
+    devices: Devices,
+    /// How many devices a job needs, by the tasks that need any.
+    needs: Arc<BTreeMap<String, usize>>,
 }
 
 /// Room for one job; comes free when dropped.
@@ -24,13 +28,27 @@ pub(super) struct Slot {
     _worker: OwnedSemaphorePermit,
     subscription: Option<OwnedSemaphorePermit>,
     task: Option<OwnedSemaphorePermit>,
+    devices: Option<DeviceSet>,
 }
 
-/// How many jobs may run side by side, by name.
+/// A number by name.
 pub(super) type Limits = BTreeMap<String, usize>;
 
+/// What a worker has room for.
+#[derive(Debug, Default)]
+pub(super) struct Capacity {
+    pub(super) slots: usize,
+    /// How many jobs of a subscription may run side by side, where limited.
+    pub(super) subscriptions: Limits,
+    /// The same for tasks.
+    pub(super) tasks: Limits,
+    pub(super) devices: Devices,
+    /// How many devices a job of the task needs, where it needs any.
+    pub(super) needs: Limits,
+}
+
 impl Slots {
-    pub(super) fn new(total: usize, subscriptions: &Limits, tasks: &Limits) -> Self {
+    pub(super) fn new(capacity: Capacity) -> Self {
         let rooms = |limits: &Limits| {
             let rooms = limits.iter().map(|(name, limit)| {
                 let room = Arc::new(Semaphore::new(*limit));
@@ -39,10 +57,12 @@ impl Slots {
             Arc::new(rooms.collect())
         };
         Self {
-            worker: Arc::new(Semaphore::new(total)),
-            total,
-            subscriptions: rooms(subscriptions),
-            tasks: rooms(tasks),
+            worker: Arc::new(Semaphore::new(capacity.slots)),
+            total: capacity.slots,
+            subscriptions: rooms(&capacity.subscriptions),
+            tasks: rooms(&capacity.tasks),
+            devices: capacity.devices,
+            needs: Arc::new(capacity.needs),
         }
     }
 
@@ -80,8 +100,14 @@ impl Slots {
         admit(&self.subscriptions, subscription, &mut slot.subscription)
     }
 
-    /// False where the task's jobs may take no more.
+    /// False where the task's jobs may take no more, or too few GPUs are free.
     pub(super) fn admit_task(&self, slot: &mut Slot, task: &str) -> bool {
+        if let Some(count) = self.needs.get(task) {
+            slot.devices = self.devices.take(*count);
+            if slot.devices.is_none() {
+                return false;
+            }
+        }
         admit(&self.tasks, task, &mut slot.task)
     }
 
@@ -104,6 +130,14 @@ impl Slots {
             .subscriptions
             .retain(|name, _| has_room(&self.subscriptions, name));
         reach.tasks.retain(|name, _| has_room(&self.tasks, name));
+        let free = self.devices.free();
+        for (task, count) in self.needs.iter() {
+            match free / count {
+                0 => drop(reach.tasks.remove(task)),
+                jobs if reach.tasks.contains_key(task) => room = room.min(jobs),
+                _ => {}
+            }
+        }
         (reach, room)
     }
 
@@ -118,7 +152,14 @@ impl Slot {
             _worker: worker,
             subscription: None,
             task: None,
+            devices: None,
         }
+    }
+
+    /// The GPUs that the job has to itself.
+    pub(super) fn devices(&self) -> Vec<String> {
+        let devices = self.devices.as_ref();
+        devices.map_or_else(Vec::new, |set| set.names().to_vec())
     }
 }
 
@@ -142,9 +183,19 @@ mod tests {
         Limits::from([(name.to_owned(), limit)])
     }
 
+    fn reach(tasks: &[&str]) -> Reach {
+        Reach {
+            subscriptions: BTreeMap::from([("s".to_owned(), None)]),
+            tasks: tasks.iter().map(|task| ((*task).to_owned(), 3)).collect(),
+        }
+    }
+
     #[tokio::test]
     async fn a_slot_comes_free_when_its_job_is_dropped() {
-        let slots = Slots::new(1, &Limits::new(), &Limits::new());
+        let slots = Slots::new(Capacity {
+            slots: 1,
+            ..Capacity::default()
+        });
         let slot = slots.try_take("s").unwrap();
         assert!(slots.try_take("s").is_none());
         drop(slot);
@@ -154,7 +205,11 @@ mod tests {
 
     #[test]
     fn a_subscription_at_its_limit_leaves_slots_to_the_others() {
-        let slots = Slots::new(3, &limit("heavy", 1), &Limits::new());
+        let slots = Slots::new(Capacity {
+            slots: 3,
+            subscriptions: limit("heavy", 1),
+            ..Capacity::default()
+        });
         let _heavy = slots.try_take("heavy").unwrap();
         assert!(slots.try_take("heavy").is_none());
         let _light = slots.try_take("light").unwrap();
@@ -163,19 +218,43 @@ mod tests {
 
     #[test]
     fn a_task_at_its_limit_is_out_of_reach_until_a_job_ends() {
-        let slots = Slots::new(3, &Limits::new(), &limit("heavy", 1));
-        let all = Reach {
-            subscriptions: BTreeMap::from([("s".to_owned(), None)]),
-            tasks: BTreeMap::from([("heavy".to_owned(), 3), ("light".to_owned(), 3)]),
-        };
+        let slots = Slots::new(Capacity {
+            slots: 3,
+            tasks: limit("heavy", 1),
+            ..Capacity::default()
+        });
+        let all = reach(&["heavy", "light"]);
         let mut slot = slots.try_take("s").unwrap();
-        let (reach, room) = slots.within(&all);
-        assert_eq!((reach.tasks.len(), room), (2, 1));
+        let (within, room) = slots.within(&all);
+        assert_eq!((within.tasks.len(), room), (2, 1));
         assert!(slots.admit_task(&mut slot, "heavy"));
-        let (reach, room) = slots.within(&all);
-        assert_eq!(reach.tasks.keys().collect::<Vec<_>>(), ["light"]);
+        let (within, room) = slots.within(&all);
+        assert_eq!(within.tasks.keys().collect::<Vec<_>>(), ["light"]);
         assert_eq!(room, usize::MAX);
         drop(slot);
         assert_eq!(slots.within(&all).0.tasks.len(), 2);
+    }
+
+    #[test]
+    fn jobs_that_need_gpus_have_their_own_and_wait_for_them() {
+        let slots = Slots::new(Capacity {
+            slots: 4,
+            devices: Devices::new(vec!["0".to_owned(), "1".to_owned(), "2".to_owned()]),
+            needs: limit("large", 2),
+            ..Capacity::default()
+        });
+        let all = reach(&["large", "small"]);
+        assert_eq!(slots.within(&all).1, 1);
+        let mut first = slots.try_take("s").unwrap();
+        assert!(slots.admit_task(&mut first, "large"));
+        assert_eq!(first.devices(), ["0", "1"]);
+        let mut second = slots.try_take("s").unwrap();
+        assert!(!slots.admit_task(&mut second, "large"));
+        let (within, _) = slots.within(&all);
+        assert_eq!(within.tasks.keys().collect::<Vec<_>>(), ["small"]);
+        assert!(slots.admit_task(&mut second, "small"));
+        assert_eq!(second.devices(), [""; 0]);
+        drop(first);
+        assert!(slots.admit_task(&mut second, "large"));
     }
 }

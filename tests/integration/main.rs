@@ -6,9 +6,13 @@
 mod ack_timing;
 mod architecture;
 mod bad_input;
+mod cancel;
 mod commands;
 mod crashes;
+mod dead_letters;
 mod delivery;
+mod failures;
+mod ordering;
 mod store;
 mod store_model;
 mod support;

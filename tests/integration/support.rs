@@ -7,6 +7,7 @@ pub mod private_postgres;
 pub mod proxy;
 pub mod requests;
 pub mod runs;
+pub mod scene;
 pub mod worker;
 
 use std::io::Write;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde_json::{Value, json};
 
-use super::TASK;
+use super::{TASK, python};
 use crate::job::{Job, JobState};
 
 /// UCI's handwritten digits, inside the binary so that `dev` works anywhere.
@@ -29,8 +29,9 @@ pub(super) fn write_dataset(dir: &Path) -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
-pub(super) fn all(dataset: &Path, dir: &Path) -> Vec<Sample> {
-    [
+/// With one that is a program of its own, if there is a Python to run it.
+pub(super) fn all(dataset: &Path, dir: &Path, with_python: bool) -> Vec<Sample> {
+    let builtin = [
         ("heavy-task", 1, 300, true),
         ("heavy-task", 2, 300, false),
         ("light-task", 3, 100, false),
@@ -42,8 +43,14 @@ pub(super) fn all(dataset: &Path, dir: &Path) -> Vec<Sample> {
         topic,
         payload: request(dataset, dir, seed, max_iterations),
         delivered_twice,
-    })
-    .collect()
+    });
+    let program = with_python.then(|| Sample {
+        title: "digits, Python".to_owned(),
+        topic: "heavy-task",
+        payload: python::request(dataset),
+        delivered_twice: false,
+    });
+    builtin.chain(program).collect()
 }
 
 /// A request that none of the samples has made.

@@ -1,12 +1,9 @@
 //! Dead jobs whose message is still to be published to its topic.
 
-use std::collections::BTreeMap;
-use std::time::Duration;
-
 use sqlx::postgres::PgRow;
 use sqlx::{PgPool, Row};
 
-use super::super::StoreError;
+use super::super::{DeadLettersDue, StoreError, from_json};
 use crate::job::{DeadLetter, JobKey};
 use crate::message::Message;
 
@@ -15,28 +12,25 @@ SELECT job_id, subscription, key, message_id, publish_time, ordering_key, attrib
        payload, task, attempts, reason, error, dead_letter_topic
 FROM processed_messages
 WHERE dead_letter_topic IS NOT NULL AND finished_at <= now() - make_interval(secs => $1)
-  AND ($3::text IS NULL OR worker = $3)
+  AND ($3::text IS NULL OR worker = $3) AND dead_letter_topic <> ALL ($4)
 ORDER BY finished_at
 LIMIT $2";
 
 pub(super) async fn dead_letters(
     pool: &PgPool,
-    worker: Option<&str>,
-    at_least: Duration,
-    limit: u32,
+    due: &DeadLettersDue,
 ) -> Result<Vec<DeadLetter>, StoreError> {
     let rows = sqlx::query(DEAD_LETTERS)
-        .bind(at_least.as_secs_f64())
-        .bind(i64::from(limit))
-        .bind(worker)
+        .bind(due.at_least.as_secs_f64())
+        .bind(i64::from(due.limit))
+        .bind(due.worker.as_deref())
+        .bind(&due.not_to)
         .fetch_all(pool)
         .await?;
     rows.iter().map(read_dead_letter).collect()
 }
 
 fn read_dead_letter(row: &PgRow) -> Result<DeadLetter, StoreError> {
-    let attributes: BTreeMap<String, String> = serde_json::from_str(row.try_get("attributes")?)
-        .map_err(|error| StoreError::Unreadable(error.to_string()))?;
     let payload: Option<Vec<u8>> = row.try_get("payload")?;
     Ok(DeadLetter {
         job_id: row.try_get("job_id")?,
@@ -46,7 +40,7 @@ fn read_dead_letter(row: &PgRow) -> Result<DeadLetter, StoreError> {
             id: row.try_get("message_id")?,
             publish_time: row.try_get("publish_time")?,
             data: payload.unwrap_or_default().into(),
-            attributes,
+            attributes: from_json(row.try_get("attributes")?)?,
             ordering_key: row.try_get("ordering_key")?,
         },
         reason: row.try_get("reason")?,

@@ -45,21 +45,23 @@ pub(super) async fn note(pool: &PgPool, worker: &str, notes: &[Note]) -> Result<
 }
 
 /// Job ids begin with the milliseconds of their making, so the unique index on
-/// them finds old rows; the time that counts is the database's. A job whose
-/// dead letter is still to be published is kept: nothing else has its message.
+/// them finds old rows; the time that counts is the database's.
 const PURGE: &str = "
 WITH old AS (
     SELECT subscription, key FROM processed_messages
     WHERE job_id < (lpad(to_hex((extract(epoch FROM now()) * 1000 - $1 * 1000)::bigint), 12, '0')
                     || repeat('0', 20))::uuid
-      AND state <> 'open' AND dead_letter_topic IS NULL
-      AND finished_at < now() - make_interval(secs => $1)
+      AND state <> 'open' AND finished_at < now() - make_interval(secs => $1)
+      AND dead_letter_topic IS NULL
     ORDER BY job_id
     LIMIT $2
     FOR UPDATE SKIP LOCKED
 ), forgotten AS (
     DELETE FROM ledger USING old
     WHERE ledger.subscription = old.subscription AND ledger.key = old.key
+), forgotten_attempts AS (
+    DELETE FROM attempts USING old
+    WHERE attempts.subscription = old.subscription AND attempts.key = old.key
 )
 DELETE FROM processed_messages USING old
 WHERE processed_messages.subscription = old.subscription AND processed_messages.key = old.key";

@@ -1,12 +1,9 @@
 //! Dead jobs whose message is still to be published to its topic.
 
-use std::collections::BTreeMap;
-use std::time::Duration;
-
 use sqlx::sqlite::{SqlitePool, SqliteRow};
 use sqlx::{Connection, Row};
 
-use super::super::StoreError;
+use super::super::{DeadLettersDue, StoreError, from_json, json_text};
 use super::claims::{BEGIN, milliseconds};
 use super::ledger::{Entry, add_to_ledger};
 use super::reading::time;
@@ -20,27 +17,25 @@ FROM processed_messages
 WHERE dead_letter_topic IS NOT NULL
   AND finished_at <= CAST(unixepoch('subsec') * 1000 AS INTEGER) - $1
   AND ($3 IS NULL OR worker = $3)
+  AND dead_letter_topic NOT IN (SELECT value FROM json_each($4))
 ORDER BY finished_at
 LIMIT $2";
 
 pub(super) async fn dead_letters(
     pool: &SqlitePool,
-    worker: Option<&str>,
-    at_least: Duration,
-    limit: u32,
+    due: &DeadLettersDue,
 ) -> Result<Vec<DeadLetter>, StoreError> {
     let rows = sqlx::query(DEAD_LETTERS)
-        .bind(milliseconds(at_least))
-        .bind(limit)
-        .bind(worker)
+        .bind(milliseconds(due.at_least))
+        .bind(due.limit)
+        .bind(due.worker.as_deref())
+        .bind(json_text(&due.not_to)?)
         .fetch_all(pool)
         .await?;
     rows.iter().map(read_dead_letter).collect()
 }
 
 fn read_dead_letter(row: &SqliteRow) -> Result<DeadLetter, StoreError> {
-    let attributes: BTreeMap<String, String> = serde_json::from_str(row.try_get("attributes")?)
-        .map_err(|error| StoreError::Unreadable(error.to_string()))?;
     let payload: Option<Vec<u8>> = row.try_get("payload")?;
     Ok(DeadLetter {
         job_id: row.try_get("job_id")?,
@@ -50,7 +45,7 @@ fn read_dead_letter(row: &SqliteRow) -> Result<DeadLetter, StoreError> {
             id: row.try_get("message_id")?,
             publish_time: time(row, "publish_time")?.unwrap_or_default(),
             data: payload.unwrap_or_default().into(),
-            attributes,
+            attributes: from_json(row.try_get("attributes")?)?,
             ordering_key: row.try_get("ordering_key")?,
         },
         reason: row.try_get("reason")?,

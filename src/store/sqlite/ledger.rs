@@ -64,18 +64,18 @@ pub(super) async fn note(
 }
 
 /// Job ids begin with the milliseconds of their making, so the unique index on
-/// them finds old rows; the time that counts is the database's. A job whose
-/// dead letter is still to be published is kept: nothing else has its message.
+/// them finds old rows; the time that counts is the database's.
 const FIND_OLD: &str = "
 SELECT subscription, key FROM processed_messages
 WHERE job_id < unhex(printf('%012x', CAST(unixepoch('subsec') * 1000 AS INTEGER) - $1)
                      || '00000000000000000000')
-  AND state <> 'open' AND dead_letter_topic IS NULL
-  AND finished_at < CAST(unixepoch('subsec') * 1000 AS INTEGER) - $1
+  AND state <> 'open' AND finished_at < CAST(unixepoch('subsec') * 1000 AS INTEGER) - $1
+  AND dead_letter_topic IS NULL
 ORDER BY job_id
 LIMIT $2";
 const FORGET_JOB: &str = "DELETE FROM processed_messages WHERE subscription = $1 AND key = $2";
 const FORGET_LEDGER: &str = "DELETE FROM ledger WHERE subscription = $1 AND key = $2";
+const FORGET_ATTEMPTS: &str = "DELETE FROM attempts WHERE subscription = $1 AND key = $2";
 
 pub(super) async fn purge(
     pool: &SqlitePool,
@@ -90,7 +90,7 @@ pub(super) async fn purge(
         .fetch_all(&mut *transaction)
         .await?;
     for (subscription, key) in &old {
-        for forget in [FORGET_JOB, FORGET_LEDGER] {
+        for forget in [FORGET_JOB, FORGET_LEDGER, FORGET_ATTEMPTS] {
             sqlx::query(forget)
                 .bind(subscription)
                 .bind(key)

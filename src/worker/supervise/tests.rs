@@ -11,12 +11,12 @@ use crate::config;
 use crate::executor::Executor;
 use crate::guard::Guard;
 use crate::job::{
-    Acquired, Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter, JobKey, Note,
-    Reaped, Retrying, Story,
+    Acquired, AttemptRecord, Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter,
+    JobKey, Note, Reaped, Retrying, Story, Told,
 };
 use crate::store::{
-    ClaimTerms, DatabaseError, Finish, GivenUp, Reach, Refusal, Refused, Release, SchemaError,
-    Standing, Store, StoreError,
+    ClaimTerms, DatabaseError, DeadLettersDue, Finish, GivenUp, Reach, Refusal, Refused, Release,
+    SchemaError, Standing, Store, StoreError,
 };
 use crate::worker::lease_keeper::LeaseKeeper;
 
@@ -78,6 +78,12 @@ impl Store for Renewing {
     async fn save_checkpoint(&self, _: &Fence, _: &str, _: bool) -> Result<bool, StoreError> {
         unreachable!()
     }
+    async fn keep_attempt(&self, _: &Fence, _: &str, _: &Told) -> Result<(), StoreError> {
+        unreachable!()
+    }
+    async fn attempts(&self, _: Uuid) -> Result<Vec<AttemptRecord>, StoreError> {
+        unreachable!()
+    }
     async fn cancelled_runs(&self, _: &str) -> Result<Vec<Uuid>, StoreError> {
         unreachable!()
     }
@@ -89,12 +95,7 @@ impl Store for Renewing {
     ) -> Result<bool, StoreError> {
         unreachable!()
     }
-    async fn dead_letters(
-        &self,
-        _: Option<&str>,
-        _: Duration,
-        _: u32,
-    ) -> Result<Vec<DeadLetter>, StoreError> {
+    async fn dead_letters(&self, _: &DeadLettersDue) -> Result<Vec<DeadLetter>, StoreError> {
         unreachable!()
     }
     async fn dead_letter_settled(

@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use trainyard::job::{Acquired, Can, Claim, DeadLetter, Retrying};
 use trainyard::outcome::Ending;
-use trainyard::store::{Finish, GivenUp, Refusal, Store};
+use trainyard::store::{DeadLettersDue, Finish, GivenUp, Refusal, Store};
 use uuid::Uuid;
 
 use crate::on_both_databases;
 use crate::support::database::{Database, Tables};
 use crate::support::jobs::{
-    ENDED, LONG, acquire, acquired, assert_is_stale, assert_waits, dead, job_of, kinds, letters,
-    pass_the_lease, refusal, request, send, story_of, succeeded, terms, terms_of,
+    ENDED, LONG, acquire, acquired, assert_is_stale, assert_waits, dead, due, job_of, kinds,
+    letters, pass_the_lease, refusal, request, send, story_of, succeeded, terms, terms_of,
 };
 
 on_both_databases!(
@@ -28,6 +28,7 @@ on_both_databases!(
     a_worker_asks_for_its_own,
     anybodys_are_those_that_have_waited,
     dead_letters_come_earliest_first_and_no_more_than_asked_for,
+    dead_letters_to_some_topics_can_be_passed_over,
     a_settled_dead_letter_is_gone_and_noted_once,
     a_dead_letter_of_another_topic_is_not_settled,
     a_retried_jobs_message_is_not_published,
@@ -195,7 +196,11 @@ async fn a_worker_asks_for_its_own(database: Database) {
     die(&store, "1", "w1").await;
     die(&store, "2", "w2").await;
     for (worker, expected) in [("w1", vec!["1"]), ("w2", vec!["2"]), ("w3", vec![])] {
-        let own = store.dead_letters(Some(worker), ENDED, 10).await.unwrap();
+        let own = DeadLettersDue {
+            worker: Some(worker.into()),
+            ..due()
+        };
+        let own = store.dead_letters(&own).await.unwrap();
         assert_eq!(keys(&own), expected);
     }
     let mut all = letters(&store).await;
@@ -210,12 +215,18 @@ async fn anybodys_are_those_that_have_waited(database: Database) {
     let old = die(&store, "old", "w1").await;
     die(&store, "new", "w2").await;
     died(&tables, &old, MINUTE * 2).await;
-    let long_ago = store.dead_letters(None, MINUTE, 10).await.unwrap();
-    assert_eq!(keys(&long_ago), ["old"]);
-    let longer_ago = store.dead_letters(None, MINUTE * 3, 10).await.unwrap();
-    assert_eq!(keys(&longer_ago), [""; 0]);
-    let both = store.dead_letters(Some("w2"), MINUTE, 10).await.unwrap();
-    assert_eq!(keys(&both), [""; 0]);
+    let waited = async |at_least, worker: Option<&str>| {
+        let due = DeadLettersDue {
+            worker: worker.map(Into::into),
+            at_least,
+            ..due()
+        };
+        store.dead_letters(&due).await.unwrap()
+    };
+    assert_eq!(keys(&waited(MINUTE, None).await), ["old"]);
+    assert_eq!(keys(&waited(MINUTE, Some("w1")).await), ["old"]);
+    assert_eq!(keys(&waited(MINUTE, Some("w2")).await), [""; 0]);
+    assert_eq!(keys(&waited(MINUTE * 3, None).await), [""; 0]);
 }
 
 async fn dead_letters_come_earliest_first_and_no_more_than_asked_for(database: Database) {
@@ -226,9 +237,31 @@ async fn dead_letters_come_earliest_first_and_no_more_than_asked_for(database: D
         died(&tables, &run, Duration::from_secs(ago)).await;
     }
     for worker in [None, Some("w1")] {
-        let some = store.dead_letters(worker, ENDED, 3).await.unwrap();
+        let some = DeadLettersDue {
+            worker: worker.map(Into::into),
+            limit: 3,
+            ..due()
+        };
+        let some = store.dead_letters(&some).await.unwrap();
         assert_eq!(keys(&some), ["b", "d", "a"]);
     }
+}
+
+/// Their topic may not be there now, and then must not keep the others back.
+async fn dead_letters_to_some_topics_can_be_passed_over(database: Database) {
+    let store = database.open_migrated().await;
+    for (key, topic) in [("1", "gone"), ("2", "graves"), ("3", "gone too")] {
+        let run = acquire(&store, key, LONG).await;
+        assert!(end(&store, &run, dead("broken"), Some(topic)).await);
+    }
+    let others = DeadLettersDue {
+        not_to: vec!["gone".to_owned(), "gone too".to_owned()],
+        limit: 1,
+        ..due()
+    };
+    let others = store.dead_letters(&others).await.unwrap();
+    assert_eq!(keys(&others), ["2"]);
+    assert_eq!(letters(&store).await.len(), 3);
 }
 
 async fn a_settled_dead_letter_is_gone_and_noted_once(database: Database) {

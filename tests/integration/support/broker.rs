@@ -1,15 +1,16 @@
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use futures::future::try_join_all;
 use google_cloud_auth::credentials::anonymous;
 use google_cloud_pubsub::client::{Publisher, SubscriptionAdmin};
-use google_cloud_pubsub::model::Message;
+use google_cloud_pubsub::model::{self, Message};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use trainyard::emulator::{self, Emulator, Options};
-use trainyard::pubsub::{Connection, Outgoing};
+use trainyard::pubsub::{Connection, Outgoing, Pulling, Subscription};
 use uuid::Uuid;
 
-use super::not_tested;
+use super::{PATIENCE, not_tested};
 
 /// A broker with a project of a test's own.
 pub struct Broker {
@@ -65,17 +66,56 @@ impl Broker {
 
     /// Makes a subscription, and its topic unless there is one.
     pub async fn subscribe_to(&self, topic: &str, name: &str) {
+        let wanted = self.wanted(topic, name).await;
+        self.make(wanted).await;
+    }
+
+    /// Makes a topic and a subscription of that name that keeps the order of
+    /// messages with one ordering key.
+    pub async fn subscribe_in_order(&self, name: &str) {
+        let wanted = self.wanted(name, name).await;
+        self.make(wanted.set_enable_message_ordering(true)).await;
+    }
+
+    /// A subscription to make, after its topic.
+    pub async fn wanted(&self, topic: &str, name: &str) -> model::Subscription {
         self.connection.ensure_topic(topic).await.unwrap();
-        let path = self.connection.subscription_path(name);
-        let admin = self.subscription_admin().await;
-        let create = admin
-            .create_subscription()
-            .set_name(path)
+        model::Subscription::new()
+            .set_name(self.connection.subscription_path(name))
             .set_topic(self.connection.topic_path(topic))
             .set_ack_deadline_seconds(10)
             // Google's emulator delivers again what it has kept.
-            .set_retain_acked_messages(self.builtin.is_none());
+            .set_retain_acked_messages(self.builtin.is_none())
+    }
+
+    pub async fn make(&self, subscription: model::Subscription) {
+        let admin = self.subscription_admin().await;
+        let create = admin.create_subscription().with_request(subscription);
         create.send().await.unwrap();
+    }
+
+    /// The next messages on a subscription of the test's own.
+    pub async fn receive(&self, name: &str, how_many: usize) -> Vec<trainyard::message::Message> {
+        let pulling = Pulling {
+            ack_deadline: Duration::from_secs(10),
+            slots: 1,
+            prefetch: 0,
+            held: 0,
+            quiet_limit: Duration::from_secs(600),
+        };
+        let path = self.connection.subscription_path(name);
+        let mut subscription = Subscription::new(self.connection.clone(), path, pulling);
+        let never = CancellationToken::new();
+        let mut received = Vec::new();
+        while received.len() < how_many {
+            let next = subscription.next(&never);
+            let next = tokio::time::timeout(PATIENCE, next).await.unwrap();
+            let (message, receipt) = next.unwrap().unwrap().into_parts();
+            receipt.ack();
+            received.push(message);
+        }
+        subscription.flush().await;
+        received
     }
 
     /// Delivers messages a second time under their ids: at least these with

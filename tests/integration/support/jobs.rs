@@ -12,7 +12,9 @@ use trainyard::job::{
 };
 use trainyard::message::Message;
 use trainyard::outcome::{DeadReason, Ending};
-use trainyard::store::{ClaimTerms, Finish, Reach, Refusal, Release, Released, Store};
+use trainyard::store::{
+    ClaimTerms, DeadLettersDue, Finish, Reach, Refusal, Release, Released, Store,
+};
 use uuid::Uuid;
 
 pub const LONG: Duration = Duration::from_secs(600);
@@ -201,9 +203,19 @@ pub fn refusal(key: &str) -> Refusal {
     }
 }
 
+/// All of anybody's.
+pub fn due() -> DeadLettersDue {
+    DeadLettersDue {
+        worker: None,
+        at_least: ENDED,
+        not_to: Vec::new(),
+        limit: 100,
+    }
+}
+
 /// All dead letters, however short they have waited.
 pub async fn letters(store: &Arc<dyn Store>) -> Vec<DeadLetter> {
-    store.dead_letters(None, ENDED, 100).await.unwrap()
+    store.dead_letters(&due()).await.unwrap()
 }
 
 /// The only story about a message.

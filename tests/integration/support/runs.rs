@@ -25,6 +25,11 @@ pub struct RunLine {
     pub pid: u32,
     pub event: RunEvent,
     pub at_micros: u64,
+    #[serde(default)]
+    pub label: Option<String>,
+    /// The checkpoint that the run was given.
+    #[serde(default)]
+    pub resumed_from: Option<String>,
 }
 
 impl RunsLog {

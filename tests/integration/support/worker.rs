@@ -63,11 +63,17 @@ impl Yard {
 
     /// Starts `trainyard run`; its log goes to a file of that name.
     pub fn start_worker(&self, name: &str) -> WorkerProcess {
+        self.start_worker_with(name, &[])
+    }
+
+    /// The same with more in its environment.
+    pub fn start_worker_with(&self, name: &str, variables: &[(&str, &str)]) -> WorkerProcess {
         let log = self.folder.path().join(format!("{name}.log"));
         let file = std::fs::File::create(&log).unwrap();
         let child = self
             .command(&["run"])
             .env("RUST_LOG", "info,trainyard=debug")
+            .envs(variables.iter().copied())
             .stderr(file)
             .stdout(Stdio::null())
             .spawn()
@@ -132,6 +138,17 @@ impl WorkerProcess {
         // From here on the process executes nothing any more.
         let at_micros = micros_now();
         self.child.wait().await.unwrap();
+        Death { pid, at_micros }
+    }
+
+    /// Waits until it has ended by itself.
+    pub async fn dies(&mut self) -> Death {
+        let pid = self.pid();
+        match timeout(PATIENCE, self.child.wait()).await {
+            Ok(status) => status.unwrap(),
+            Err(_) => panic!("the worker lives on; its log:\n{}", read(&self.log)),
+        };
+        let at_micros = micros_now();
         Death { pid, at_micros }
     }
 

@@ -1,0 +1,240 @@
+//! What the end of a command means for its job.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use signal_hook::consts::{SIGKILL, SIGTERM};
+use signal_hook::low_level::signal_name;
+
+use super::lifeline::Exit;
+use crate::outcome::Outcome;
+
+/// Of stderr, in an error.
+const QUOTED_LINES: usize = 3;
+
+/// What programs say when they get no more memory.
+const OUT_OF_MEMORY: &[&str] = &[
+    "out of memory",
+    "memory exhausted",
+    "cannot allocate memory",
+    "memoryerror",
+    "bad_alloc",
+    "bad alloc",
+    "memory allocation of",
+    "unable to allocate",
+    "alloc failed",
+];
+
+/// Everything about a run that decides its outcome.
+pub(super) struct Ending<'a> {
+    pub(super) exit: Exit,
+    /// It was asked to stop, by whoever.
+    pub(super) stopped: bool,
+    /// It was asked to stop for not having told anything for so long.
+    pub(super) stalled: Option<Duration>,
+    pub(super) result: Option<Value>,
+    /// The end of stderr.
+    pub(super) errors: &'a [String],
+    pub(super) permanent_exit_codes: &'a [u8],
+    pub(super) memory: Option<u64>,
+}
+
+impl Ending<'_> {
+    pub(super) fn outcome(self) -> Outcome {
+        if self.exit.code == Some(0) {
+            // A program that saves its work and goes when asked to says 0 as
+            // well. Only a result tells that it was done.
+            if !(self.stopped || self.exit.expired) || self.result.is_some() {
+                return Outcome::Succeeded(self.result.unwrap_or_default());
+            }
+        }
+        let permanent = self.exit.code.is_some_and(|code| {
+            self.permanent_exit_codes
+                .iter()
+                .any(|permanent| i32::from(*permanent) == code)
+        });
+        Outcome::Failed {
+            error: self.error(permanent),
+            permanent,
+        }
+    }
+
+    fn error(&self, permanent: bool) -> String {
+        let mut error = self.cause(permanent);
+        let first = self.errors.len().saturating_sub(QUOTED_LINES);
+        if !self.errors.is_empty() {
+            error.push_str(": ");
+            error.push_str(&self.errors[first..].join(" | "));
+        }
+        error
+    }
+
+    fn cause(&self, permanent: bool) -> String {
+        let end = self.end();
+        if let Some(limit) = self.stalled {
+            let limit = humantime::format_duration(limit);
+            return format!("no progress for {limit}, stopped as stuck ({end})");
+        }
+        if self.exit.expired {
+            return format!("stopped since its lease was not known to be renewed ({end})");
+        }
+        if self.stopped {
+            return format!("stopped before it was done ({end})");
+        }
+        match self.memory {
+            Some(memory) if !permanent && self.tells_of_memory() => {
+                format!("out of memory, with a limit of {memory} bytes ({end})")
+            }
+            _ => end,
+        }
+    }
+
+    fn end(&self) -> String {
+        match (self.exit.code, self.exit.signal) {
+            (Some(code), _) => match shell_signal(code) {
+                // As a shell tells of a command that a signal ended.
+                Some(signal) => format!("exit code {code}, as after {}", name(signal)),
+                None => format!("exit code {code}"),
+            },
+            (None, Some(SIGKILL)) if !(self.stopped || self.exit.expired) => {
+                "killed by SIGKILL, possibly by the kernel's out-of-memory killer".to_owned()
+            }
+            (None, Some(signal)) => format!("killed by {}", name(signal)),
+            (None, None) => "its end is not known".to_owned(),
+        }
+    }
+
+    fn tells_of_memory(&self) -> bool {
+        self.errors.iter().any(|line| {
+            let line = line.to_lowercase();
+            OUT_OF_MEMORY.iter().any(|words| line.contains(words))
+        })
+    }
+}
+
+fn shell_signal(code: i32) -> Option<i32> {
+    let signal = code - 128;
+    [SIGKILL, SIGTERM]
+        .into_iter()
+        .chain(signal_hook::consts::TERM_SIGNALS.iter().copied())
+        .find(|known| *known == signal)
+}
+
+fn name(signal: i32) -> String {
+    signal_name(signal).map_or_else(|| format!("signal {signal}"), str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use signal_hook::consts::SIGSEGV;
+
+    use super::*;
+
+    fn ending(code: Option<i32>, signal: Option<i32>) -> Ending<'static> {
+        Ending {
+            exit: Exit {
+                code,
+                signal,
+                expired: false,
+            },
+            stopped: false,
+            stalled: None,
+            result: None,
+            errors: &[],
+            permanent_exit_codes: &[65, 78],
+            memory: None,
+        }
+    }
+
+    fn failure(ending: Ending<'_>) -> (String, bool) {
+        match ending.outcome() {
+            Outcome::Failed { error, permanent } => (error, permanent),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_exit_code_decides() {
+        let done = ending(Some(0), None).outcome();
+        assert_eq!(done, Outcome::Succeeded(Value::Null));
+        let with_result = Ending {
+            result: Some(json!({"a": 1})),
+            ..ending(Some(0), None)
+        };
+        assert_eq!(with_result.outcome(), Outcome::Succeeded(json!({"a": 1})));
+        for (code, permanent) in [(1, false), (2, false), (65, true), (78, true), (255, false)] {
+            let failed = failure(ending(Some(code), None));
+            assert_eq!(failed, (format!("exit code {code}"), permanent));
+        }
+        let own = Ending {
+            permanent_exit_codes: &[2],
+            ..ending(Some(2), None)
+        };
+        assert!(failure(own).1);
+    }
+
+    #[test]
+    fn a_signal_is_named() {
+        let (error, permanent) = failure(ending(None, Some(SIGKILL)));
+        assert!(error.contains("SIGKILL") && error.contains("out-of-memory killer"));
+        assert!(!permanent);
+        assert_eq!(failure(ending(None, Some(SIGSEGV))).0, "killed by SIGSEGV");
+        let of_a_shell = failure(ending(Some(137), None)).0;
+        assert_eq!(of_a_shell, "exit code 137, as after SIGKILL");
+    }
+
+    #[test]
+    fn going_when_asked_to_is_success_only_with_a_result() {
+        let stopped = |result| Ending {
+            stopped: true,
+            result,
+            ..ending(Some(0), None)
+        };
+        let (error, permanent) = failure(stopped(None));
+        assert_eq!(error, "stopped before it was done (exit code 0)");
+        assert!(!permanent);
+        let done = stopped(Some(json!(1))).outcome();
+        assert_eq!(done, Outcome::Succeeded(json!(1)));
+    }
+
+    #[test]
+    fn the_end_of_stderr_is_quoted() {
+        let errors = ["a", "b", "c", "ValueError: d"].map(str::to_owned);
+        let failed = Ending {
+            errors: &errors,
+            ..ending(Some(1), None)
+        };
+        assert_eq!(failure(failed).0, "exit code 1: b | c | ValueError: d");
+    }
+
+    #[test]
+    fn a_program_that_got_no_memory_within_a_limit_is_out_of_memory() {
+        let errors = ["MemoryError".to_owned()];
+        let limited = |code, memory| Ending {
+            errors: &errors,
+            memory,
+            ..ending(Some(code), None)
+        };
+        let (error, permanent) = failure(limited(1, Some(1000)));
+        assert!(error.starts_with("out of memory"), "{error}");
+        assert!(!permanent);
+        assert!(failure(limited(1, None)).0.starts_with("exit code 1"));
+        assert!(failure(limited(65, Some(1000))).1);
+    }
+
+    #[test]
+    fn a_stuck_run_is_a_transient_failure_whatever_it_ends_with() {
+        let stuck = Ending {
+            stopped: true,
+            stalled: Some(Duration::from_secs(600)),
+            ..ending(None, Some(SIGTERM))
+        };
+        let (error, permanent) = failure(stuck);
+        assert_eq!(
+            error,
+            "no progress for 10m, stopped as stuck (killed by SIGTERM)"
+        );
+        assert!(!permanent);
+    }
+}

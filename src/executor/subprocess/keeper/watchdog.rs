@@ -1,0 +1,104 @@
+//! Follows the lifeline, and stops the command when its word runs out.
+
+use std::io::{self, BufRead, BufReader};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::process::Signal;
+
+use super::super::lifeline::{Moment, Order};
+use super::family::Group;
+
+/// Zero would mean forever to the socket.
+const SHORTEST_WAIT: Duration = Duration::from_millis(1);
+const LONGEST_WAIT: Duration = Duration::from_secs(60 * 60);
+
+#[derive(Clone, Copy)]
+enum Phase {
+    Valid { until: Moment },
+    Stopping { kill_at: Moment },
+    Killed,
+}
+
+/// Returns when the daemon is gone; everything has been killed then.
+pub(super) fn watch(
+    mut orders: BufReader<UnixStream>,
+    group: &Group,
+    grace: Duration,
+    valid_until: Moment,
+) {
+    let mut phase = Phase::Valid { until: valid_until };
+    let mut line = Vec::new();
+    loop {
+        phase = match phase {
+            Phase::Valid { until } if until.left().is_zero() => {
+                group.expire();
+                terminate(group, grace)
+            }
+            Phase::Stopping { kill_at } if kill_at.left().is_zero() => {
+                group.signal(Signal::KILL);
+                Phase::Killed
+            }
+            unchanged => unchanged,
+        };
+        match next(&mut orders, &mut line, wait(phase)) {
+            Ok(None) => {}
+            Ok(Some(Order::Terminate)) => {
+                if let Phase::Valid { .. } = phase {
+                    phase = terminate(group, grace);
+                }
+            }
+            Ok(Some(Order::ValidUntil(until))) => {
+                if let Phase::Valid { .. } = phase {
+                    phase = Phase::Valid { until };
+                }
+            }
+            Err(_) => return group.signal(Signal::KILL),
+        }
+    }
+}
+
+fn terminate(group: &Group, grace: Duration) -> Phase {
+    group.signal(Signal::TERM);
+    // A stopped process takes no signal until it goes on.
+    group.signal(Signal::CONT);
+    Phase::Stopping {
+        kill_at: Moment::now().after(grace),
+    }
+}
+
+fn wait(phase: Phase) -> Duration {
+    match phase {
+        Phase::Valid { until } => until.left(),
+        Phase::Stopping { kill_at } => kill_at.left(),
+        Phase::Killed => LONGEST_WAIT,
+    }
+    .clamp(SHORTEST_WAIT, LONGEST_WAIT)
+}
+
+/// The next order, or `None` if none came in that time.
+///
+/// # Errors
+/// The daemon is gone, or says what cannot be understood.
+fn next(
+    orders: &mut BufReader<UnixStream>,
+    line: &mut Vec<u8>,
+    wait: Duration,
+) -> io::Result<Option<Order>> {
+    orders.get_ref().set_read_timeout(Some(wait))?;
+    match orders.read_until(b'\n', line) {
+        Ok(_) if line.ends_with(b"\n") => {
+            let order = serde_json::from_slice(line)?;
+            line.clear();
+            Ok(Some(order))
+        }
+        Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+        // What has come of a line stays, and the rest is added next time.
+        Err(error) => match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted => {
+                Ok(None)
+            }
+            _ => Err(error),
+        },
+    }
+}

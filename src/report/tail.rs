@@ -1,0 +1,67 @@
+//! The last lines of a run's output, in bounded room.
+
+use std::collections::VecDeque;
+
+const LINES: usize = 50;
+const LINE_BYTES: usize = 500;
+
+/// Kept as bytes and made readable only when asked for: a run may print
+/// millions of lines of which nobody ever sees one.
+#[derive(Debug, Default)]
+pub(crate) struct Tail {
+    lines: VecDeque<Vec<u8>>,
+}
+
+impl Tail {
+    pub(crate) fn push(&mut self, line: &[u8]) {
+        let mut room = match self.lines.len() {
+            LINES => self.lines.pop_front().unwrap_or_default(),
+            _ => Vec::new(),
+        };
+        room.clear();
+        room.extend_from_slice(&line[..line.len().min(LINE_BYTES)]);
+        self.lines.push_back(room);
+    }
+
+    pub(crate) fn lines(&self) -> Vec<String> {
+        self.lines.iter().map(|line| readable(line)).collect()
+    }
+}
+
+/// Text that is safe in a log, on a terminal and in a database: what is no
+/// UTF-8 is replaced, control characters are escaped.
+pub(crate) fn readable(line: &[u8]) -> String {
+    let mut text = String::with_capacity(line.len());
+    for character in String::from_utf8_lossy(line).chars() {
+        match character {
+            '\t' => text.push('\t'),
+            control if control.is_control() => text.extend(control.escape_default()),
+            visible => text.push(visible),
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_last_lines_are_kept_and_long_ones_are_cut() {
+        let mut tail = Tail::default();
+        for number in 0..200 {
+            tail.push(format!("line {number}").as_bytes());
+        }
+        tail.push(&[b'x'; 100_000]);
+        let lines = tail.lines();
+        assert_eq!(lines.len(), 50);
+        assert_eq!(lines[0], "line 151");
+        assert_eq!(lines[49], "x".repeat(500));
+    }
+
+    #[test]
+    fn control_characters_and_broken_text_are_made_visible() {
+        assert_eq!(readable(b"\x1b[31mred\0\tend"), "\\u{1b}[31mred\\u{0}\tend");
+        assert_eq!(readable(b"caf\xc3\xa9 \xff"), "café \u{fffd}");
+    }
+}

@@ -1,0 +1,123 @@
+//! `jobs cancel` and `jobs retry`.
+
+use serde_json::json;
+use trainyard::job::JobState;
+
+use crate::on_both_databases;
+use crate::support::database::Database;
+use crate::support::eventually;
+use crate::support::runs::RunEvent;
+use crate::support::scene::{Scene, Sections};
+
+on_both_databases!(
+    a_running_job_is_cancelled_on_whichever_worker_it_runs,
+    a_waiting_job_is_cancelled_at_once,
+    an_ended_job_runs_again_as_a_new_attempt,
+    what_cannot_be_cancelled_or_run_again_is_told,
+);
+
+async fn a_running_job_is_cancelled_on_whichever_worker_it_runs(database: Database) {
+    for task in ["ack = \"before_run\"", "ack = \"after_run\""] {
+        let sections = Sections {
+            slots: 1,
+            task,
+            ..Sections::default()
+        };
+        let scene = Scene::new(&database, &sections).await;
+        let _workers = [scene.start_worker("w1"), scene.start_worker("w2")];
+        let mut ids = Vec::new();
+        for _ in 0..2 {
+            ids.push(scene.publish(json!({"seconds": 3600})).await);
+        }
+        for id in &ids {
+            let job = scene.job(id, JobState::Running).await;
+            let told = scene
+                .command(&["jobs", "cancel", &job.id.to_string()])
+                .await;
+            assert!(told.stdout.contains("within seconds"), "{}", told.stdout);
+        }
+        for id in &ids {
+            scene.job(id, JobState::Cancelled).await;
+        }
+        assert_eq!(scene.runs.of(RunEvent::Stopped).len(), 2, "{task}");
+        scene.nothing_is_left_to_deliver().await;
+        let story = ["claimed", "cancel_requested", "finished", "cancelled"];
+        scene.is_explained_by(&ids[0], &story).await;
+    }
+}
+
+async fn a_waiting_job_is_cancelled_at_once(database: Database) {
+    let sections = Sections {
+        task: "concurrency = 1",
+        ..Sections::default()
+    };
+    let scene = Scene::new(&database, &sections).await;
+    let _worker = scene.start_worker("w1");
+    let running = scene.publish(json!({"seconds": 3600})).await;
+    scene.job(&running, JobState::Running).await;
+    let waiting = scene.publish(json!({})).await;
+    let job = scene.job(&waiting, JobState::Waiting).await;
+    let told = scene
+        .command(&["jobs", "cancel", &job.id.to_string()])
+        .await;
+    assert!(told.stdout.contains("is cancelled"), "{}", told.stdout);
+    let job = scene.store.job(job.id).await.unwrap().unwrap();
+    assert_eq!((job.state, job.attempts), (JobState::Cancelled, 0));
+    // Only the running one's message is left: the held one is settled.
+    eventually("the cancelled job's message is acked", async || {
+        (scene.broker.backlog("training") == 1).then_some(())
+    })
+    .await;
+}
+
+async fn an_ended_job_runs_again_as_a_new_attempt(database: Database) {
+    let scene = Scene::new(&database, &Sections::default()).await;
+    let _worker = scene.start_worker("w1");
+    let gate = scene.folder().join("gate");
+    let fields = json!({"fail": "permanent", "fail_attempts": 1, "until": gate});
+    std::fs::write(&gate, "").unwrap();
+    let id = scene.publish(fields).await;
+    let dead = scene.job(&id, JobState::Dead).await;
+    for attempt in 2..=3 {
+        let told = scene
+            .command(&["jobs", "retry", &dead.id.to_string()])
+            .await;
+        assert!(told.stdout.contains("runs again"), "{}", told.stderr);
+        eventually("it has run again", async || {
+            (scene.runs.of(RunEvent::End).len() == attempt).then_some(())
+        })
+        .await;
+        let job = scene.job(&id, JobState::Succeeded).await;
+        assert_eq!((job.id, job.error), (dead.id, None));
+    }
+    let attempts: Vec<u32> = scene
+        .runs
+        .of(RunEvent::End)
+        .iter()
+        .map(|l| l.attempt)
+        .collect();
+    assert_eq!(attempts, [1, 2, 3]);
+}
+
+async fn what_cannot_be_cancelled_or_run_again_is_told(database: Database) {
+    let scene = Scene::new(&database, &Sections::default()).await;
+    let _worker = scene.start_worker("w1");
+    let done = scene.publish(json!({})).await;
+    let done = scene.job(&done, JobState::Succeeded).await.id.to_string();
+    let bad = scene.broker.publish("training", b"[]".to_vec()).await;
+    let bad = scene.job(&bad, JobState::Dead).await.id.to_string();
+    let running = scene.publish(json!({"seconds": 3600})).await;
+    let running = scene.job(&running, JobState::Running).await.id.to_string();
+    let nobody = "00000000-0000-7000-8000-000000000000";
+    for (arguments, says) in [
+        (["jobs", "cancel", &*done], "it is succeeded"),
+        (["jobs", "cancel", nobody], "there is no job"),
+        (["jobs", "retry", nobody], "there is no job"),
+        (["jobs", "retry", &*bad], "names no task that can be read"),
+        (["jobs", "retry", &*running], "is running"),
+    ] {
+        let output = scene.command(&arguments).await;
+        assert_eq!(output.code, 1, "{arguments:?}");
+        assert!(output.stderr.contains(says), "{}", output.stderr);
+    }
+}

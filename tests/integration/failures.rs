@@ -1,0 +1,194 @@
+//! Runs that fail, and messages that nobody can run.
+
+use serde_json::json;
+use trainyard::job::JobState;
+
+use crate::on_both_databases;
+use crate::support::database::Database;
+use crate::support::runs::RunEvent;
+use crate::support::scene::{Scene, Sections};
+
+on_both_databases!(
+    a_transient_failure_is_tried_again_until_it_succeeds,
+    a_job_that_keeps_failing_is_dead_after_its_last_attempt,
+    a_permanent_failure_is_dead_at_its_first_attempt,
+    a_panic_is_a_failure_like_any_other,
+    a_run_that_takes_too_long_is_stopped_and_tried_again,
+    a_waiting_retry_holds_no_slot,
+    a_retry_goes_on_from_the_last_checkpoint,
+    a_message_of_an_unknown_task_runs_once_a_worker_knows_it,
+    a_task_at_its_concurrency_leaves_slots_to_the_others,
+);
+
+const ACK_TIMINGS: [&str; 3] = [
+    "ack = \"before_run\"",
+    "ack = \"after_checkpoint\"",
+    "ack = \"after_run\"",
+];
+
+async fn a_transient_failure_is_tried_again_until_it_succeeds(database: Database) {
+    for task in ACK_TIMINGS {
+        let sections = Sections {
+            task,
+            ..Sections::default()
+        };
+        let scene = Scene::new(&database, &sections).await;
+        let worker = scene.start_worker("w1");
+        let fields = json!({"fail": "transient", "fail_attempts": 2});
+        let id = scene.publish(fields).await;
+        let job = scene.job(&id, JobState::Succeeded).await;
+        assert_eq!(job.attempts, 3, "{task}");
+        scene.nothing_is_left_to_deliver().await;
+        let story = ["claimed", "failed", "told to fail", "failed", "finished"];
+        scene.is_explained_by(&id, &story).await;
+        assert_eq!(worker.stop().await.code(), Some(0));
+    }
+}
+
+async fn a_job_that_keeps_failing_is_dead_after_its_last_attempt(database: Database) {
+    let scene = Scene::new(&database, &Sections::default()).await;
+    let _worker = scene.start_worker("w1");
+    let id = scene.publish(json!({"fail": "transient"})).await;
+    let job = scene.job(&id, JobState::Dead).await;
+    assert_eq!(job.attempts, 3);
+    assert_eq!(job.error.as_deref(), Some("told to fail"));
+    assert_eq!(job.reason.as_deref(), Some("attempts_exhausted"));
+    assert_eq!(scene.runs.of(RunEvent::Start).len(), 3);
+    scene.nothing_is_left_to_deliver().await;
+}
+
+async fn a_permanent_failure_is_dead_at_its_first_attempt(database: Database) {
+    let scene = Scene::new(&database, &Sections::default()).await;
+    let _worker = scene.start_worker("w1");
+    let id = scene.publish(json!({"fail": "permanent"})).await;
+    let job = scene.job(&id, JobState::Dead).await;
+    assert_eq!(job.attempts, 1);
+    assert_eq!(job.reason.as_deref(), Some("permanent"));
+    scene.nothing_is_left_to_deliver().await;
+}
+
+async fn a_panic_is_a_failure_like_any_other(database: Database) {
+    let scene = Scene::new(&database, &Sections::default()).await;
+    let worker = scene.start_worker("w1");
+    let fields = json!({"fail": "panic", "fail_attempts": 1});
+    let id = scene.publish(fields).await;
+    assert_eq!(scene.job(&id, JobState::Succeeded).await.attempts, 2);
+    assert_eq!(worker.stop().await.code(), Some(0));
+}
+
+async fn a_run_that_takes_too_long_is_stopped_and_tried_again(database: Database) {
+    let sections = Sections {
+        task: "timeout = \"300ms\"\nmax_attempts = 2",
+        ..Sections::default()
+    };
+    let scene = Scene::new(&database, &sections).await;
+    let _worker = scene.start_worker("w1");
+    let id = scene.publish(json!({"seconds": 3600})).await;
+    let job = scene.job(&id, JobState::Dead).await;
+    assert_eq!(job.attempts, 2);
+    assert_eq!(scene.runs.of(RunEvent::Stopped).len(), 2);
+    assert!(job.error.unwrap().contains("timeout"));
+}
+
+/// The only slot is another job's while the failed one waits for an hour.
+async fn a_waiting_retry_holds_no_slot(database: Database) {
+    let sections = Sections {
+        slots: 1,
+        task: "max_attempts = 2\nbackoff.multiplier = 1",
+        ..Sections::default()
+    };
+    let scene = Scene::new(&database, &sections).await;
+    let slow = std::fs::read_to_string(&scene.yard.config).unwrap();
+    let slow = slow.replace(
+        "initial = \"10ms\", max = \"50ms\" }\nmax_attempts = 2\nbackoff.multiplier = 1",
+        "initial = \"100h\", max = \"100h\" }\nmax_attempts = 2",
+    );
+    std::fs::write(&scene.yard.config, slow).unwrap();
+    let _worker = scene.start_worker("w1");
+    let waiting = scene.publish(json!({"fail": "transient"})).await;
+    let job = scene.job(&waiting, JobState::Waiting).await;
+    assert_eq!(job.error.as_deref(), Some("told to fail"));
+    let other = scene.publish(json!({})).await;
+    scene.job(&other, JobState::Succeeded).await;
+    // Asked for by a person, it need not wait any longer.
+    let told = scene
+        .command(&["jobs", "retry", &job.id.to_string()])
+        .await
+        .stdout;
+    assert!(told.contains("need wait no longer"), "{told}");
+    scene.job(&waiting, JobState::Dead).await;
+    scene.nothing_is_left_to_deliver().await;
+}
+
+async fn a_retry_goes_on_from_the_last_checkpoint(database: Database) {
+    let sections = Sections {
+        task: "ack = \"after_checkpoint\"",
+        ..Sections::default()
+    };
+    let scene = Scene::new(&database, &sections).await;
+    let _worker = scene.start_worker("w1");
+    let fields = json!({
+        "seconds": 0.3, "checkpoint_after": 0.0, "fail": "transient", "fail_attempts": 1,
+    });
+    let id = scene.publish(fields).await;
+    let job = scene.job(&id, JobState::Succeeded).await;
+    assert_eq!(job.checkpoint.as_deref(), Some("rehearsal of attempt 2"));
+    let starts = scene.runs.of(RunEvent::Start);
+    assert_eq!(starts[0].resumed_from, None);
+    let resumed_from = starts[1].resumed_from.as_deref();
+    assert_eq!(resumed_from, Some("rehearsal of attempt 1"));
+    scene
+        .is_explained_by(&id, &["checkpointed", "failed", "finished"])
+        .await;
+}
+
+async fn a_message_of_an_unknown_task_runs_once_a_worker_knows_it(database: Database) {
+    let scene = Scene::new(&database, &Sections::default()).await;
+    let old = scene.start_worker("old");
+    let mut request = scene.rehearsal(json!({}));
+    request["name"] = "newer".into();
+    let request = request.to_string();
+    let id = scene.broker.publish("training", request).await;
+    let waiting = scene.job(&id, JobState::Waiting).await;
+    assert_eq!(waiting.attempts, 0);
+    let config = std::fs::read_to_string(&scene.yard.config).unwrap();
+    let config = format!("{config}\n[tasks.newer]\nbuiltin = \"rehearsal\"\n");
+    std::fs::write(&scene.yard.config, config).unwrap();
+    let new = scene.start_worker("new");
+    let job = scene.job(&id, JobState::Succeeded).await;
+    assert_eq!((job.attempts, job.duplicates), (1, 0));
+    scene.nothing_is_left_to_deliver().await;
+    for worker in [old, new] {
+        assert_eq!(worker.stop().await.code(), Some(0));
+    }
+}
+
+/// Two of three heavy jobs wait although slots are free; light ones run.
+async fn a_task_at_its_concurrency_leaves_slots_to_the_others(database: Database) {
+    for ack in ACK_TIMINGS {
+        let sections = Sections {
+            slots: 3,
+            task: "concurrency = 1",
+            ..Sections::default()
+        };
+        let scene = Scene::new(&database, &sections).await;
+        let config = std::fs::read_to_string(&scene.yard.config).unwrap();
+        let config = format!("{config}\n{ack}\n[tasks.light]\nbuiltin = \"rehearsal\"\n{ack}\n");
+        std::fs::write(&scene.yard.config, config).unwrap();
+        let _worker = scene.start_worker("w1");
+        let gate = scene.folder().join("gate");
+        let heavy = json!({"until": gate, "label": "heavy"});
+        for _ in 0..3 {
+            scene.publish(heavy.clone()).await;
+        }
+        let mut light = scene.rehearsal(json!({"label": "light"}));
+        light["name"] = "light".into();
+        let light = scene.broker.publish("training", light.to_string()).await;
+        scene.job(&light, JobState::Succeeded).await;
+        let heavy_starts = || scene.started().iter().filter(|l| *l == "heavy").count();
+        assert_eq!(heavy_starts(), 1, "{ack}");
+        std::fs::write(&gate, "").unwrap();
+        scene.all_succeed(4).await;
+        scene.nothing_is_left_to_deliver().await;
+    }
+}

@@ -1,0 +1,127 @@
+//! What is left of a run when its daemon or its keeper dies.
+
+use std::path::Path;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::support::{
+    Other, Place, attempt, begin, failure, lives, outcome_of, parent_of, run, send, settings_in,
+    stat, tell, told, wait_until,
+};
+
+/// Ignores SIGTERM, and so do a child of its own and one in another session.
+/// The process ids are in `$OUT`.
+const FAMILY: &str = "trap '' TERM HUP; sleep 1000 & a=$!; setsid sleep 1000 & b=$!
+    echo $$ $a $b > \"$OUT.new\"; mv \"$OUT.new\" \"$OUT\"; wait";
+
+fn family_in(folder: &Path) -> Vec<i32> {
+    let out = folder.join("out");
+    wait_until("the family is told of", || out.exists());
+    let text = std::fs::read_to_string(out).unwrap();
+    let family: Vec<i32> = text
+        .split_ascii_whitespace()
+        .map(|pid| pid.parse().unwrap())
+        .collect();
+    assert_eq!(family.len(), 3);
+    assert!(family.iter().all(|pid| lives(*pid)));
+    family
+}
+
+#[tokio::test]
+#[ignore = "the tests below run it as a process of its own"]
+async fn a_daemon() {
+    let mut attempt = attempt(json!({}));
+    let (_renewals, valid_until) = watch::channel(Instant::now() + Duration::from_secs(8));
+    attempt.valid_until = valid_until;
+    outcome_of(settings_in(&Other::folder(), FAMILY), attempt).await;
+}
+
+#[test]
+fn nothing_outlives_a_daemon_that_is_killed() {
+    let place = Place::new();
+    let daemon = Other::start("deaths::a_daemon", place.folder.path());
+    let family = family_in(place.folder.path());
+    let keeper = parent_of(family[0]);
+    send(daemon.pid(), Signal::SIGKILL);
+    wait_until("the family is gone", || {
+        !family.iter().any(|pid| lives(*pid))
+    });
+    wait_until("its keeper is gone", || !lives(keeper));
+}
+
+#[test]
+fn nothing_outlives_the_word_of_a_daemon_that_is_frozen() {
+    let place = Place::new();
+    let daemon = Other::start("deaths::a_daemon", place.folder.path());
+    let family = family_in(place.folder.path());
+    send(daemon.pid(), Signal::SIGSTOP);
+    wait_until("the family is gone", || {
+        !family.iter().any(|pid| lives(*pid))
+    });
+    assert!(stat(daemon.pid()).unwrap().starts_with('T'));
+}
+
+#[tokio::test]
+async fn nothing_outlives_a_keeper_that_is_killed() {
+    let place = Place::new();
+    let folder = place.folder.path().to_owned();
+    let run = begin(place.script(FAMILY), attempt(json!({})));
+    let family = tokio::task::spawn_blocking(move || family_in(&folder))
+        .await
+        .unwrap();
+    send(parent_of(family[0]), Signal::SIGKILL);
+    let (error, permanent) = failure(run.await.unwrap());
+    assert_eq!(error, "the job's keeper failed: it was killed");
+    assert!(!permanent);
+    assert!(!family.iter().any(|pid| lives(*pid)), "{family:?}");
+}
+
+#[tokio::test]
+async fn nothing_outlives_a_keeper_that_is_frozen() {
+    let place = Place::new();
+    let mut settings = place.script(FAMILY);
+    settings.stall_timeout = Some(Duration::from_secs(2));
+    let folder = place.folder.path().to_owned();
+    let run = begin(settings, attempt(json!({})));
+    let family = tokio::task::spawn_blocking(move || family_in(&folder))
+        .await
+        .unwrap();
+    let keeper = parent_of(family[0]);
+    send(keeper, Signal::SIGSTOP);
+    let (error, _) = failure(run.await.unwrap());
+    assert!(error.contains("did not stop its job"), "{error}");
+    assert!(!family.iter().any(|pid| lives(*pid)), "{family:?}");
+    assert!(stat(keeper).is_none());
+}
+
+#[tokio::test]
+async fn a_keeper_outlives_the_signals_of_a_service_manager() {
+    let place = Place::new();
+    let attempt = attempt(json!({}));
+    let (reports, stop) = (attempt.reports.clone(), attempt.stop.clone());
+    let script = format!("{}; sleep 1000", tell("$$"));
+    let run = begin(place.script(&script), attempt);
+    let keeper = parent_of(told(&reports).await);
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        send(keeper, signal);
+    }
+    stop.cancel();
+    let (error, _) = failure(run.await.unwrap());
+    assert_eq!(error, "stopped before it was done (killed by SIGTERM)");
+}
+
+#[tokio::test]
+async fn a_keeper_that_is_none_is_a_transient_failure() {
+    let place = Place::new();
+    for keeper in ["/no/such/keeper", "true"] {
+        let mut settings = place.script("exit 0");
+        settings.keeper = Some(keeper.into());
+        let (error, permanent) = failure(run(settings).await);
+        assert!(error.contains("keeper"), "{error}");
+        assert!(!permanent);
+    }
+}

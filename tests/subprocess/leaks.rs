@@ -1,0 +1,62 @@
+//! That many runs leave nothing behind.
+
+use std::fs;
+
+use futures::StreamExt;
+use futures::stream;
+use serde_json::{Value, json};
+use trainyard::executor::{Executor, Subprocess};
+use trainyard::outcome::Outcome;
+
+use crate::support::{Other, Place, attempt, parent_of, settings_in};
+
+fn open_files() -> usize {
+    fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+fn children() -> Vec<i32> {
+    let me = i32::try_from(std::process::id()).unwrap();
+    fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid| crate::support::stat(*pid).is_some() && parent_of(*pid) == me)
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "the test below runs it as a process of its own"]
+async fn many_runs() {
+    let folder = Other::folder();
+    let script = "sleep 1000 & setsid sleep 1000 & echo '@trainyard {\"result\":1}'; exit 0";
+    let executor = Subprocess::new(settings_in(&folder, script));
+    let mut before = None;
+    // The first one opens what stays open, such as the runtime's signal pipe.
+    for runs in [1, 200] {
+        let outcomes = stream::iter(0..runs).map(|_| executor.execute(attempt(json!({}))));
+        let outcomes: Vec<Outcome> = outcomes.buffer_unordered(4).collect().await;
+        let succeeded = Outcome::Succeeded(json!(1));
+        assert!(outcomes.iter().all(|outcome| *outcome == succeeded));
+        assert_eq!(children(), [0; 0], "children or zombies are left");
+        assert_eq!(*before.get_or_insert_with(open_files), open_files());
+    }
+    let left = fs::read_dir(folder.join("work")).unwrap().count();
+    assert_eq!(left, 0, "directories are left");
+}
+
+#[test]
+fn two_hundred_runs_four_at_a_time_leave_nothing_behind() {
+    let place = Place::new();
+    let mut other = Other::start("leaks::many_runs", place.folder.path());
+    assert!(other.0.wait().unwrap().success());
+}
+
+#[tokio::test]
+async fn a_failed_start_leaves_nothing_behind() {
+    let place = Place::new();
+    let mut settings = place.script("");
+    settings.command = vec!["no-such-program".to_owned()];
+    let outcome = crate::support::run(settings).await;
+    assert_ne!(outcome, Outcome::Succeeded(Value::Null));
+    assert_eq!(place.work_dirs(), 0);
+}

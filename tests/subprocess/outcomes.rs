@@ -1,0 +1,213 @@
+//! What a command gets, and what becomes of what it says.
+
+use std::collections::BTreeMap;
+use std::process::Command;
+
+use serde_json::{Value, json};
+use trainyard::executor::Attempt;
+use trainyard::outcome::Outcome;
+use trainyard::report::Progress;
+
+use crate::support::{Place, attempt, failure, outcome_of, run};
+
+const INHERITED: &[&str] = &[
+    "PATH",
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "LANG",
+    "TZ",
+    "TMPDIR",
+    "LD_LIBRARY_PATH",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "GOOGLE_CLOUD_PROJECT",
+];
+
+#[tokio::test]
+async fn the_exit_code_is_the_outcome() {
+    let place = Place::new();
+    let succeeded = run(place.script("exit 0")).await;
+    assert_eq!(succeeded, Outcome::Succeeded(Value::Null));
+    for (code, permanent) in [(1, false), (65, true), (78, true), (77, false)] {
+        let script = format!("echo first >&2; echo 'No such column: y' >&2; exit {code}");
+        let error = format!("exit code {code}: first | No such column: y");
+        assert_eq!(
+            failure(run(place.script(&script)).await),
+            (error, permanent)
+        );
+    }
+    let mut own = place.script("exit 3");
+    own.permanent_exit_codes = vec![3];
+    assert!(failure(run(own).await).1);
+}
+
+#[tokio::test]
+async fn a_signal_from_outside_is_a_transient_failure_that_names_it() {
+    let place = Place::new();
+    let (error, permanent) = failure(run(place.script("kill -KILL $$")).await);
+    assert!(error.contains("SIGKILL") && error.contains("out-of-memory"));
+    assert!(!permanent);
+    let (error, _) = failure(run(place.script("kill -SEGV $$")).await);
+    assert_eq!(error, "killed by SIGSEGV");
+}
+
+#[tokio::test]
+async fn the_last_result_progress_and_checkpoint_count() {
+    let place = Place::new();
+    let script = r#"
+        echo loading
+        echo '@trainyard {"progress":0.5,"step":1,"metrics":{"loss":0.7}}'
+        echo '@trainyard {"checkpoint":"gs://b/1"}'
+        echo '@trainyard {"result":'
+        echo '@trainyard {"result":{"a":1}}'
+        echo '@trainyard {"progress":1.0,"step":2,"checkpoint":"gs://b/2","result":{"a":2}}'
+        echo almost >&2"#;
+    let attempt = attempt(json!({}));
+    let reports = attempt.reports.clone();
+    let outcome = outcome_of(place.script(script), attempt).await;
+    assert_eq!(outcome, Outcome::Succeeded(json!({"a": 2})));
+    let series = reports.series();
+    assert_eq!(
+        series[0],
+        Progress {
+            fraction: Some(0.5),
+            step: Some(1),
+            metrics: [("loss".to_owned(), 0.7)].into(),
+        }
+    );
+    assert_eq!(series.len(), 2);
+    let checkpoint = reports.watch_checkpoint().borrow().clone();
+    assert_eq!(checkpoint.as_deref(), Some("gs://b/2"));
+    let mut tail = reports.tail();
+    tail.sort();
+    assert_eq!(tail, ["@trainyard {\"result\":", "almost", "loading"]);
+}
+
+#[tokio::test]
+async fn the_payload_reaches_stdin_byte_for_byte_and_nothing_else_does() {
+    let place = Place::new();
+    let payload = json!({
+        "name": "finetune",
+        "--help": "; rm -rf \"$HOME\" `id` $(id) | & > < * ? \\ '\n\u{0}\u{7f}é😀",
+        "number": 0.1,
+    });
+    let attempt = attempt(payload);
+    let expected = serde_json::to_vec(&*attempt.payload).unwrap();
+    let script = "cat > \"$OUT\"; exit $#";
+    let outcome = outcome_of(place.script(script), attempt).await;
+    assert_eq!(outcome, Outcome::Succeeded(Value::Null));
+    assert_eq!(std::fs::read(place.out()).unwrap(), expected);
+}
+
+#[tokio::test]
+async fn a_payload_larger_than_any_pipe_arrives_whole() {
+    let place = Place::new();
+    let attempt = attempt(json!({"text": "x".repeat(5_000_000)}));
+    let size = serde_json::to_vec(&*attempt.payload).unwrap().len();
+    let outcome = outcome_of(place.script("wc -c > \"$OUT\""), attempt).await;
+    assert_eq!(outcome, Outcome::Succeeded(Value::Null));
+    assert_eq!(place.written().trim(), size.to_string());
+}
+
+#[tokio::test]
+async fn the_environment_is_the_allow_list_the_tasks_and_the_attempts() {
+    let place = Place::new();
+    let attempt = Attempt {
+        checkpoint: Some("gs://b/1".into()),
+        message_id: "12\u{0}34".into(),
+        deadline: chrono::DateTime::from_timestamp(1_700_000_000, 0),
+        devices: vec!["GPU-1".to_owned(), "GPU-2".to_owned()],
+        ..attempt(json!({}))
+    };
+    let fence = format!("2.{}", attempt.fence.token);
+    let job_id = attempt.job_id.to_string();
+    let mut settings = place.script("");
+    // A shell would add variables of its own.
+    let out = place.out().to_str().unwrap().to_owned();
+    settings.command = ["cp", "/proc/self/environ", &out]
+        .map(str::to_owned)
+        .to_vec();
+    let work_dir = settings.work_dir.join(&job_id);
+    let mut expected: BTreeMap<String, String> = std::env::vars()
+        .filter(|(name, _)| INHERITED.contains(&name.as_str()) || name.starts_with("LC_"))
+        .collect();
+    for (name, value) in [
+        ("TRAINYARD_JOB_ID", job_id.as_str()),
+        ("TRAINYARD_TASK", "finetune"),
+        ("TRAINYARD_SUBSCRIPTION", "heavy-task"),
+        ("TRAINYARD_MESSAGE_ID", "12?34"),
+        ("TRAINYARD_ATTEMPT", "2"),
+        ("TRAINYARD_FENCE", fence.as_str()),
+        ("TRAINYARD_CHECKPOINT", "gs://b/1"),
+        ("TRAINYARD_DEADLINE", "2023-11-14T22:13:20.000Z"),
+        ("TRAINYARD_WORK_DIR", work_dir.to_str().unwrap()),
+        ("CUDA_VISIBLE_DEVICES", "GPU-1,GPU-2"),
+        ("OUT", &out),
+    ] {
+        expected.insert(name.to_owned(), value.to_owned());
+    }
+    outcome_of(settings, attempt).await;
+    let found: BTreeMap<String, String> = place
+        .written()
+        .split_terminator('\0')
+        .map(|variable| variable.split_once('=').unwrap())
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect();
+    assert_eq!(found, expected);
+}
+
+#[tokio::test]
+async fn a_first_attempt_has_no_checkpoint_and_a_job_without_gpus_sees_none() {
+    let place = Place::new();
+    let script = r#"[ -z "${TRAINYARD_CHECKPOINT+set}" ] && [ "$CUDA_VISIBLE_DEVICES" = "" ] \
+        && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]"#;
+    let outcome = run(place.script(script)).await;
+    assert_eq!(outcome, Outcome::Succeeded(Value::Null));
+}
+
+#[tokio::test]
+async fn nothing_of_the_daemons_is_open_but_the_three_streams() {
+    let place = Place::new();
+    let list = ["ls", "/proc/self/fd"];
+    let mut settings = place.script("");
+    settings.command = list.map(str::to_owned).to_vec();
+    let attempt = attempt(json!({}));
+    let reports = attempt.reports.clone();
+    outcome_of(settings, attempt).await;
+    // Who started the tests may have left something open for everybody.
+    let plain = Command::new(list[0]).arg(list[1]).output().unwrap().stdout;
+    let plain = String::from_utf8(plain).unwrap();
+    assert_eq!(reports.tail(), plain.lines().collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn the_work_directory_outlasts_failures_that_may_pass() {
+    let place = Place::new();
+    let mut again = attempt(json!({}));
+    let script = "[ -e \"$TRAINYARD_WORK_DIR/weights\" ] && exit 0
+        echo > \"$TRAINYARD_WORK_DIR/weights\"; exit 1";
+    assert!(!failure(outcome_of(place.script(script), again.clone()).await).1);
+    assert_eq!(place.work_dirs(), 1);
+    again.fence.attempt += 1;
+    let outcome = outcome_of(place.script(script), again).await;
+    assert_eq!(outcome, Outcome::Succeeded(Value::Null));
+    assert_eq!(place.work_dirs(), 0);
+
+    assert!(failure(run(place.script("exit 65")).await).1);
+    assert_eq!(place.work_dirs(), 0);
+    let mut kept = place.script("exit 0");
+    kept.keep_work_dir = true;
+    run(kept).await;
+    assert_eq!(place.work_dirs(), 1);
+}
+
+#[tokio::test]
+async fn the_working_directory_is_the_tasks() {
+    let place = Place::new();
+    let mut settings = place.script("pwd -P > \"$OUT\"");
+    settings.cwd = Some("/usr/bin".into());
+    run(settings).await;
+    assert_eq!(place.written(), "/usr/bin\n");
+}

@@ -1,0 +1,192 @@
+//! Commands to run, attempts of them, and looks at the processes.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::Arc;
+use std::time::{Duration, Instant as StdInstant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use trainyard::executor::subprocess::Settings;
+use trainyard::executor::{Attempt, Executor, Subprocess};
+use trainyard::job::{Fence, JobKey};
+use trainyard::outcome::Outcome;
+use trainyard::report::Reports;
+use uuid::Uuid;
+
+/// Far longer than anything here takes.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A folder for work directories, and for files of the test's own.
+pub struct Place {
+    pub folder: TempDir,
+}
+
+impl Place {
+    pub fn new() -> Self {
+        Self {
+            folder: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    /// Settings for a shell script that may write to `$OUT`.
+    pub fn script(&self, script: &str) -> Settings {
+        settings_in(self.folder.path(), script)
+    }
+
+    pub fn out(&self) -> PathBuf {
+        self.folder.path().join("out")
+    }
+
+    pub fn written(&self) -> String {
+        std::fs::read_to_string(self.out()).unwrap()
+    }
+
+    /// The work directories that are there.
+    pub fn work_dirs(&self) -> usize {
+        std::fs::read_dir(self.folder.path().join("work")).map_or(0, Iterator::count)
+    }
+}
+
+pub fn settings_in(folder: &Path, script: &str) -> Settings {
+    let out = folder.join("out").to_str().unwrap().to_owned();
+    Settings {
+        env: [("OUT".to_owned(), out)].into(),
+        stop_grace: Duration::from_millis(500),
+        work_dir: folder.join("work"),
+        keeper: Some(env!("CARGO_BIN_EXE_trainyard").into()),
+        ..Settings::new(["sh", "-c", script].map(str::to_owned).to_vec())
+    }
+}
+
+pub fn attempt(payload: Value) -> Attempt {
+    let far = Instant::now() + Duration::from_secs(24 * 60 * 60);
+    Attempt {
+        job_id: Uuid::now_v7(),
+        task: "finetune".into(),
+        fence: Fence {
+            key: JobKey::new("heavy-task", "key"),
+            attempt: 2,
+            token: Uuid::new_v4(),
+        },
+        message_id: "1234".into(),
+        payload: Arc::new(payload.as_object().cloned().unwrap()),
+        checkpoint: None,
+        deadline: None,
+        devices: Vec::new(),
+        reports: Reports::default(),
+        valid_until: watch::channel(far).1,
+        stop: CancellationToken::new(),
+    }
+}
+
+/// Runs it to its end, which must come.
+pub async fn outcome_of(settings: Settings, attempt: Attempt) -> Outcome {
+    let executor = Subprocess::new(settings);
+    tokio::time::timeout(PATIENCE, executor.execute(attempt))
+        .await
+        .expect("the run did not end")
+}
+
+pub async fn run(settings: Settings) -> Outcome {
+    outcome_of(settings, attempt(json!({"name": "finetune"}))).await
+}
+
+/// A run in a task of its own.
+pub fn begin(settings: Settings, attempt: Attempt) -> tokio::task::JoinHandle<Outcome> {
+    tokio::spawn(outcome_of(settings, attempt))
+}
+
+/// The error, and whether it is permanent.
+pub fn failure(outcome: Outcome) -> (String, bool) {
+    match outcome {
+        Outcome::Failed { error, permanent } => (error, permanent),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The number that the run tells as its step, when it does: scripts tell of
+/// process ids so.
+pub async fn told(reports: &Reports) -> i32 {
+    let mut progress = reports.watch_progress();
+    let told = progress.wait_for(|progress| progress.step.is_some());
+    let told = tokio::time::timeout(PATIENCE, told).await.unwrap().unwrap();
+    i32::try_from(told.step.unwrap()).unwrap()
+}
+
+/// A script's words that tell a number so.
+pub fn tell(number: &str) -> String {
+    format!("echo \"@trainyard {{\\\"step\\\":{number}}}\"")
+}
+
+/// Whether the process runs; one that only waits to be reaped does not.
+pub fn lives(pid: i32) -> bool {
+    stat(pid).is_some_and(|stat| !stat.starts_with('Z'))
+}
+
+pub fn parent_of(pid: i32) -> i32 {
+    let stat = stat(pid).unwrap();
+    stat.split_ascii_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse()
+        .unwrap()
+}
+
+/// From the state on.
+pub fn stat(pid: i32) -> Option<String> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    Some(stat.rsplit_once(')')?.1.trim_start().to_owned())
+}
+
+/// There is no event for the end of a process that is not one's child.
+pub fn wait_until(what: &str, reached: impl Fn() -> bool) {
+    let start = StdInstant::now();
+    while !reached() {
+        assert!(start.elapsed() < PATIENCE, "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+pub fn send(pid: i32, signal: Signal) {
+    kill(Pid::from_raw(pid), signal).unwrap();
+}
+
+/// Another process of this test program, which runs only one ignored test.
+pub struct Other(pub Child);
+
+impl Other {
+    pub fn start(test: &str, folder: &Path) -> Self {
+        Self(Self::command(test, folder).spawn().unwrap())
+    }
+
+    pub fn command(test: &str, folder: &Path) -> Command {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
+            .args(["--exact", test, "--ignored", "--nocapture"])
+            .env("TEST_FOLDER", folder);
+        command
+    }
+
+    pub fn folder() -> PathBuf {
+        std::env::var_os("TEST_FOLDER")
+            .expect("it is run by another test")
+            .into()
+    }
+
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.0.id()).unwrap()
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
