@@ -1,5 +1,6 @@
 //! The rules that every store keeps, one suite over both.
 
+mod attempts;
 mod batches;
 mod cancelling;
 mod checkpoints;

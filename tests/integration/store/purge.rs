@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use trainyard::job::{Acquired, Claim};
+use trainyard::job::{Acquired, Claim, Told};
 use trainyard::store::Store;
 use uuid::{NoContext, Timestamp, Uuid};
 
@@ -67,10 +67,15 @@ async fn an_old_ended_job_is_purged_with_its_ledger(database: Database) {
     let store = database.open_migrated().await;
     let old = old_job(&database, &store, "old", 10).await;
     let young = old_job(&database, &store, "young", 3).await;
+    for run in [&old, &young] {
+        let told = Told::default();
+        store.keep_attempt(&run.fence, "w1", &told).await.unwrap();
+    }
     assert_eq!(store.purge(DAY * 5, 100).await.unwrap(), 1);
     assert!(store.job(old.job_id).await.unwrap().is_none());
     assert!(store.job(young.job_id).await.unwrap().is_some());
     assert_eq!(count(&database, "ledger").await, 2);
+    assert_eq!(count(&database, "attempts").await, 1);
     assert_eq!(store.purge(DAY * 5, 100).await.unwrap(), 0);
 }
 
