@@ -20,7 +20,7 @@ use crate::job::{
 };
 use crate::message::Message;
 use crate::outcome::{DeadReason, Ending};
-use crate::report::Checkpoint;
+use crate::report::{Checkpoint, Progress};
 
 /// The database driver's error.
 pub use sqlx::Error as DatabaseError;
@@ -472,6 +472,15 @@ fn storable(text: &str) -> Cow<'_, str> {
 /// JSON as text, in which a NUL is an escape and so can be stored.
 fn json_text(value: &impl serde::Serialize) -> Result<String, StoreError> {
     serde_json::to_string(value).map_err(|error| StoreError::Unreadable(error.to_string()))
+}
+
+/// A series as JSON, which has no number for what is not finite: without that.
+fn series_text(series: &[Progress]) -> Result<String, StoreError> {
+    let mut series = series.to_vec();
+    for report in &mut series {
+        report.metrics.retain(|_, figure| figure.is_finite());
+    }
+    json_text(&series)
 }
 
 fn from_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, StoreError> {

@@ -1,11 +1,19 @@
 //! The rules that every store keeps, one suite over both.
 
+mod attempts;
 mod batches;
+mod cancelling;
+mod checkpoints;
 mod crashes;
+mod dead_letters;
 mod ledger;
+mod limits;
+mod ordering;
 mod orphans;
 mod purge;
 mod renewals;
+mod retrying;
+mod waiting;
 
 use std::sync::Arc;
 use std::time::Duration;

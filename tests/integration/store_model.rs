@@ -1,26 +1,41 @@
-//! Random interleavings of what several workers do with a few keys, compared
-//! with a small model after every step.
+//! Random interleavings of what several workers and people do with a few keys,
+//! compared with a small model after every step.
+
+mod known;
+mod steps;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use proptest::collection::vec;
-use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use tokio::runtime::Runtime;
-use trainyard::job::{Claim, ClaimRequest, Fence, FinalState, Job, JobKey};
+use trainyard::job::{
+    Acquired, Can, Cancelling, Claim, ClaimRequest, Fence, FinalState, Job, JobKey, Limits,
+    Retrying,
+};
 use trainyard::outcome::Ending;
 use trainyard::store::{ClaimTerms, Finish, Reach, Store};
 use uuid::Uuid;
 
 use crate::support::database::{Database, Tables};
-use crate::support::jobs::{LONG, interrupted, pass_the_lease, request_of};
+use crate::support::jobs::{LONG, failed, interrupted, request_of};
+use known::{Known, Row};
+use steps::{Step, Write, step};
 
-const KEYS: [&str; 2] = ["a", "b"];
+/// With their ordering keys.
+const KEYS: [(&str, &str); 5] = [
+    ("a", ""),
+    ("b", "k"),
+    ("c", "k"),
+    ("d", "k"),
+    ("e", "other"),
+];
 const WORKERS: usize = 3;
 const MAX_CRASHES: u32 = 3;
-const STEPS: usize = 30;
+const MAX_ATTEMPTS: u32 = 4;
+const STEPS: usize = 60;
 
 #[test]
 fn sqlite_keeps_to_the_model() {
@@ -63,101 +78,13 @@ async fn run_case(store: &Arc<dyn Store>, tables: &Tables, steps: &[Step]) {
     }
 }
 
-#[derive(Debug, Clone)]
-enum Step {
-    Claim {
-        worker: usize,
-        key: usize,
-    },
-    /// The holder sends its claim again, as after a lost answer.
-    ClaimAgain {
-        key: usize,
-    },
-    Expire {
-        key: usize,
-    },
-    Reap {
-        worker: usize,
-    },
-    /// With the worker's fence that is so many claims old.
-    Write {
-        write: Write,
-        worker: usize,
-        key: usize,
-        age: usize,
-    },
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Write {
-    Renew,
-    Finish(FinalState),
-    Release,
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    let (worker, key) = (0..WORKERS, 0..KEYS.len());
-    let write = prop_oneof![
-        3 => Just(Write::Renew),
-        1 => prop_oneof![Just(FinalState::Succeeded), Just(FinalState::Dead)].prop_map(Write::Finish),
-        2 => Just(Write::Release),
-    ];
-    let age = prop_oneof![3 => Just(0_usize), 1 => 1..4_usize];
-    prop_oneof![
-        4 => (worker.clone(), key.clone()).prop_map(|(worker, key)| Step::Claim { worker, key }),
-        1 => key.clone().prop_map(|key| Step::ClaimAgain { key }),
-        3 => key.clone().prop_map(|key| Step::Expire { key }),
-        2 => worker.clone().prop_map(|worker| Step::Reap { worker }),
-        6 => (write, worker, key, age)
-            .prop_map(|(write, worker, key, age)| Step::Write { write, worker, key, age }),
-    ]
-}
-
-/// What the model knows of one key that has been claimed.
-#[derive(Debug, Clone, PartialEq)]
-struct Known {
-    job_id: Uuid,
-    state: Option<FinalState>,
-    attempt: u32,
-    interruptions: u32,
-    crashes: u32,
-    duplicates: u32,
-    /// The fence that writes are accepted of.
-    holder: Option<Fence>,
-    expired: bool,
-    /// The fence that ended the job, if a run did.
-    ended_by: Option<Fence>,
-}
-
-impl Known {
-    fn is_free(&self) -> bool {
-        self.state.is_none() && (self.holder.is_none() || self.expired)
-    }
-
-    /// What a claim does to a free job: whether it is acquired.
-    fn take_over(&mut self) -> bool {
-        self.crashes += u32::from(self.holder.is_some());
-        if self.crashes >= MAX_CRASHES {
-            self.end(FinalState::Dead);
-            return false;
-        }
-        self.attempt += 1;
-        self.expired = false;
-        true
-    }
-
-    fn end(&mut self, state: FinalState) {
-        assert_eq!(self.state, None, "a job ends once");
-        self.state = Some(state);
-        self.holder = None;
-    }
-}
-
 struct Case<'a> {
     store: &'a Arc<dyn Store>,
     tables: &'a Tables,
     subscription: String,
     known: BTreeMap<usize, Known>,
+    /// Places within ordering keys that were given away.
+    positions: usize,
     /// Every fence that a worker was ever given.
     given: Vec<(usize, Fence)>,
     /// Jobs as they were when first seen ended.
@@ -171,18 +98,52 @@ impl<'a> Case<'a> {
             tables,
             subscription: Uuid::new_v4().to_string(),
             known: BTreeMap::new(),
+            positions: 0,
             given: Vec::new(),
             ended: BTreeMap::new(),
         }
     }
 
     fn key(&self, key: usize) -> JobKey {
-        JobKey::new(&self.subscription, KEYS[key])
+        JobKey::new(&self.subscription, KEYS[key].0)
+    }
+
+    fn request(&self, key: usize) -> ClaimRequest {
+        let (name, ordering_key) = KEYS[key];
+        let mut request = request_of(&self.subscription, name);
+        request.message.ordering_key = ordering_key.to_owned();
+        request.limits = Limits {
+            max_attempts: MAX_ATTEMPTS,
+            dead_letter_topic: None,
+        };
+        request
+    }
+
+    fn next_position(&mut self) -> usize {
+        self.positions += 1;
+        self.positions
+    }
+
+    /// Whether a claim may take the job: it is due, and its turn has come.
+    fn is_free(&self, key: usize) -> bool {
+        let known = &self.known[&key];
+        let is_earlier = |(other, earlier): (&usize, &Known)| {
+            earlier.state.is_none()
+                && KEYS[*other].1 == KEYS[key].1
+                && earlier.position < known.position
+        };
+        let is_ordered = !KEYS[key].1.is_empty();
+        let has_to_wait = is_ordered && self.known.iter().any(is_earlier);
+        known.state.is_none() && known.is_due && !has_to_wait
     }
 
     async fn take(&mut self, step: &Step) {
         match *step {
-            Step::Claim { worker, key } => self.claim(worker, key).await,
+            Step::Claim {
+                worker,
+                key,
+                has_room,
+            } => self.claim(worker, key, has_room).await,
             Step::ClaimAgain { key } => self.claim_again(key).await,
             Step::Expire { key } => self.expire(key).await,
             Step::Reap { worker } => self.reap(worker).await,
@@ -202,6 +163,8 @@ impl<'a> Case<'a> {
                     self.write(write, key, fence).await;
                 }
             }
+            Step::Cancel { key } => self.cancel(key).await,
+            Step::Retry { key } => self.retry(key).await,
         }
     }
 
@@ -211,39 +174,45 @@ impl<'a> Case<'a> {
         claims.into_iter().next().unwrap()
     }
 
-    async fn claim(&mut self, worker: usize, key: usize) {
-        let request = request_of(&self.subscription, KEYS[key]);
+    async fn claim(&mut self, worker: usize, key: usize, has_room: bool) {
+        let mut request = self.request(key);
+        if !has_room {
+            request.can = Can::Record;
+        }
         let answer = self.send(&request, worker).await;
-        let known = self.known.entry(key).or_insert_with(|| Known {
-            job_id: request.job_id,
-            state: None,
-            attempt: 0,
-            interruptions: 0,
-            crashes: 0,
-            duplicates: 0,
-            holder: None,
-            expired: false,
-            ended_by: None,
-        });
-        if known.is_free() && known.take_over() {
+        if !self.known.contains_key(&key) {
+            let position = self.next_position();
+            self.known.insert(key, Known::new(request.job_id, position));
+        }
+        let is_free = has_room && self.is_free(key);
+        let known = self.known.get_mut(&key).unwrap();
+        if is_free && known.take_over() {
             let Claim::Acquired(acquired) = answer else {
                 panic!("a free job was not acquired: {answer:?}");
             };
-            assert_eq!(acquired.job_id, known.job_id);
-            assert_eq!(
-                acquired.fence.attempt, known.attempt,
-                "attempts grow by one"
-            );
             assert_eq!(acquired.fence.token, request.token);
-            known.holder = Some(acquired.fence.clone());
-            self.given.push((worker, acquired.fence));
+            self.acquired(worker, key, acquired);
             return;
         }
-        known.duplicates += 1;
+        known.duplicates += u32::from(!known.waits());
         match known.state {
             Some(state) => assert_eq!(answer, Claim::AlreadyFinished(state)),
+            None if known.waits() => assert!(matches!(answer, Claim::Waiting { .. }), "{answer:?}"),
             None => assert!(matches!(answer, Claim::HeldUntil { .. }), "{answer:?}"),
         }
+    }
+
+    /// A job was taken as the model has it taken.
+    fn acquired(&mut self, worker: usize, key: usize, acquired: Acquired) {
+        let known = self.known.get_mut(&key).unwrap();
+        let fence = acquired.fence;
+        assert_eq!(acquired.job_id, known.job_id);
+        assert_eq!(fence.attempt, known.attempt, "attempts grow by one");
+        assert_eq!(acquired.counted_attempts, known.counted_attempts());
+        assert_eq!(acquired.checkpoint.as_deref(), known.checkpoint.as_deref());
+        assert_eq!(acquired.cancel_requested, known.cancel_requested);
+        known.holder = Some(fence.clone());
+        self.given.push((worker, fence));
     }
 
     async fn claim_again(&mut self, key: usize) {
@@ -255,13 +224,13 @@ impl<'a> Case<'a> {
         };
         let request = ClaimRequest {
             token: fence.token,
-            ..request_of(&self.subscription, KEYS[key])
+            ..self.request(key)
         };
         let owner = self.given.iter().find(|(_, given)| *given == fence);
         let answer = self.send(&request, owner.unwrap().0).await;
         assert!(matches!(answer, Claim::Acquired(acquired) if acquired.fence == fence));
         if let Some(known) = self.known.get_mut(&key) {
-            known.expired = false;
+            known.is_due = false;
         }
     }
 
@@ -270,30 +239,29 @@ impl<'a> Case<'a> {
             .end_lease(&self.key(key), Duration::from_secs(1))
             .await;
         if let Some(known) = self.known.get_mut(&key) {
-            known.expired = true;
+            known.is_due = true;
         }
     }
 
     async fn reap(&mut self, worker: usize) {
         let reach = Reach {
             subscriptions: BTreeMap::from([(self.subscription.clone(), None)]),
-            tasks: BTreeMap::from([("train".to_owned(), 100)]),
+            tasks: BTreeMap::from([("train".to_owned(), MAX_ATTEMPTS)]),
         };
         let reaped = self.store.reap(&reach, &terms(worker), KEYS.len()).await;
-        let mut reaped: BTreeMap<JobKey, Fence> = reaped
+        let mut reaped: BTreeMap<JobKey, Acquired> = reaped
             .unwrap()
             .into_iter()
-            .map(|orphan| (orphan.acquired.fence.key.clone(), orphan.acquired.fence))
+            .map(|reaped| (reaped.acquired.fence.key.clone(), reaped.acquired))
             .collect();
-        for (key, known) in &mut self.known {
-            if !known.is_free() || !known.take_over() {
-                continue;
+        // Whose turn comes by what this parks is for the next one.
+        let keys: Vec<usize> = self.known.keys().copied().collect();
+        let free: Vec<usize> = keys.into_iter().filter(|key| self.is_free(*key)).collect();
+        for key in free {
+            if self.known.get_mut(&key).unwrap().take_over() {
+                let acquired = reaped.remove(&self.key(key)).unwrap();
+                self.acquired(worker, key, acquired);
             }
-            let name = JobKey::new(&self.subscription, KEYS[*key]);
-            let fence = reaped.remove(&name).unwrap();
-            assert_eq!(fence.attempt, known.attempt, "attempts grow by one");
-            known.holder = Some(fence.clone());
-            self.given.push((worker, fence));
         }
         assert!(reaped.is_empty(), "reaped, though not free: {reaped:?}");
     }
@@ -304,112 +272,136 @@ impl<'a> Case<'a> {
         let Some(known) = self.known.get_mut(&key) else {
             return;
         };
+        let store = self.store;
         let holds = known.holder.as_ref() == Some(&fence);
+        let confirmed = known.ended_by.as_ref() == Some(&fence);
         match write {
             Write::Renew => {
-                let renewed = self.store.renew(&[fence], LONG).await.unwrap();
-                assert_eq!(renewed, [holds]);
-                known.expired &= !holds;
+                let renewed = store.renew(std::slice::from_ref(&fence), LONG).await;
+                assert_eq!(renewed.unwrap(), [holds]);
+                known.is_due &= !holds;
+            }
+            Write::SaveCheckpoint => {
+                let checkpoint = format!("of attempt {}", fence.attempt);
+                let saved = store.save_checkpoint(&fence, &checkpoint, false).await;
+                assert_eq!(saved.unwrap(), holds);
+                if holds {
+                    known.checkpoint = Some(checkpoint);
+                }
             }
             Write::Release => {
-                assert_eq!(
-                    self.store.release(&interrupted(&fence)).await.unwrap(),
-                    holds
-                );
+                let released = store.release(&interrupted(&fence)).await;
+                assert_eq!(released.unwrap(), holds);
                 if holds {
-                    known.holder = None;
+                    known.wait(true);
                     known.interruptions += 1;
                 }
-                // Times are whole milliseconds on SQLite.
-                pass_the_lease().await;
             }
-            Write::Finish(state) => {
-                let ending = Ending {
-                    state,
-                    reason: None,
-                    error: None,
-                    result: None,
-                };
-                let finishes = [Finish {
-                    fence: fence.clone(),
-                    ending,
-                    checkpoint: None,
-                    dead_letter_topic: None,
-                }];
-                let confirmed = known.ended_by.as_ref() == Some(&fence);
-                let answers = self.store.finish(&finishes).await.unwrap();
-                assert_eq!(answers, [holds || confirmed]);
+            Write::Fail => {
+                let failed = store.release(&failed(&fence, "failed", LONG)).await;
+                assert_eq!(failed.unwrap(), holds);
                 if holds {
-                    known.end(state);
-                    known.ended_by = Some(fence);
+                    known.wait(false);
                 }
             }
+            Write::Finish(state) => {
+                let finished = store.finish(&[finish(&fence, state)]).await;
+                assert_eq!(finished.unwrap(), [holds || confirmed]);
+                if holds {
+                    known.end(state, Some(fence));
+                }
+            }
+        }
+    }
+
+    async fn cancel(&mut self, key: usize) {
+        let Some(known) = self.known.get_mut(&key) else {
+            return;
+        };
+        let expected = match known.state {
+            Some(state) => Cancelling::AlreadyEnded(state),
+            None if known.is_held() => Cancelling::Requested,
+            None => Cancelling::Cancelled,
+        };
+        let cancelling = self.store.cancel(known.job_id, "anna").await.unwrap();
+        assert_eq!(cancelling, Some(expected));
+        match expected {
+            Cancelling::Requested => known.cancel_requested = true,
+            Cancelling::Cancelled => known.end(FinalState::Cancelled, None),
+            Cancelling::AlreadyEnded(_) => {}
+        }
+    }
+
+    async fn retry(&mut self, key: usize) {
+        let position = self.next_position();
+        let Some(known) = self.known.get_mut(&key) else {
+            return;
+        };
+        let expected = match known.state {
+            Some(_) => Retrying::Queued,
+            None if known.waits() => Retrying::Hurried,
+            None => Retrying::Running,
+        };
+        let retrying = self.store.retry(known.job_id, "anna").await.unwrap();
+        assert_eq!(retrying, Some(expected));
+        match expected {
+            Retrying::Queued => {
+                known.reopen(position);
+                self.ended.remove(&key);
+            }
+            Retrying::Hurried => known.is_due = true,
+            Retrying::Running | Retrying::NothingToRun => {}
         }
     }
 
     async fn check(&mut self) {
-        let rows = self.rows().await;
+        let now = self.tables.ago(Duration::ZERO);
+        let rows: Vec<Row> = self
+            .tables
+            .fetch(Row::query(&self.subscription, &now))
+            .await;
         assert_eq!(rows.len(), self.known.len());
         for (key, known) in &self.known {
-            let row = rows.iter().find(|row| row.key == KEYS[*key]).unwrap();
-            assert_eq!(*row, Row::expected(KEYS[*key], known));
-            let Some(state) = known.state else { continue };
+            let row = rows.iter().find(|row| row.key == KEYS[*key].0).unwrap();
+            assert_eq!(*row, Row::expected(*key, known));
             let mut job = self.store.job(known.job_id).await.unwrap().unwrap();
-            assert_eq!(job.attempts, known.attempt - known.interruptions);
+            assert_eq!(job.attempts, known.counted_attempts());
+            assert_eq!(job.checkpoint, known.checkpoint);
+            let Some(state) = known.state else { continue };
             assert_eq!(job.state.as_str(), state.as_str());
-            // Duplicates go on being counted; nothing else changes (I2).
+            // Duplicates go on being counted; nothing else changes but by a
+            // retry (I2).
             job.duplicates = 0;
             assert_eq!(self.ended.entry(*key).or_insert(job.clone()), &job);
         }
+        self.check_what_runs();
     }
 
-    async fn rows(&self) -> Vec<Row> {
-        let (now, subscription) = (self.tables.ago(Duration::ZERO), &self.subscription);
-        let sql = format!(
-            "SELECT m.key, m.job_id, m.state, m.duplicates, m.finished_by,
-                    l.key IS NOT NULL AS leased, l.attempt, l.interruptions, l.crashes, l.token,
-                    coalesce(l.token IS NOT NULL AND l.lease_until < {now}, false) AS expired
-             FROM processed_messages m LEFT JOIN leases l USING (subscription, key)
-             WHERE subscription = '{subscription}'"
-        );
-        self.tables.fetch(sql).await
+    /// Of an ordering key one job runs at any time.
+    fn check_what_runs(&self) {
+        let mut running: Vec<&str> = self
+            .known
+            .iter()
+            .filter(|(key, known)| known.holder.is_some() && !KEYS[**key].1.is_empty())
+            .map(|(key, _)| KEYS[*key].1)
+            .collect();
+        let all = running.len();
+        running.dedup();
+        assert_eq!(running.len(), all, "{:?}", self.known);
     }
 }
 
-/// What the tables hold of one key.
-#[derive(Debug, PartialEq, sqlx::FromRow)]
-struct Row {
-    key: String,
-    job_id: Uuid,
-    state: String,
-    duplicates: i32,
-    finished_by: Option<Uuid>,
-    leased: bool,
-    attempt: Option<i32>,
-    interruptions: Option<i32>,
-    crashes: Option<i32>,
-    token: Option<Uuid>,
-    expired: bool,
-}
-
-impl Row {
-    /// The state is open exactly while there is a lease row.
-    fn expected(key: &str, known: &Known) -> Self {
-        let open = known.state.is_none();
-        let live = |number: u32| open.then_some(number.cast_signed());
-        Self {
-            key: key.to_owned(),
-            job_id: known.job_id,
-            state: known.state.map_or("open", FinalState::as_str).to_owned(),
-            duplicates: known.duplicates.cast_signed(),
-            finished_by: known.ended_by.as_ref().map(|fence| fence.token),
-            leased: open,
-            attempt: live(known.attempt),
-            interruptions: live(known.interruptions),
-            crashes: live(known.crashes),
-            token: known.holder.as_ref().map(|fence| fence.token),
-            expired: known.holder.is_some() && known.expired,
-        }
+fn finish(fence: &Fence, state: FinalState) -> Finish {
+    Finish {
+        fence: fence.clone(),
+        ending: Ending {
+            state,
+            reason: None,
+            error: None,
+            result: None,
+        },
+        checkpoint: None,
+        dead_letter_topic: None,
     }
 }
 

@@ -4,7 +4,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgPool, Row};
 use uuid::Uuid;
 
-use super::super::{StoreError, from_json, json_text};
+use super::super::{StoreError, from_json, json_text, series_text};
 use crate::job::{AttemptRecord, Fence, Told};
 
 const KEEP_ATTEMPT: &str = "
@@ -25,7 +25,7 @@ pub(super) async fn keep_attempt(
         .bind(worker)
         .bind(told.outcome)
         .bind(json_text(&told.log)?)
-        .bind(json_text(&told.series)?)
+        .bind(series_text(&told.series)?)
         .execute(pool)
         .await?;
     Ok(())

@@ -144,8 +144,9 @@ async fn lock_ordering_keys(
     Ok(())
 }
 
-/// Rows are inserted in key order, so that two batches with keys in common
-/// wait for each other instead of deadlocking.
+/// Jobs are inserted in key order, so that two batches with keys in common
+/// wait for each other instead of deadlocking; their places within an ordering
+/// key are in the order of the requests.
 ///
 /// A job runs at once unless it has to wait: for an earlier one of its
 /// ordering key, or for a worker that can run it.
@@ -154,10 +155,10 @@ WITH input AS (
     SELECT DISTINCT ON (subscription, key) *
     FROM unnest($1::text[], $2::text[], $3::uuid[], $4::uuid[], $5::text[], $6::timestamptz[],
                 $7::text[], $8::text[], $9::bytea[], $10::text[], $11::float8[], $14::boolean[],
-                $15::boolean[])
+                $15::boolean[]) WITH ORDINALITY
       AS request (subscription, key, token, job_id, message_id, publish_time,
-                  ordering_key, attributes, payload, task, reap_delay, can_run, unknown)
-    ORDER BY subscription, key
+                  ordering_key, attributes, payload, task, reap_delay, can_run, unknown, nth)
+    ORDER BY subscription, key, nth
 ), inserted AS (
     INSERT INTO processed_messages
            (subscription, key, job_id, message_id, publish_time, ordering_key, attributes,
@@ -173,7 +174,7 @@ WITH input AS (
                NOT EXISTS (SELECT 1 FROM leases
                            WHERE leases.subscription = input.subscription
                              AND leases.ordering_key = input.ordering_key)
-               AND row_number() OVER (PARTITION BY subscription, ordering_key ORDER BY key) = 1
+               AND row_number() OVER (PARTITION BY subscription, ordering_key ORDER BY nth) = 1
            )) AS runs
     FROM input JOIN inserted USING (subscription, key)
 ), leased AS (
@@ -185,7 +186,7 @@ WITH input AS (
            CASE WHEN runs THEN now() + make_interval(secs => $13) ELSE now() END,
            reap_delay, CASE WHEN unknown THEN now() END
     FROM fresh
-    ORDER BY subscription, key
+    ORDER BY nth
 ), noted AS (
     INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
     SELECT subscription, key, $12, CASE WHEN runs THEN 'claimed' ELSE 'queued' END,

@@ -97,7 +97,7 @@ pub(super) fn read_job(row: &PgRow) -> Result<Job, StoreError> {
     let live_worker: Option<String> = row.try_get("live_worker")?;
     let ordering_key: String = row.try_get("ordering_key")?;
     let error: Option<String> = row.try_get("error")?;
-    let checkpoint: Option<String> = row.try_get("checkpoint")?;
+    let live_checkpoint: Option<String> = row.try_get("live_checkpoint")?;
     Ok(Job {
         id: row.try_get("job_id")?,
         subscription: row.try_get("subscription")?,
@@ -117,7 +117,7 @@ pub(super) fn read_job(row: &PgRow) -> Result<Job, StoreError> {
         finished_at: row.try_get("finished_at")?,
         error: error.or(row.try_get("last_error")?),
         reason: row.try_get("reason")?,
-        checkpoint: checkpoint.or(row.try_get("live_checkpoint")?),
+        checkpoint: live_checkpoint.or(row.try_get("checkpoint")?),
         waits_until: row.try_get("waits_until")?,
         result: row.try_get("result")?,
         payload: None,

@@ -89,11 +89,20 @@ async fn try_cancel(pool: &PgPool, id: Uuid, by: &str) -> Result<Tried, StoreErr
     )
 }
 
+/// Beside another retry, or a claim that puts a job of the same ordering key on
+/// record, the later one must see what the earlier one wrote.
+const LOCK_JOB: &str = "
+SELECT CASE WHEN ordering_key <> '' THEN
+           pg_advisory_xact_lock(
+               hashtextextended(subscription || chr(10) || ordering_key, 0))::text END
+FROM processed_messages WHERE job_id = $1
+FOR UPDATE";
+
 /// The fence goes on growing from where the ended job left it; what was tried
 /// before does not count against the task's attempts.
 const RETRY: &str = "
 WITH job AS (
-    SELECT * FROM processed_messages WHERE job_id = $1 FOR UPDATE
+    SELECT * FROM processed_messages WHERE job_id = $1
 ), reopened AS (
     UPDATE processed_messages
     SET state = 'open', finished_at = NULL, finished_by = NULL, error = NULL, reason = NULL,
@@ -131,11 +140,17 @@ pub(super) async fn retry(
     id: Uuid,
     by: &str,
 ) -> Result<Option<Retrying>, StoreError> {
+    let mut transaction = pool.begin().await?;
+    sqlx::query(LOCK_JOB)
+        .bind(id)
+        .execute(&mut *transaction)
+        .await?;
     let row = sqlx::query(RETRY)
         .bind(id)
         .bind(by)
-        .fetch_optional(pool)
+        .fetch_optional(&mut *transaction)
         .await?;
+    transaction.commit().await?;
     let Some(row) = row else {
         return Ok(None);
     };

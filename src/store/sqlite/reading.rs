@@ -97,7 +97,7 @@ pub(super) fn read_job(row: &SqliteRow) -> Result<Job, StoreError> {
     let state: &str = row.try_get("state")?;
     let ordering_key: String = row.try_get("ordering_key")?;
     let error: Option<String> = row.try_get("error")?;
-    let checkpoint: Option<String> = row.try_get("checkpoint")?;
+    let live_checkpoint: Option<String> = row.try_get("live_checkpoint")?;
     let result: Option<String> = row.try_get("result")?;
     let result = result.map(|text| serde_json::from_str(&text)).transpose();
     let live_attempts: Option<u32> = row.try_get("live_attempts")?;
@@ -120,7 +120,7 @@ pub(super) fn read_job(row: &SqliteRow) -> Result<Job, StoreError> {
         finished_at: time(row, "finished_at")?,
         error: error.or(row.try_get("last_error")?),
         reason: row.try_get("reason")?,
-        checkpoint: checkpoint.or(row.try_get("live_checkpoint")?),
+        checkpoint: live_checkpoint.or(row.try_get("checkpoint")?),
         waits_until: time(row, "waits_until")?,
         result: result.map_err(|error| StoreError::Unreadable(error.to_string()))?,
         payload: None,

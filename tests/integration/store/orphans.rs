@@ -7,13 +7,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::join_all;
 use trainyard::job::{Claim, JobKey, JobState, Reaped};
-use trainyard::store::Store;
 
 use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::jobs::{
-    ENDED, LONG, acquire, finish, interrupted, job_of, pass_the_lease, reach, request, request_of,
-    succeeded, terms,
+    ENDED, LONG, acquire, assert_is_stale, finish, interrupted, job_of, pass_the_lease, reap,
+    reaped_keys, request, request_of, succeeded, terms,
 };
 
 on_both_databases!(
@@ -28,15 +27,6 @@ on_both_databases!(
     a_released_job_without_a_reap_delay_can_be_reaped_at_once,
     a_run_whose_job_was_reaped_can_write_nothing_more,
 );
-
-async fn reap(store: &Arc<dyn Store>, limit: usize) -> Vec<Reaped> {
-    store.reap(&reach(), &terms(LONG), limit).await.unwrap()
-}
-
-fn keys(orphans: &[Reaped]) -> Vec<&str> {
-    let fences = orphans.iter().map(|orphan| &orphan.acquired.fence);
-    fences.map(|fence| &*fence.key.key).collect()
-}
 
 async fn an_orphan_comes_with_its_payload_and_a_larger_fence(database: Database) {
     let store = database.open_migrated().await;
@@ -71,7 +61,7 @@ async fn an_orphan_comes_with_its_payload_and_a_larger_fence(database: Database)
 async fn a_live_lease_is_not_reaped(database: Database) {
     let store = database.open_migrated().await;
     acquire(&store, "1", LONG).await;
-    assert_eq!(keys(&reap(&store, 10).await), [""; 0]);
+    assert_eq!(reaped_keys(&reap(&store, 10).await), [""; 0]);
 }
 
 async fn an_ended_job_is_not_reaped(database: Database) {
@@ -79,7 +69,7 @@ async fn an_ended_job_is_not_reaped(database: Database) {
     let acquired = acquire(&store, "1", ENDED).await;
     assert!(finish(&store, &acquired.fence, succeeded()).await);
     pass_the_lease().await;
-    assert_eq!(keys(&reap(&store, 10).await), [""; 0]);
+    assert_eq!(reaped_keys(&reap(&store, 10).await), [""; 0]);
 }
 
 async fn only_subscriptions_within_reach_are_reaped(database: Database) {
@@ -87,7 +77,7 @@ async fn only_subscriptions_within_reach_are_reaped(database: Database) {
     let requests = [request_of("other", "1"), request_of("s", "2")];
     store.claim(&requests, &terms(ENDED)).await.unwrap();
     pass_the_lease().await;
-    assert_eq!(keys(&reap(&store, 10).await), ["2"]);
+    assert_eq!(reaped_keys(&reap(&store, 10).await), ["2"]);
 }
 
 async fn only_tasks_within_reach_are_reaped(database: Database) {
@@ -97,7 +87,7 @@ async fn only_tasks_within_reach_are_reaped(database: Database) {
     let requests = [unknown, request("2")];
     store.claim(&requests, &terms(ENDED)).await.unwrap();
     pass_the_lease().await;
-    assert_eq!(keys(&reap(&store, 10).await), ["2"]);
+    assert_eq!(reaped_keys(&reap(&store, 10).await), ["2"]);
 }
 
 async fn a_job_is_reaped_only_after_its_reap_delay(database: Database) {
@@ -108,9 +98,9 @@ async fn a_job_is_reaped_only_after_its_reap_delay(database: Database) {
     let tables = database.tables().await;
     let key = JobKey::new("s", "1");
     tables.end_lease(&key, Duration::from_secs(50)).await;
-    assert_eq!(keys(&reap(&store, 10).await), [""; 0]);
+    assert_eq!(reaped_keys(&reap(&store, 10).await), [""; 0]);
     tables.end_lease(&key, Duration::from_secs(70)).await;
-    assert_eq!(keys(&reap(&store, 10).await), ["1"]);
+    assert_eq!(reaped_keys(&reap(&store, 10).await), ["1"]);
 }
 
 async fn at_most_the_limit_is_reaped_earliest_end_first(database: Database) {
@@ -120,9 +110,9 @@ async fn at_most_the_limit_is_reaped_earliest_end_first(database: Database) {
         let fence = acquire(&store, key, LONG).await.fence;
         tables.end_lease(&fence.key, Duration::from_secs(ago)).await;
     }
-    assert_eq!(keys(&reap(&store, 4).await), ["b", "d", "e", "a"]);
-    assert_eq!(keys(&reap(&store, 4).await), ["c"]);
-    assert_eq!(keys(&reap(&store, 4).await), [""; 0]);
+    assert_eq!(reaped_keys(&reap(&store, 4).await), ["b", "d", "e", "a"]);
+    assert_eq!(reaped_keys(&reap(&store, 4).await), ["c"]);
+    assert_eq!(reaped_keys(&reap(&store, 4).await), [""; 0]);
 }
 
 async fn concurrent_reapers_never_get_the_same_job(database: Database) {
@@ -157,7 +147,7 @@ async fn a_released_job_without_a_reap_delay_can_be_reaped_at_once(database: Dat
     // Times are whole milliseconds on SQLite.
     pass_the_lease().await;
     let orphans = reap(&store, 1).await;
-    assert_eq!(keys(&orphans), ["1"]);
+    assert_eq!(reaped_keys(&orphans), ["1"]);
     assert_eq!(job_of(&store, &orphans[0].acquired).await.attempts, 1);
 }
 
@@ -167,9 +157,6 @@ async fn a_run_whose_job_was_reaped_can_write_nothing_more(database: Database) {
     pass_the_lease().await;
     let orphans = reap(&store, 1).await;
     let before = job_of(&store, &orphans[0].acquired).await;
-    let fences = std::slice::from_ref(&stale);
-    assert_eq!(store.renew(fences, LONG).await.unwrap(), [false]);
-    assert!(!store.release(&interrupted(&stale)).await.unwrap());
-    assert!(!finish(&store, &stale, succeeded()).await);
+    assert_is_stale(&store, &stale).await;
     assert_eq!(job_of(&store, &orphans[0].acquired).await, before);
 }

@@ -3,19 +3,22 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use trainyard::job::{Acquired, Claim};
+use trainyard::job::{Acquired, Claim, Told};
 use trainyard::store::Store;
 use uuid::{NoContext, Timestamp, Uuid};
 
 use crate::on_both_databases;
 use crate::support::database::Database;
-use crate::support::jobs::{LONG, claim, finish, interrupted, refusal, request, succeeded, terms};
+use crate::support::jobs::{
+    LONG, claim, finish, interrupted, letters, refusal, request, succeeded, terms,
+};
 
 on_both_databases!(
     an_old_ended_job_is_purged_with_its_ledger,
     a_job_that_ended_within_the_retention_is_kept,
     an_open_job_is_never_purged,
     a_refused_message_is_purged_like_an_ended_job,
+    a_dead_job_is_kept_until_its_message_is_published,
     at_most_the_limit_is_purged_oldest_first,
     a_purged_key_is_new_again,
 );
@@ -64,10 +67,15 @@ async fn an_old_ended_job_is_purged_with_its_ledger(database: Database) {
     let store = database.open_migrated().await;
     let old = old_job(&database, &store, "old", 10).await;
     let young = old_job(&database, &store, "young", 3).await;
+    for run in [&old, &young] {
+        let told = Told::default();
+        store.keep_attempt(&run.fence, "w1", &told).await.unwrap();
+    }
     assert_eq!(store.purge(DAY * 5, 100).await.unwrap(), 1);
     assert!(store.job(old.job_id).await.unwrap().is_none());
     assert!(store.job(young.job_id).await.unwrap().is_some());
     assert_eq!(count(&database, "ledger").await, 2);
+    assert_eq!(count(&database, "attempts").await, 1);
     assert_eq!(store.purge(DAY * 5, 100).await.unwrap(), 0);
 }
 
@@ -103,6 +111,22 @@ async fn a_refused_message_is_purged_like_an_ended_job(database: Database) {
     ended(&database, "1", 9).await;
     assert_eq!(store.purge(DAY * 5, 100).await.unwrap(), 1);
     assert_eq!(count(&database, "ledger").await, 0);
+}
+
+/// Pub/Sub has forgotten the message, and its publishing may have been down.
+async fn a_dead_job_is_kept_until_its_message_is_published(database: Database) {
+    let store = database.open_migrated().await;
+    let mut refusal = refusal("1");
+    refusal.job_id = old_id(10);
+    refusal.dead_letter_topic = Some("graves".into());
+    store.refuse(&refusal).await.unwrap();
+    ended(&database, "1", 9).await;
+    assert_eq!(store.purge(DAY * 5, 100).await.unwrap(), 0);
+    let letters = letters(&store).await;
+    assert_eq!(letters[0].message, refusal.message);
+    let settled = store.dead_letter_settled(&letters[0], "w1", "published");
+    settled.await.unwrap();
+    assert_eq!(store.purge(DAY * 5, 100).await.unwrap(), 1);
 }
 
 async fn at_most_the_limit_is_purged_oldest_first(database: Database) {

@@ -7,10 +7,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use chrono::{SubsecRound, Utc};
 use serde_json::json;
-use trainyard::job::{Acquired, Can, Claim, ClaimRequest, Fence, Job, JobKey, Limits, Story};
+use trainyard::job::{
+    Acquired, Can, Claim, ClaimRequest, DeadLetter, Fence, Job, JobKey, Limits, Reaped, Story,
+};
 use trainyard::message::Message;
 use trainyard::outcome::{DeadReason, Ending};
-use trainyard::store::{ClaimTerms, Finish, Reach, Refusal, Release, Released, Store};
+use trainyard::store::{
+    ClaimTerms, DeadLettersDue, Finish, Reach, Refusal, Release, Released, Store,
+};
 use uuid::Uuid;
 
 pub const LONG: Duration = Duration::from_secs(600);
@@ -47,6 +51,25 @@ pub fn request_of(subscription: &str, key: &str) -> ClaimRequest {
     }
 }
 
+/// A request whose message has the ordering key `k`.
+pub fn ordered(key: &str) -> ClaimRequest {
+    let mut request = request(key);
+    request.message.ordering_key = "k".to_owned();
+    request
+}
+
+/// What a run writes when it failed and the job goes on.
+pub fn failed(fence: &Fence, error: &str, retry_in: Duration) -> Release {
+    Release {
+        fence: fence.clone(),
+        why: Released::Failed {
+            error: error.to_owned(),
+            retry_in,
+        },
+        checkpoint: None,
+    }
+}
+
 /// What a run writes when it gives its claim back at no cost.
 pub fn interrupted(fence: &Fence) -> Release {
     Release {
@@ -77,16 +100,56 @@ pub fn terms(lease: Duration) -> ClaimTerms {
     }
 }
 
+pub fn terms_of(worker: &str) -> ClaimTerms {
+    ClaimTerms {
+        worker: worker.into(),
+        ..terms(LONG)
+    }
+}
+
 pub async fn claim(store: &Arc<dyn Store>, key: &str, lease: Duration) -> Claim {
-    let claims = store.claim(&[request(key)], &terms(lease)).await.unwrap();
-    claims.into_iter().next().unwrap()
+    send(store, &request(key), &terms(lease)).await
 }
 
 pub async fn acquire(store: &Arc<dyn Store>, key: &str, lease: Duration) -> Acquired {
-    match claim(store, key, lease).await {
+    acquired(claim(store, key, lease).await)
+}
+
+pub async fn send(store: &Arc<dyn Store>, request: &ClaimRequest, terms: &ClaimTerms) -> Claim {
+    let requests = std::slice::from_ref(request);
+    let claims = store.claim(requests, terms).await.unwrap();
+    claims.into_iter().next().unwrap()
+}
+
+pub fn acquired(claim: Claim) -> Acquired {
+    match claim {
         Claim::Acquired(acquired) => acquired,
         other => panic!("not acquired: {other:?}"),
     }
+}
+
+pub fn assert_waits(claim: &Claim) {
+    assert!(matches!(claim, Claim::Waiting { .. }), "{claim:?}");
+}
+
+pub async fn reap(store: &Arc<dyn Store>, limit: usize) -> Vec<Reaped> {
+    store.reap(&reach(), &terms(LONG), limit).await.unwrap()
+}
+
+pub fn reaped_keys(reaped: &[Reaped]) -> Vec<&str> {
+    let fences = reaped.iter().map(|reaped| &reaped.acquired.fence);
+    fences.map(|fence| &*fence.key.key).collect()
+}
+
+/// Reaps the one job that can be, under the key.
+pub async fn reap_one(store: &Arc<dyn Store>, key: &str) -> Acquired {
+    let mut reaped = reap(store, 10).await;
+    assert_eq!(reaped_keys(&reaped), [key]);
+    reaped.remove(0).acquired
+}
+
+pub async fn assert_none_to_reap(store: &Arc<dyn Store>) {
+    assert_eq!(reaped_keys(&reap(store, 10).await), [""; 0]);
 }
 
 /// Passes the millisecond in which a lease of no length ends.
@@ -109,7 +172,22 @@ pub fn succeeded() -> Ending {
 }
 
 pub async fn job_of(store: &Arc<dyn Store>, acquired: &Acquired) -> Job {
-    store.job(acquired.job_id).await.unwrap().unwrap()
+    job_at(store, acquired.job_id).await
+}
+
+pub async fn job_at(store: &Arc<dyn Store>, id: Uuid) -> Job {
+    store.job(id).await.unwrap().unwrap()
+}
+
+/// Tries every write of a run under a fence that is no longer the job's.
+pub async fn assert_is_stale(store: &Arc<dyn Store>, fence: &Fence) {
+    let fences = std::slice::from_ref(fence);
+    assert_eq!(store.renew(fences, LONG).await.unwrap(), [false]);
+    assert!(!store.save_checkpoint(fence, "stale", true).await.unwrap());
+    assert!(!store.release(&interrupted(fence)).await.unwrap());
+    let failed = failed(fence, "stale", LONG);
+    assert!(!store.release(&failed).await.unwrap());
+    assert!(!finish(store, fence, dead("stale")).await);
 }
 
 pub fn refusal(key: &str) -> Refusal {
@@ -123,6 +201,21 @@ pub fn refusal(key: &str) -> Refusal {
         worker: "w1".into(),
         dead_letter_topic: None,
     }
+}
+
+/// All of anybody's.
+pub fn due() -> DeadLettersDue {
+    DeadLettersDue {
+        worker: None,
+        at_least: ENDED,
+        not_to: Vec::new(),
+        limit: 100,
+    }
+}
+
+/// All dead letters, however short they have waited.
+pub async fn letters(store: &Arc<dyn Store>) -> Vec<DeadLetter> {
+    store.dead_letters(&due()).await.unwrap()
 }
 
 /// The only story about a message.
