@@ -102,6 +102,8 @@ fn line(attempt: u32, event: RunEvent, at_micros: u64) -> RunLine {
         pid: attempt,
         event,
         at_micros,
+        label: None,
+        resumed_from: None,
     }
 }
 

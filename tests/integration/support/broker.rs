@@ -3,7 +3,7 @@ use std::net::SocketAddr;
 use futures::future::try_join_all;
 use google_cloud_auth::credentials::anonymous;
 use google_cloud_pubsub::client::{Publisher, SubscriptionAdmin};
-use google_cloud_pubsub::model::Message;
+use google_cloud_pubsub::model::{Message, Subscription};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use trainyard::emulator::{self, Emulator, Options};
 use trainyard::pubsub::{Connection, Outgoing};
@@ -65,17 +65,26 @@ impl Broker {
 
     /// Makes a subscription, and its topic unless there is one.
     pub async fn subscribe_to(&self, topic: &str, name: &str) {
-        self.connection.ensure_topic(topic).await.unwrap();
-        let path = self.connection.subscription_path(name);
-        let admin = self.subscription_admin().await;
-        let create = admin
-            .create_subscription()
-            .set_name(path)
-            .set_topic(self.connection.topic_path(topic))
-            .set_ack_deadline_seconds(10)
+        let subscription = Subscription::new()
+            .set_name(self.connection.subscription_path(name))
             // Google's emulator delivers again what it has kept.
             .set_retain_acked_messages(self.builtin.is_none());
-        create.send().await.unwrap();
+        self.make(topic, subscription).await;
+    }
+
+    /// Makes a topic of that name and a subscription that is like this one.
+    pub async fn subscribe_like(&self, name: &str, subscription: Subscription) {
+        let path = self.connection.subscription_path(name);
+        self.make(name, subscription.set_name(path)).await;
+    }
+
+    async fn make(&self, topic: &str, subscription: Subscription) {
+        self.connection.ensure_topic(topic).await.unwrap();
+        let subscription = subscription
+            .set_topic(self.connection.topic_path(topic))
+            .set_ack_deadline_seconds(10);
+        let request = self.subscription_admin().await.create_subscription();
+        request.with_request(subscription).send().await.unwrap();
     }
 
     /// Delivers messages a second time under their ids: at least these with
@@ -121,6 +130,12 @@ impl Broker {
     pub fn backlog(&self, subscription: &str) -> usize {
         let path = self.connection.subscription_path(subscription);
         self.builtin.as_ref().unwrap().backlog_len(&path).unwrap()
+    }
+
+    /// How many messages the built-in emulator has given to workers.
+    pub fn outstanding(&self, subscription: &str) -> usize {
+        let path = self.connection.subscription_path(subscription);
+        self.builtin.as_ref().unwrap().outstanding(&path).unwrap()
     }
 
     /// Publishes bytes and returns the message id.

@@ -1,0 +1,203 @@
+//! A broker, a database and a folder for workers, with one subscription.
+
+use std::sync::Arc;
+
+use google_cloud_pubsub::model::Subscription;
+use trainyard::emulator::Faults;
+use trainyard::job::{Job, JobFilter, JobState};
+use trainyard::store::Store;
+
+use super::broker::Broker;
+use super::database::Database;
+use super::eventually;
+use super::runs::{RunEvent, RunLine, RunsLog};
+use super::worker::{WorkerProcess, Yard};
+
+pub const SUBSCRIPTION: &str = "rehearsals";
+
+/// Workers' settings that make a crash's aftermath short.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    pub slots: usize,
+    pub lease: &'static str,
+    pub shutdown_grace: &'static str,
+    pub max_crashes: u32,
+    pub prefetch: usize,
+    pub quiet_limit: &'static str,
+    pub ack: &'static str,
+}
+
+pub const FAST: Settings = Settings {
+    slots: 1,
+    lease: "3s",
+    shutdown_grace: "5s",
+    max_crashes: 3,
+    prefetch: 0,
+    quiet_limit: "10m",
+    ack: "after_run",
+};
+
+/// For tests without a crash: no lease ends, however slow the machine is.
+pub const CALM: Settings = Settings {
+    lease: "60s",
+    ..FAST
+};
+
+impl Settings {
+    fn toml(&self) -> String {
+        let Self {
+            slots,
+            lease,
+            shutdown_grace,
+            max_crashes,
+            prefetch,
+            quiet_limit,
+            ack,
+        } = self;
+        format!(
+            "[worker]\nslots = {slots}\nlease = \"{lease}\"\nstop_grace = \"500ms\"\nshutdown_grace = \"{shutdown_grace}\"\n\
+             [guard]\nmax_crashes = {max_crashes}\n\
+             [subscriptions.{SUBSCRIPTION}]\nack_deadline = \"10s\"\nprefetch = {prefetch}\nquiet_limit = \"{quiet_limit}\"\n\
+             [tasks.rehearsal]\nbuiltin = \"rehearsal\"\nack = \"{ack}\"\n"
+        )
+    }
+}
+
+pub struct Scene {
+    pub broker: Broker,
+    pub store: Arc<dyn Store>,
+    pub yard: Yard,
+    pub runs: RunsLog,
+}
+
+impl Scene {
+    /// None where there is no Postgres.
+    pub async fn on_postgres(settings: &Settings) -> Option<Self> {
+        Self::subscribed(Subscription::new(), settings).await
+    }
+
+    /// As [`Scene::on_postgres`], with a subscription that is like this one.
+    pub async fn subscribed(subscription: Subscription, settings: &Settings) -> Option<Self> {
+        let database = Database::postgres().await?;
+        let broker = Broker::builtin().await.unwrap();
+        broker.subscribe_like(SUBSCRIPTION, subscription).await;
+        Some(Self::set(broker, &database, &database, settings).await)
+    }
+
+    /// The test looks at the database itself, the workers see it their way.
+    pub async fn new(database: &Database, workers_see: &Database, settings: &Settings) -> Self {
+        let broker = Broker::builtin().await.unwrap();
+        broker.subscribe(SUBSCRIPTION).await;
+        Self::set(broker, database, workers_see, settings).await
+    }
+
+    /// On a broker that has the subscription.
+    pub async fn set(
+        broker: Broker,
+        database: &Database,
+        workers_see: &Database,
+        settings: &Settings,
+    ) -> Self {
+        let store = database.open_migrated().await;
+        let yard = Yard::new(&broker, workers_see, &settings.toml());
+        let runs = RunsLog::in_folder(yard.folder.path());
+        Self {
+            broker,
+            store,
+            yard,
+            runs,
+        }
+    }
+
+    /// A worker that pulls already.
+    pub async fn ready_worker(&self, name: &str) -> WorkerProcess {
+        let worker = self.yard.start_worker(name);
+        worker.says("ready").await;
+        worker
+    }
+
+    /// From now on the broker, which is the built-in one, has these faults.
+    pub fn misbehaves(&self, faults: Faults) {
+        self.broker.builtin.as_ref().unwrap().set_faults(faults);
+    }
+
+    pub async fn publish(&self, request: String) -> String {
+        self.broker.publish(SUBSCRIPTION, request).await
+    }
+
+    pub async fn publish_all(&self, requests: Vec<String>) -> Vec<String> {
+        self.broker.publish_all(SUBSCRIPTION, requests).await
+    }
+
+    pub async fn publish_run(&self, seconds: f64) -> String {
+        self.publish(self.runs.request(seconds)).await
+    }
+
+    /// Waits until so many runs have started, and returns those starts.
+    pub async fn runs_have_started(&self, how_many: usize) -> Vec<RunLine> {
+        self.runs_have_come_to(RunEvent::Start, how_many).await
+    }
+
+    pub async fn runs_have_come_to(&self, event: RunEvent, how_many: usize) -> Vec<RunLine> {
+        eventually(
+            &format!("{how_many} runs have come to {event:?}"),
+            async || {
+                let lines = self.runs.of(event);
+                (lines.len() >= how_many).then_some(lines)
+            },
+        )
+        .await
+    }
+
+    pub async fn jobs(&self) -> Vec<Job> {
+        let filter = JobFilter {
+            limit: 10_000,
+            ..JobFilter::default()
+        };
+        self.store.jobs(&filter).await.unwrap()
+    }
+
+    pub async fn only_job_ends(&self, state: JobState) -> Job {
+        eventually(&format!("the only job is {state}"), async || {
+            let mut jobs = self.jobs().await;
+            assert!(jobs.len() <= 1, "{jobs:#?}");
+            jobs.pop().filter(|job| job.state == state)
+        })
+        .await
+    }
+
+    /// Waits until there are so many jobs and all have succeeded.
+    pub async fn all_succeed(&self, how_many: usize) -> Vec<Job> {
+        eventually(&format!("all {how_many} jobs have succeeded"), async || {
+            let jobs = self.jobs().await;
+            let done = jobs.iter().filter(|job| job.state == JobState::Succeeded);
+            (done.count() == how_many && jobs.len() == how_many).then_some(jobs)
+        })
+        .await
+    }
+
+    pub async fn nothing_is_left_to_deliver(&self) {
+        eventually("every message is acknowledged", async || {
+            (self.broker.backlog(SUBSCRIPTION) == 0).then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until `trainyard explain` tells of all these, in this order.
+    pub async fn is_explained_by(&self, message_id: &str, events: &[&str]) -> String {
+        eventually(&format!("explain tells {events:?}"), async || {
+            let told = self.yard.output(&["explain", message_id]).await.stdout;
+            appear_in_order(&told, events).then_some(told)
+        })
+        .await
+    }
+}
+
+fn appear_in_order(text: &str, parts: &[&str]) -> bool {
+    let mut rest = text;
+    parts.iter().all(|part| {
+        let found = rest.find(part);
+        rest = found.map_or("", |at| &rest[at + part.len()..]);
+        found.is_some()
+    })
+}
