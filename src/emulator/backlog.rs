@@ -109,6 +109,11 @@ impl Backlog {
         self.entries.len()
     }
 
+    pub fn outstanding(&self) -> usize {
+        let is_out = |entry: &&Entry| matches!(entry.state, State::Outstanding { .. });
+        self.entries.values().filter(is_out).count()
+    }
+
     pub fn has_ready(&self) -> bool {
         !self.ready.is_empty()
     }

@@ -99,6 +99,15 @@ impl Broker {
         self.with(|engine, _| engine.backlog_len(subscription))
     }
 
+    /// How many of these are with a subscriber: delivered, and neither
+    /// acknowledged nor past their ack deadline.
+    ///
+    /// # Errors
+    /// [`BrokerError::NotFound`] if there is no such subscription.
+    pub fn outstanding(&self, subscription: &str) -> Result<usize, BrokerError> {
+        self.with(|engine, _| engine.outstanding(subscription))
+    }
+
     pub(super) fn options(&self) -> &Options {
         &self.shared.options
     }

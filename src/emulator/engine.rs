@@ -273,6 +273,14 @@ impl Engine {
         Ok(feed.backlog_len())
     }
 
+    /// Those of them that are delivered and neither acknowledged nor past
+    /// their ack deadline.
+    pub fn outstanding(&self, subscription: &str) -> Result<usize, BrokerError> {
+        let feed = self.feeds.get(subscription);
+        let feed = feed.ok_or_else(|| BrokerError::not_found(subscription))?;
+        Ok(feed.outstanding())
+    }
+
     /// Does something with a subscription, as it is now.
     fn with_feed<R>(
         &mut self,

@@ -85,6 +85,10 @@ impl Feed {
         self.backlog.len()
     }
 
+    pub fn outstanding(&self) -> usize {
+        self.backlog.outstanding()
+    }
+
     pub fn has_ready(&self) -> bool {
         self.backlog.has_ready()
     }

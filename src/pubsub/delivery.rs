@@ -2,14 +2,21 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use google_cloud_pubsub::subscriber::handler::Handler;
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::warn;
 
 use super::counters::Counters;
 use crate::message::Message;
+
+/// The broker hears of a stream's end on another way than of an ack. Were the
+/// ack quicker, the next message would go into a stream that nobody reads, and
+/// come again only after its ack deadline.
+const AFTER_CLOSING: Duration = Duration::from_millis(100);
 
 /// A delivery. While it exists, its ack deadline is being extended; dropped
 /// without an ack, it is handed back at once (nack), whatever made it drop.
@@ -162,6 +169,7 @@ impl Receipt {
         let settling = unsettled.origin.settling.clone();
         settling.spawn(async move {
             unsettled.origin.closed.cancelled().await;
+            sleep(AFTER_CLOSING).await;
             tell(handler, &unsettled.origin);
         });
     }

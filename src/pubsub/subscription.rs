@@ -244,8 +244,11 @@ impl Subscription {
             stream.close.cancel();
         }
         self.arrivals.close();
-        while self.arrivals.try_recv().is_ok() {}
-        self.waiting.clear();
+        self.pass_over_failures();
+        for unstarted in self.waiting.drain(..) {
+            // On a stream that is still open it would come back here.
+            unstarted.delivery.into_parts().1.hand_back();
+        }
     }
 
     /// Pulls no more, and waits until the broker has been told about every

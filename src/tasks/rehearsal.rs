@@ -1,7 +1,7 @@
 //! A task that trains nothing: for trying a deployment out, and for tests.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
@@ -16,14 +16,13 @@ pub const NAME: &str = "rehearsal";
 
 /// How often a rehearsal reports how far it is.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
-
-/// How often it looks for the file that ends it.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// How often it looks for the file that it waits for.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// Takes its time and succeeds, or fails as it is told.
 ///
-/// Payload: `{"name":"rehearsal","seconds":1.5,"log":PATH,"label":"a",
-/// "fail":"transient","fail_attempts":2,"checkpoint_after":0.5,"until":PATH}`;
+/// Payload: `{"name":"rehearsal","seconds":1.5,"until":PATH,"log":PATH,
+/// "label":"a","fail":"transient","fail_attempts":2,"checkpoint_after":0.5}`;
 /// everything but the name may be left out.
 pub struct Rehearsal;
 
@@ -32,7 +31,7 @@ struct Request {
     /// How long the run takes.
     #[serde(default)]
     seconds: f64,
-    /// It goes on until this file exists, however long it takes.
+    /// After its time the run goes on until this file exists.
     until: Option<PathBuf>,
     /// A file to which each run adds a line when it begins and when it ends.
     log: Option<PathBuf>,
@@ -67,33 +66,24 @@ impl Task for Rehearsal {
         log("start")?;
         let began = Instant::now();
         let end = began + length;
-        while Instant::now() < end {
+        while let Some(pause) = pause_before(end, request.until.as_deref()) {
             tokio::select! {
                 () = run.stop_requested() => {
                     log("stopped")?;
                     return Err(anyhow::anyhow!("stopped on request").into());
                 }
-                () = sleep(REPORT_EVERY.min(end - Instant::now())) => {}
+                () = sleep(pause) => {}
             }
             if checkpoint_after.is_some_and(|after| began.elapsed() >= after) {
                 run.save_checkpoint(&format!("rehearsal of attempt {}", run.attempt()));
                 checkpoint_after = None;
             }
             let left = end.saturating_duration_since(Instant::now());
-            run.report(Progress {
-                fraction: Some(1.0 - left.as_secs_f64() / length.as_secs_f64()),
-                ..Progress::default()
-            });
-        }
-        while let Some(until) = &request.until
-            && !until.exists()
-        {
-            tokio::select! {
-                () = run.stop_requested() => {
-                    log("stopped")?;
-                    return Err(anyhow::anyhow!("stopped on request").into());
-                }
-                () = sleep(LOOK_EVERY) => {}
+            if !left.is_zero() {
+                run.report(Progress {
+                    fraction: Some(1.0 - left.as_secs_f64() / length.as_secs_f64()),
+                    ..Progress::default()
+                });
             }
         }
         log("end")?;
@@ -108,6 +98,15 @@ impl Task for Rehearsal {
             Some(Failure::Panic) => panic!("told to panic"),
         }
     }
+}
+
+/// How long until it should look again whether it is over; None when it is.
+fn pause_before(end: Instant, until: Option<&Path>) -> Option<Duration> {
+    let left = end.saturating_duration_since(Instant::now());
+    if !left.is_zero() {
+        return Some(left.min(REPORT_EVERY));
+    }
+    until.filter(|file| !file.exists()).map(|_| LOOK_EVERY)
 }
 
 fn seconds(field: &str, value: f64) -> Result<Duration, TaskError> {
@@ -172,6 +171,17 @@ mod tests {
         assert_eq!(events[0]["event"], "start");
         assert_eq!(events[1]["event"], "end");
         assert_eq!(events[1]["attempt"], 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_goes_on_until_a_file_exists() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        let run = tokio::spawn(rehearse(json!({"until": file}), CancellationToken::new()));
+        sleep(Duration::from_secs(3600)).await;
+        assert!(!run.is_finished());
+        std::fs::write(file, "").unwrap();
+        run.await.unwrap().unwrap();
     }
 
     #[tokio::test(start_paused = true)]

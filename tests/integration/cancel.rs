@@ -7,7 +7,7 @@ use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::eventually;
 use crate::support::runs::RunEvent;
-use crate::support::scene::{Scene, Sections};
+use crate::support::training::{Scene, Sections};
 
 on_both_databases!(
     a_running_job_is_cancelled_on_whichever_worker_it_runs,

@@ -11,7 +11,7 @@ use crate::on_both_databases;
 use crate::support::broker::Broker;
 use crate::support::database::Database;
 use crate::support::eventually;
-use crate::support::scene::{Scene, Sections, TRAINING};
+use crate::support::training::{Scene, Sections, TRAINING};
 
 on_both_databases!(
     a_dead_message_is_published_with_its_reason,

@@ -6,7 +6,7 @@ use trainyard::job::JobState;
 use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::runs::RunEvent;
-use crate::support::scene::{Scene, Sections};
+use crate::support::training::{Scene, Sections};
 
 on_both_databases!(
     a_transient_failure_is_tried_again_until_it_succeeds,

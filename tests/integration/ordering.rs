@@ -11,7 +11,7 @@ use crate::support::broker::Broker;
 use crate::support::database::Database;
 use crate::support::eventually;
 use crate::support::runs::RunEvent;
-use crate::support::scene::{Scene, Sections, TRAINING};
+use crate::support::training::{Scene, Sections, TRAINING};
 
 on_both_databases!(
     jobs_of_one_key_run_in_order_whatever_the_ack_timing,

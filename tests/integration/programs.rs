@@ -8,7 +8,7 @@ use trainyard::job::{Job, JobState};
 
 use crate::on_both_databases;
 use crate::support::database::Database;
-use crate::support::scene::{Scene, Sections, TRAINING};
+use crate::support::training::{Scene, Sections, TRAINING};
 use crate::support::{eventually, not_tested};
 
 on_both_databases!(

@@ -8,6 +8,7 @@ pub mod proxy;
 pub mod requests;
 pub mod runs;
 pub mod scene;
+pub mod training;
 pub mod worker;
 
 use std::io::Write;
@@ -30,6 +31,15 @@ pub fn not_tested(what: &str) {
         std::env::var("CI").as_deref() != Ok("true"),
         "{what} is missing and CI=true"
     );
+}
+
+/// A generator of chances, with its seed printed. TRAINYARD_TEST_SEED repeats
+/// what one chose.
+pub fn seeded() -> fastrand::Rng {
+    let seed = std::env::var("TRAINYARD_TEST_SEED")
+        .map_or_else(|_| fastrand::u64(..), |seed| seed.parse().unwrap());
+    println!("TRAINYARD_TEST_SEED={seed}");
+    fastrand::Rng::with_seed(seed)
 }
 
 /// Waits until `condition` holds, looking often.

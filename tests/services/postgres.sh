@@ -154,7 +154,7 @@ configure() {
 listen_addresses = '127.0.0.1'
 port = $port
 unix_socket_directories = '$socket_dir'
-max_connections = 200
+max_connections = 400
 wal_level = logical
 CONF
 }

@@ -110,6 +110,11 @@ impl Reader {
                 }),
             };
             let ended = delivery.is_err();
+            if ended {
+                // Before the puller hears of it: a stream that still seems to
+                // listen would keep it from opening another.
+                origin.close.cancel();
+            }
             if self.leave(delivery).await.is_none() || ended {
                 break;
             }

@@ -1,13 +1,9 @@
 //! The database crashes under a running worker and comes back.
 
-use trainyard::job::JobState;
-
 use super::checker::violations;
 use super::{FAST, SUBSCRIPTION, Scene, Settings};
-use crate::support::eventually;
 use crate::support::private_postgres::PrivatePostgres;
 use crate::support::runs::RunEvent;
-use crate::support::worker::WorkerProcess;
 
 /// More than a crash takes to be noticed and mended.
 const LONG_LEASE: Settings = Settings {
@@ -28,7 +24,7 @@ async fn nothing_is_pulled_while_the_database_is_away() {
     scene.runs_have_started(1).await;
 
     postgres.crash();
-    it_says(&worker, "the database is away").await;
+    worker.says("the database is away").await;
     assert_eq!(scene.runs.of(RunEvent::End), [], "the run goes on");
     for _ in 0..10 {
         scene.publish_run(0.0).await;
@@ -41,7 +37,7 @@ async fn nothing_is_pulled_while_the_database_is_away() {
     assert_eq!(pulled, 0, "nothing was pulled");
 
     postgres.start_again();
-    it_says(&worker, "the database is back").await;
+    worker.says("the database is back").await;
     every_job_ends_once(&scene, 11).await;
     assert!(worker.stop().await.success());
 }
@@ -58,7 +54,7 @@ async fn a_run_that_cannot_be_renewed_stops_and_runs_again() {
     scene.runs_have_started(1).await;
 
     postgres.crash();
-    it_says(&worker, "the lease is lost").await;
+    worker.says("the lease is lost").await;
     assert_eq!(scene.runs.of(RunEvent::Stopped).len(), 1);
 
     postgres.start_again();
@@ -68,12 +64,7 @@ async fn a_run_that_cannot_be_renewed_stops_and_runs_again() {
 
 /// Each job ends once, and no run begins before the one before it is over.
 async fn every_job_ends_once(scene: &Scene, how_many: usize) {
-    let jobs = eventually("all jobs have succeeded", async || {
-        let jobs = scene.jobs().await;
-        let done = jobs.iter().all(|job| job.state == JobState::Succeeded);
-        (done && jobs.len() == how_many).then_some(jobs)
-    })
-    .await;
+    let jobs = scene.all_succeed(how_many).await;
     scene.nothing_is_left_to_deliver().await;
     // A run that was given back costs no attempt, only its number, so the
     // numbers are read off the runs.
@@ -89,11 +80,4 @@ async fn every_job_ends_once(scene: &Scene, how_many: usize) {
     let wrong = violations(&lines, &[], &attempts);
     assert!(wrong.is_empty(), "{wrong:#?}");
     assert_eq!(scene.runs.of(RunEvent::End).len(), how_many);
-}
-
-async fn it_says(worker: &WorkerProcess, what: &str) {
-    eventually(&format!("the worker says: {what}"), async || {
-        worker.log().contains(what).then_some(())
-    })
-    .await;
 }

@@ -3,14 +3,14 @@
 use std::collections::BTreeSet;
 
 use sqlx::{Connection, PgConnection};
-use trainyard::job::{Job, JobState};
+use trainyard::job::Job;
 use uuid::Uuid;
 
 use super::checker::violations;
 use super::{FAST, SUBSCRIPTION, Scene, Settings};
 use crate::support::database::Database;
-use crate::support::eventually;
 use crate::support::runs::RunEvent;
+use crate::support::seeded;
 use crate::support::worker::{Death, WorkerProcess};
 
 const WAVES: usize = 8;
@@ -48,17 +48,10 @@ async fn killed_workers_lose_no_message_and_end_none_twice() {
         let name = format!("worker-{}", workers.len());
         workers.push(scene.yard.start_worker(&name));
     }
-    let jobs = all_succeed(&scene, published.len()).await;
+    let jobs = scene.all_succeed(published.len()).await;
     scene.nothing_is_left_to_deliver().await;
     check(&scene, &jobs, &published, &deaths);
     assert_eq!(endings_on_record(&database).await, jobs.len());
-}
-
-fn seeded() -> fastrand::Rng {
-    let seed = std::env::var("TRAINYARD_TEST_SEED")
-        .map_or_else(|_| fastrand::u64(..), |seed| seed.parse().unwrap());
-    println!("TRAINYARD_TEST_SEED={seed}");
-    fastrand::Rng::with_seed(seed)
 }
 
 /// Publishes short runs side by side; each message is delivered up to three
@@ -75,15 +68,6 @@ async fn publish_wave(scene: &Scene, random: &mut fastrand::Rng) -> Vec<String> 
     random.shuffle(&mut again);
     scene.broker.deliver_again(SUBSCRIPTION, &again).await;
     ids
-}
-
-async fn all_succeed(scene: &Scene, how_many: usize) -> Vec<Job> {
-    eventually("all jobs have succeeded", async || {
-        let jobs = scene.jobs().await;
-        let done = jobs.iter().filter(|job| job.state == JobState::Succeeded);
-        (done.count() == how_many && jobs.len() == how_many).then_some(jobs)
-    })
-    .await
 }
 
 fn check(scene: &Scene, jobs: &[Job], published: &[String], deaths: &[Death]) {

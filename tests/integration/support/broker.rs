@@ -77,6 +77,16 @@ impl Broker {
         self.make(wanted.set_enable_message_ordering(true)).await;
     }
 
+    /// Makes a topic of that name and a subscription that is like this one.
+    pub async fn subscribe_like(&self, name: &str, like: model::Subscription) {
+        self.connection.ensure_topic(name).await.unwrap();
+        let wanted = like
+            .set_name(self.connection.subscription_path(name))
+            .set_topic(self.connection.topic_path(name))
+            .set_ack_deadline_seconds(10);
+        self.make(wanted).await;
+    }
+
     /// A subscription to make, after its topic.
     pub async fn wanted(&self, topic: &str, name: &str) -> model::Subscription {
         self.connection.ensure_topic(topic).await.unwrap();
@@ -161,6 +171,12 @@ impl Broker {
     pub fn backlog(&self, subscription: &str) -> usize {
         let path = self.connection.subscription_path(subscription);
         self.builtin.as_ref().unwrap().backlog_len(&path).unwrap()
+    }
+
+    /// How many messages the built-in emulator has given to workers.
+    pub fn outstanding(&self, subscription: &str) -> usize {
+        let path = self.connection.subscription_path(subscription);
+        self.builtin.as_ref().unwrap().outstanding(&path).unwrap()
     }
 
     /// Publishes bytes and returns the message id.

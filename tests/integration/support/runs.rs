@@ -2,7 +2,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 /// The log that rehearsals write about their own runs, whatever the tables say.
@@ -41,7 +41,31 @@ impl RunsLog {
 
     /// A request for a run that takes so long and writes to this log.
     pub fn request(&self, seconds: f64) -> String {
-        json!({"name": "rehearsal", "seconds": seconds, "log": self.path}).to_string()
+        self.rehearsal(json!({"seconds": seconds}))
+    }
+
+    /// A request for a run like this, an object, that writes to this log.
+    pub fn rehearsal(&self, mut like: Value) -> String {
+        like["name"] = json!("rehearsal");
+        like["log"] = json!(self.path);
+        like.to_string()
+    }
+
+    /// A request for a run that goes on until it is [`RunsLog::release`]d.
+    pub fn waiting(&self, label: &str, more: Value) -> String {
+        let mut like = more;
+        like["label"] = json!(label);
+        like["until"] = json!(self.file_of(label));
+        self.rehearsal(like)
+    }
+
+    /// Lets the runs of that label end.
+    pub fn release(&self, label: &str) {
+        std::fs::write(self.file_of(label), "").unwrap();
+    }
+
+    fn file_of(&self, label: &str) -> PathBuf {
+        self.path.with_file_name(format!("release-{label}"))
     }
 
     pub fn lines(&self) -> Vec<RunLine> {

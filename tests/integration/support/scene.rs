@@ -1,117 +1,152 @@
-//! One broker with one subscription, one database, a folder for workers.
+//! A broker, a database and a folder for workers, with one subscription.
 
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde_json::{Value, json};
+use google_cloud_pubsub::model::Subscription;
+use trainyard::emulator::Faults;
 use trainyard::job::{Job, JobFilter, JobState};
 use trainyard::store::Store;
-use uuid::Uuid;
 
 use super::broker::Broker;
 use super::database::Database;
 use super::eventually;
-use super::runs::{RunEvent, RunsLog};
-use super::worker::{Output, WorkerProcess, Yard};
+use super::runs::{RunEvent, RunLine, RunsLog};
+use super::worker::{WorkerProcess, Yard};
 
-/// The subscription, and its topic, that a scene has.
-pub const TRAINING: &str = "training";
+pub const SUBSCRIPTION: &str = "rehearsals";
+
+/// Workers' settings that make a crash's aftermath short.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    pub slots: usize,
+    pub lease: &'static str,
+    pub shutdown_grace: &'static str,
+    pub max_crashes: u32,
+    pub prefetch: usize,
+    pub quiet_limit: &'static str,
+    pub ack: &'static str,
+}
+
+pub const FAST: Settings = Settings {
+    slots: 1,
+    lease: "3s",
+    shutdown_grace: "5s",
+    max_crashes: 3,
+    prefetch: 0,
+    quiet_limit: "10m",
+    ack: "after_run",
+};
+
+/// For tests without a crash: no lease ends, however slow the machine is.
+pub const CALM: Settings = Settings {
+    lease: "60s",
+    ..FAST
+};
+
+impl Settings {
+    fn toml(&self) -> String {
+        let Self {
+            slots,
+            lease,
+            shutdown_grace,
+            max_crashes,
+            prefetch,
+            quiet_limit,
+            ack,
+        } = self;
+        format!(
+            "[worker]\nslots = {slots}\nlease = \"{lease}\"\nstop_grace = \"500ms\"\nshutdown_grace = \"{shutdown_grace}\"\n\
+             [guard]\nmax_crashes = {max_crashes}\n\
+             [subscriptions.{SUBSCRIPTION}]\nack_deadline = \"10s\"\nprefetch = {prefetch}\nquiet_limit = \"{quiet_limit}\"\n\
+             [tasks.rehearsal]\nbuiltin = \"rehearsal\"\nack = \"{ack}\"\n"
+        )
+    }
+}
 
 pub struct Scene {
     pub broker: Broker,
     pub store: Arc<dyn Store>,
     pub yard: Yard,
     pub runs: RunsLog,
-    log: PathBuf,
-    /// Jobs of other scenes in the same database.
-    others: BTreeSet<Uuid>,
-}
-
-/// A configuration of workers that wait for nothing longer than they must.
-#[derive(Clone)]
-pub struct Sections {
-    pub slots: usize,
-    /// More lines of [worker].
-    pub worker: &'static str,
-    /// More lines of [subscriptions.training].
-    pub subscription: &'static str,
-    /// More lines of [tasks.rehearsal].
-    pub task: &'static str,
-}
-
-impl Default for Sections {
-    fn default() -> Self {
-        Self {
-            slots: 2,
-            worker: "",
-            subscription: "",
-            task: "",
-        }
-    }
-}
-
-impl Sections {
-    fn toml(&self) -> String {
-        let Self {
-            slots,
-            worker,
-            subscription,
-            task,
-        } = self;
-        format!(
-            "[worker]\nslots = {slots}\nlease = \"6s\"\nstop_grace = \"1s\"\nshutdown_grace = \"1s\"\n{worker}\n\
-             [subscriptions.{TRAINING}]\nack_deadline = \"10s\"\n{subscription}\n\
-             [tasks.rehearsal]\nbuiltin = \"rehearsal\"\nbackoff = {{ initial = \"10ms\", max = \"50ms\" }}\n{task}\n"
-        )
-    }
 }
 
 impl Scene {
-    /// On the built-in emulator.
-    pub async fn new(database: &Database, sections: &Sections) -> Self {
+    /// None where there is no Postgres.
+    pub async fn on_postgres(settings: &Settings) -> Option<Self> {
+        Self::subscribed(Subscription::new(), settings).await
+    }
+
+    /// As [`Scene::on_postgres`], with a subscription that is like this one.
+    pub async fn subscribed(subscription: Subscription, settings: &Settings) -> Option<Self> {
+        let database = Database::postgres().await?;
         let broker = Broker::builtin().await.unwrap();
-        Self::on(broker, database, sections).await
+        broker.subscribe_like(SUBSCRIPTION, subscription).await;
+        Some(Self::set(broker, &database, &database, settings).await)
     }
 
-    pub async fn on(broker: Broker, database: &Database, sections: &Sections) -> Self {
-        broker.subscribe(TRAINING).await;
-        Self::on_subscribed(broker, database, sections).await
+    /// The test looks at the database itself, the workers see it their way.
+    pub async fn new(database: &Database, workers_see: &Database, settings: &Settings) -> Self {
+        let broker = Broker::builtin().await.unwrap();
+        broker.subscribe(SUBSCRIPTION).await;
+        Self::set(broker, database, workers_see, settings).await
     }
 
-    /// On a broker that has the subscription already.
-    pub async fn on_subscribed(broker: Broker, database: &Database, sections: &Sections) -> Self {
+    /// On a broker that has the subscription.
+    pub async fn set(
+        broker: Broker,
+        database: &Database,
+        workers_see: &Database,
+        settings: &Settings,
+    ) -> Self {
         let store = database.open_migrated().await;
-        let yard = Yard::new(&broker, database, &sections.toml());
-        let log = yard.folder.path().join("runs.jsonl");
-        let mut scene = Self {
+        let yard = Yard::new(&broker, workers_see, &settings.toml());
+        let runs = RunsLog::in_folder(yard.folder.path());
+        Self {
             broker,
             store,
-            runs: RunsLog::in_folder(yard.folder.path()),
             yard,
-            log,
-            others: BTreeSet::new(),
-        };
-        scene.others = scene.jobs().await.iter().map(|job| job.id).collect();
-        scene
+            runs,
+        }
     }
 
-    pub fn start_worker(&self, name: &str) -> WorkerProcess {
-        self.yard.start_worker(name)
+    /// A worker that pulls already.
+    pub async fn ready_worker(&self, name: &str) -> WorkerProcess {
+        let worker = self.yard.start_worker(name);
+        worker.says("ready").await;
+        worker
     }
 
-    /// A rehearsal with these fields, that writes to the scene's log.
-    pub fn rehearsal(&self, fields: Value) -> Value {
-        let mut request = json!({"name": "rehearsal", "log": self.log});
-        let fields = fields.as_object().unwrap().clone();
-        request.as_object_mut().unwrap().extend(fields);
-        request
+    /// From now on the broker, which is the built-in one, has these faults.
+    pub fn misbehaves(&self, faults: Faults) {
+        self.broker.builtin.as_ref().unwrap().set_faults(faults);
     }
 
-    /// Publishes such a rehearsal and returns the message's id.
-    pub async fn publish(&self, fields: Value) -> String {
-        let request = self.rehearsal(fields).to_string();
-        self.broker.publish(TRAINING, request).await
+    pub async fn publish(&self, request: String) -> String {
+        self.broker.publish(SUBSCRIPTION, request).await
+    }
+
+    pub async fn publish_all(&self, requests: Vec<String>) -> Vec<String> {
+        self.broker.publish_all(SUBSCRIPTION, requests).await
+    }
+
+    pub async fn publish_run(&self, seconds: f64) -> String {
+        self.publish(self.runs.request(seconds)).await
+    }
+
+    /// Waits until so many runs have started, and returns those starts.
+    pub async fn runs_have_started(&self, how_many: usize) -> Vec<RunLine> {
+        self.runs_have_come_to(RunEvent::Start, how_many).await
+    }
+
+    pub async fn runs_have_come_to(&self, event: RunEvent, how_many: usize) -> Vec<RunLine> {
+        eventually(
+            &format!("{how_many} runs have come to {event:?}"),
+            async || {
+                let lines = self.runs.of(event);
+                (lines.len() >= how_many).then_some(lines)
+            },
+        )
+        .await
     }
 
     pub async fn jobs(&self) -> Vec<Job> {
@@ -119,22 +154,21 @@ impl Scene {
             limit: 10_000,
             ..JobFilter::default()
         };
-        let mut jobs = self.store.jobs(&filter).await.unwrap();
-        jobs.retain(|job| !self.others.contains(&job.id));
-        jobs
+        self.store.jobs(&filter).await.unwrap()
     }
 
-    /// The job of a message, once it is in that state.
-    pub async fn job(&self, message_id: &str, state: JobState) -> Job {
-        eventually(&format!("message {message_id} is {state}"), async || {
-            let mut jobs = self.jobs().await.into_iter();
-            jobs.find(|job| job.message_id == message_id && job.state == state)
+    pub async fn only_job_ends(&self, state: JobState) -> Job {
+        eventually(&format!("the only job is {state}"), async || {
+            let mut jobs = self.jobs().await;
+            assert!(jobs.len() <= 1, "{jobs:#?}");
+            jobs.pop().filter(|job| job.state == state)
         })
         .await
     }
 
+    /// Waits until there are so many jobs and all have succeeded.
     pub async fn all_succeed(&self, how_many: usize) -> Vec<Job> {
-        eventually(&format!("{how_many} jobs have succeeded"), async || {
+        eventually(&format!("all {how_many} jobs have succeeded"), async || {
             let jobs = self.jobs().await;
             let done = jobs.iter().filter(|job| job.state == JobState::Succeeded);
             (done.count() == how_many && jobs.len() == how_many).then_some(jobs)
@@ -142,15 +176,9 @@ impl Scene {
         .await
     }
 
-    /// The labels of the runs that began, in their order.
-    pub fn started(&self) -> Vec<String> {
-        let starts = self.runs.of(RunEvent::Start).into_iter();
-        starts.filter_map(|line| line.label).collect()
-    }
-
     pub async fn nothing_is_left_to_deliver(&self) {
         eventually("every message is acknowledged", async || {
-            (self.broker.backlog(TRAINING) == 0).then_some(())
+            (self.broker.backlog(SUBSCRIPTION) == 0).then_some(())
         })
         .await;
     }
@@ -163,17 +191,9 @@ impl Scene {
         })
         .await
     }
-
-    pub async fn command(&self, arguments: &[&str]) -> Output {
-        self.yard.output(arguments).await
-    }
-
-    pub fn folder(&self) -> &Path {
-        self.yard.folder.path()
-    }
 }
 
-pub fn appear_in_order(text: &str, parts: &[&str]) -> bool {
+fn appear_in_order(text: &str, parts: &[&str]) -> bool {
     let mut rest = text;
     parts.iter().all(|part| {
         let found = rest.find(part);

@@ -7,10 +7,10 @@ use tempfile::TempDir;
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
-use super::PATIENCE;
 use super::broker::Broker;
 use super::database::Database;
 use super::runs::micros_now;
+use super::{PATIENCE, eventually};
 
 /// The program under test.
 pub fn trainyard() -> Command {
@@ -66,14 +66,14 @@ impl Yard {
         self.start_worker_with(name, &[])
     }
 
-    /// The same with more in its environment.
-    pub fn start_worker_with(&self, name: &str, variables: &[(&str, &str)]) -> WorkerProcess {
+    /// As [`Yard::start_worker`], with more in its environment.
+    pub fn start_worker_with(&self, name: &str, environment: &[(&str, &str)]) -> WorkerProcess {
         let log = self.folder.path().join(format!("{name}.log"));
         let file = std::fs::File::create(&log).unwrap();
         let child = self
             .command(&["run"])
             .env("RUST_LOG", "info,trainyard=debug")
-            .envs(variables.iter().copied())
+            .envs(environment.iter().copied())
             .stderr(file)
             .stdout(Stdio::null())
             .spawn()
@@ -141,15 +141,27 @@ impl WorkerProcess {
         Death { pid, at_micros }
     }
 
-    /// Waits until it has ended by itself.
-    pub async fn dies(&mut self) -> Death {
+    /// Waits until it dies by itself.
+    pub async fn dies(&mut self) -> (Death, ExitStatus) {
         let pid = self.pid();
-        match timeout(PATIENCE, self.child.wait()).await {
-            Ok(status) => status.unwrap(),
-            Err(_) => panic!("the worker lives on; its log:\n{}", read(&self.log)),
+        let Ok(status) = timeout(PATIENCE, self.child.wait()).await else {
+            panic!("the worker did not die; its log:\n{}", self.log());
         };
+        // Later than it was, but earlier than what is begun from now on.
         let at_micros = micros_now();
-        Death { pid, at_micros }
+        (Death { pid, at_micros }, status.unwrap())
+    }
+
+    pub fn is_alive(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Waits until its log has this.
+    pub async fn says(&self, what: &str) {
+        eventually(&format!("the worker says: {what}"), async || {
+            self.log().contains(what).then_some(())
+        })
+        .await;
     }
 
     /// SIGTERM, then the end.
@@ -157,8 +169,13 @@ impl WorkerProcess {
         self.stop_with(Signal::SIGTERM).await
     }
 
-    pub async fn stop_with(mut self, signal: Signal) -> ExitStatus {
+    pub async fn stop_with(self, signal: Signal) -> ExitStatus {
         self.signal(signal);
+        self.stops().await
+    }
+
+    /// Waits for the end of one that was told to stop.
+    pub async fn stops(mut self) -> ExitStatus {
         match timeout(PATIENCE, self.child.wait()).await {
             Ok(status) => status.unwrap(),
             Err(_) => panic!("the worker did not stop; its log:\n{}", read(&self.log)),

@@ -11,6 +11,7 @@ fn a_stream_at_its_message_limit_gets_nothing_until_an_ack() {
     let first = fixture.take(stream);
     assert_eq!(texts(&first), ["a"]);
     assert!(fixture.take(stream).is_empty());
+    assert_eq!(fixture.engine.outstanding(SUBSCRIPTION), Ok(1));
     fixture.acknowledge(&first[0]);
     assert_eq!(texts(&fixture.take(stream)), ["b"]);
 }

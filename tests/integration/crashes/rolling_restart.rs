@@ -1,0 +1,91 @@
+//! A new version is rolled out while there is much to do.
+
+use std::collections::{BTreeSet, HashMap};
+
+use serde_json::json;
+use trainyard::job::Job;
+use uuid::Uuid;
+
+use super::{Scene, Settings};
+use crate::support::runs::RunEvent;
+use crate::support::scene::CALM;
+use crate::support::seeded;
+use crate::support::worker::WorkerProcess;
+
+const JOBS: usize = 1000;
+/// Every so many jobs comes one that is long enough to be interrupted.
+const LONG_EVERY: usize = 25;
+const WORKERS: usize = 3;
+/// Each worker is replaced so often.
+const ROUNDS: usize = 3;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rolling_restart_costs_nothing_where_messages_are_acked_early() {
+    a_rolling_restart_costs_nothing("before_run").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rolling_restart_costs_nothing_where_messages_are_acked_late() {
+    a_rolling_restart_costs_nothing("after_run").await;
+}
+
+async fn a_rolling_restart_costs_nothing(ack: &'static str) {
+    let settings = Settings {
+        slots: 4,
+        // No longer than the stop grace, so that what runs is interrupted.
+        shutdown_grace: "500ms",
+        ack,
+        ..CALM
+    };
+    let Some(scene) = Scene::on_postgres(&settings).await else {
+        return;
+    };
+    let published = scene.publish_all(requests(&scene)).await;
+    let mut workers: Vec<WorkerProcess> = (0..WORKERS)
+        .map(|number| scene.yard.start_worker(&format!("worker-{number}")))
+        .collect();
+    let restarts = WORKERS * ROUNDS;
+    for restart in 0..restarts {
+        // Spread over all the work.
+        scene
+            .runs_have_started((restart + 1) * JOBS / (restarts + 2))
+            .await;
+        let replaced = workers.remove(0);
+        assert!(replaced.stop().await.success());
+        let name = format!("worker-{}", WORKERS + restart);
+        workers.push(scene.yard.start_worker(&name));
+    }
+    let jobs = scene.all_succeed(JOBS).await;
+    scene.nothing_is_left_to_deliver().await;
+    for worker in workers {
+        assert!(worker.stop().await.success());
+    }
+    check(&scene, &jobs, &published);
+}
+
+fn requests(scene: &Scene) -> Vec<String> {
+    let mut random = seeded();
+    let seconds = (0..JOBS).map(|number| match number % LONG_EVERY {
+        0 => 2.0,
+        _ => f64::from(random.u32(10..=50)) / 1000.0,
+    });
+    seconds
+        .map(|seconds| scene.runs.rehearsal(json!({"seconds": seconds})))
+        .collect()
+}
+
+fn check(scene: &Scene, jobs: &[Job], published: &[String]) {
+    let on_record: BTreeSet<&String> = jobs.iter().map(|job| &job.message_id).collect();
+    assert_eq!(on_record, published.iter().collect(), "no message is lost");
+    let burnt: Vec<&Job> = jobs.iter().filter(|job| job.attempts != 1).collect();
+    assert!(burnt.is_empty(), "{burnt:#?}");
+    let mut ends: HashMap<Uuid, usize> = HashMap::new();
+    for line in scene.runs.of(RunEvent::End) {
+        *ends.entry(line.job).or_default() += 1;
+    }
+    assert_eq!(ends.len(), jobs.len());
+    assert!(ends.values().all(|times| *times == 1), "{ends:#?}");
+    let interrupted = scene.runs.of(RunEvent::Stopped).len();
+    println!("{} jobs, {interrupted} runs were interrupted", jobs.len());
+    assert!(interrupted > 0, "no restart interrupted a run");
+}
