@@ -60,7 +60,7 @@ enum Command {
     Run(run::Run),
     Migrate(migrate::Migrate),
     Publish(publish::Publish),
-    /// Look at jobs
+    /// Look at jobs, cancel them, run them again
     #[command(subcommand)]
     Jobs(jobs::Jobs),
     Explain(explain::Explain),
@@ -81,7 +81,7 @@ pub async fn main() -> anyhow::Result<ExitCode> {
         // Their own output tells what happens.
         _ => "warn",
     };
-    telemetry::install(shared.log_format, default_level);
+    let _logs = telemetry::install(shared.log_format, default_level);
     let done = match command {
         Command::Dev(command) => return command.execute(&shared).await,
         Command::Run(command) => command.execute(&shared).await,

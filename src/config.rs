@@ -72,7 +72,7 @@ pub struct Worker {
     #[serde(with = "humantime_serde")]
     pub lease: Duration,
     /// How long runs may go on after SIGTERM, their stop included. Keep a pod's
-    /// termination grace period some ten seconds longer.
+    /// termination grace period some twenty seconds longer.
     #[serde(with = "humantime_serde")]
     pub shutdown_grace: Duration,
     /// How long a run may take to end once it is asked to stop; the last part
@@ -160,7 +160,7 @@ impl Default for Subscription {
             dead_letter_topic: None,
             prefetch: 0,
             concurrency: None,
-            quiet_limit: Duration::from_secs(600),
+            quiet_limit: Duration::from_secs(300),
         }
     }
 }

@@ -37,6 +37,9 @@ const CLAIM_TRIES: u32 = 3;
 /// Nobody waits for long for what only people read.
 const NOTE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// After so long another worker tries to publish a dead letter.
+const TIME_TO_PUBLISH: Duration = Duration::from_secs(60);
+
 /// Notes for the ledger that may wait to be written; more are lost.
 const MAX_NOTES: usize = 1024;
 
@@ -171,14 +174,30 @@ impl Guard {
         renewed
     }
 
-    /// Takes what waits in the table, and what workers have left behind.
+    /// How many jobs could be taken from the table now, counted up to `limit`.
+    ///
+    /// # Errors
+    /// The database did not answer.
+    pub async fn due(&self, reach: &Reach, limit: usize) -> Result<usize, StoreError> {
+        in_time(self.store.due(reach, limit)).await
+    }
+
+    /// Tells which tasks this worker knows.
+    ///
+    /// # Errors
+    /// The database did not answer.
+    pub async fn know(&self, reach: &Reach) -> Result<(), StoreError> {
+        in_time(self.store.know(reach)).await
+    }
+
+    /// Takes what waits in the table, and what workers have left behind. That a
+    /// sweep takes too long says nothing about claims and renewals, so pulling
+    /// goes on.
     ///
     /// # Errors
     /// The database did not answer.
     pub async fn reap(&self, reach: &Reach, limit: usize) -> Result<Vec<Reaped>, StoreError> {
-        let reaped = in_time(self.store.reap(reach, &self.terms, limit)).await;
-        self.health.heard(reaped.as_ref().err());
-        reaped
+        in_time(self.store.reap(reach, &self.terms, limit)).await
     }
 
     /// Keeps a run's checkpoint, trying again for as long as the database is
@@ -308,6 +327,7 @@ impl Guard {
             worker,
             at_least,
             not_to: not_to.to_vec(),
+            time_to_publish: TIME_TO_PUBLISH,
             limit,
         };
         in_time(self.store.dead_letters(&due)).await

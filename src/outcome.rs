@@ -20,7 +20,8 @@ pub enum Outcome {
     Cancelled,
     /// The worker's own shutdown stopped it; costs no attempt.
     Interrupted,
-    /// Its lease ended or was taken over; nothing may be written about it.
+    /// Its lease ended or was taken over; what is written about it counts only
+    /// if it was not.
     LeaseLost,
 }
 
@@ -42,7 +43,8 @@ pub enum Verdict {
     Retry { error: String, after: Duration },
     /// The claim is given back for another worker.
     Release,
-    /// Another worker's word counts; this one writes nothing.
+    /// The claim is given back, if another worker does not have it already; the
+    /// attempt counts.
     Abandon,
 }
 
@@ -157,6 +159,10 @@ impl Outcome {
             }
             Self::Cancelled => Verdict::Finish(Ending::cancelled()),
             Self::Interrupted => Verdict::Release,
+            Self::LeaseLost if attempts >= policy.max_attempts => {
+                let error = "its worker lost the lease during its last attempt";
+                Verdict::Finish(Ending::dead(DeadReason::WorkerLost, error))
+            }
             Self::LeaseLost => Verdict::Abandon,
         }
     }

@@ -83,7 +83,7 @@ impl PubsubError {
 }
 
 /// An HTTP/2 connection carries a hundred streams, as a rule; acks need some.
-const STREAMS_PER_CHANNEL: usize = 50;
+const STREAMS_PER_CHANNEL: usize = 80;
 
 /// Which Pub/Sub: a project of Google Cloud's, or of an emulator.
 #[derive(Debug, Clone)]

@@ -146,16 +146,33 @@ impl Released {
 pub struct Reach {
     /// With the topic for dead letters.
     pub subscriptions: BTreeMap<String, Option<Arc<str>>>,
-    /// With the most attempts.
-    pub tasks: BTreeMap<String, u32>,
+    pub tasks: BTreeMap<String, TaskTerms>,
+}
+
+/// What a worker needs to know to take a task's job from the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TaskTerms {
+    pub max_attempts: u32,
+    /// A claim is all that an ack of its message waits for: once the job runs,
+    /// the table is to bring it back.
+    pub acked_when_claimed: bool,
 }
 
 impl Reach {
     fn limits(&self, subscription: &str, task: &str) -> Limits {
         Limits {
-            max_attempts: self.tasks.get(task).copied().unwrap_or(u32::MAX),
+            max_attempts: self
+                .tasks
+                .get(task)
+                .map_or(u32::MAX, |task| task.max_attempts),
             dead_letter_topic: self.subscriptions.get(subscription).cloned().flatten(),
         }
+    }
+
+    fn acked_when_claimed(&self, task: &str) -> bool {
+        self.tasks
+            .get(task)
+            .is_some_and(|task| task.acked_when_claimed)
     }
 }
 
@@ -183,6 +200,8 @@ pub struct DeadLettersDue {
     pub at_least: Duration,
     /// None to these topics.
     pub not_to: Vec<String>,
+    /// For so long nobody else is given them.
+    pub time_to_publish: Duration,
     pub limit: u32,
 }
 
@@ -262,6 +281,13 @@ pub trait Store: Send + Sync + 'static {
     /// Extends the leases whose fence still holds, from the database's now,
     /// and returns for each fence whether it was one of them.
     async fn renew(&self, fences: &[Fence], lease: Duration) -> Result<Vec<bool>, StoreError>;
+
+    /// How many jobs [`Store::reap`] would find now, counted up to `limit`.
+    async fn due(&self, reach: &Reach, limit: usize) -> Result<usize, StoreError>;
+
+    /// Tells which tasks a worker knows: their jobs do not wait for a worker
+    /// that knows them any more.
+    async fn know(&self, reach: &Reach) -> Result<(), StoreError>;
 
     /// Takes at most `limit` jobs whose turn to run it is, or whose lease ended
     /// `reap_delay` ago, in the order of those times. Two reapers never get

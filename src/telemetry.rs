@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 use std::str::FromStr;
 
+use tracing_appender::non_blocking::WorkerGuard;
 use tracing_subscriber::EnvFilter;
 
 /// How log lines look.
@@ -27,18 +28,25 @@ impl FromStr for LogFormat {
     }
 }
 
-/// Sends logs to stderr. `default_level` holds unless `RUST_LOG` is set.
-pub fn install(format: LogFormat, default_level: &str) {
+/// Sends logs to stderr until the answer is dropped, which sends what is left.
+/// `default_level` holds unless `RUST_LOG` is set.
+///
+/// A thread of its own writes them: were nobody reading what a worker says, its
+/// leases must still be renewed. Beyond 128,000 waiting lines, more are lost.
+#[must_use]
+pub fn install(format: LogFormat, default_level: &str) -> Option<WorkerGuard> {
     let filter = EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| EnvFilter::new(format!("{default_level},sqlx=warn")));
+    let (writer, guard) = tracing_appender::non_blocking(std::io::stderr());
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false);
     // An error means that a subscriber is installed already, as in a test.
-    let _ = match format {
+    let installed = match format {
         LogFormat::Text => logs.try_init(),
         LogFormat::Json => logs.json().flatten_event(true).try_init(),
     };
+    installed.is_ok().then_some(guard)
 }

@@ -24,13 +24,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
-use crate::config;
+use crate::config::{self, AckTiming};
 use crate::devices::Devices;
 use crate::guard::Guard;
 use crate::pubsub::{Publishers, Subscription};
 use crate::registry::ConfiguredTasks;
 use crate::shutdown::Shutdown;
-use crate::store::Reach;
+use crate::store::{Reach, TaskTerms};
 
 use dead_letters::DeadLetters;
 use hold::HeldDeliveries;
@@ -231,7 +231,13 @@ impl Worker {
         Reach {
             subscriptions: subscriptions.collect(),
             tasks: tasks
-                .map(|task| (task.name.clone(), task.settings.max_attempts))
+                .map(|task| {
+                    let terms = TaskTerms {
+                        max_attempts: task.settings.max_attempts,
+                        acked_when_claimed: task.settings.ack == AckTiming::BeforeRun,
+                    };
+                    (task.name.clone(), terms)
+                })
                 .collect(),
         }
     }

@@ -20,20 +20,22 @@ ALTER TABLE leases
 CREATE INDEX leases_by_ordering_key ON leases (subscription, ordering_key, position)
     WHERE ordering_key IS NOT NULL;
 
+UPDATE leases SET ordering_key = messages.ordering_key
+FROM processed_messages messages
+WHERE messages.subscription = leases.subscription AND messages.key = leases.key
+  AND messages.ordering_key <> '';
+
 ALTER TABLE processed_messages
     -- Why the job is dead, as one word for programs; `error` is for people.
     ADD COLUMN reason text,
     ADD COLUMN checkpoint text,
     -- The fence's attempt when the job ended: a retry goes on from it.
     ADD COLUMN last_attempt integer NOT NULL DEFAULT 0,
-    -- The topic that the dead message is still to be published to.
-    ADD COLUMN dead_letter_topic text;
+    -- The topic that the dead message is still to be published to, and when it
+    -- may be tried (again); NULL: at once.
+    ADD COLUMN dead_letter_topic text,
+    ADD COLUMN dead_letter_due timestamptz;
 
-CREATE INDEX processed_messages_dead_letters ON processed_messages (finished_at)
-    WHERE dead_letter_topic IS NOT NULL;
-
+-- The kinds are for people; checking them against all rows on record would keep
+-- workers waiting.
 ALTER TABLE ledger DROP CONSTRAINT ledger_kind_check;
-ALTER TABLE ledger ADD CONSTRAINT ledger_kind_check CHECK (kind IN (
-    'claimed', 'taken_over', 'suppressed', 'released', 'lease_lost', 'finished', 'parked',
-    'refused', 'acked', 'queued', 'failed', 'checkpointed', 'cancel_requested', 'cancelled',
-    'retried', 'dead_lettered'));

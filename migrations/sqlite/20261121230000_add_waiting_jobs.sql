@@ -33,10 +33,11 @@ CREATE TABLE new_leases (
 ) STRICT;
 
 INSERT INTO new_leases (subscription, key, attempt, interruptions, crashes, token, worker,
-                        started_at, lease_until, reap_delay)
-SELECT subscription, key, attempt, interruptions, crashes, token, worker, started_at,
-       lease_until, reap_delay
-FROM leases;
+                        started_at, lease_until, reap_delay, ordering_key, position)
+SELECT subscription, key, attempt, interruptions, crashes, token, leases.worker,
+       leases.started_at, lease_until, reap_delay, nullif(messages.ordering_key, ''),
+       leases.rowid
+FROM leases JOIN processed_messages messages USING (subscription, key);
 
 DROP TABLE leases;
 ALTER TABLE new_leases RENAME TO leases;
@@ -49,11 +50,10 @@ ALTER TABLE processed_messages ADD COLUMN reason TEXT;
 ALTER TABLE processed_messages ADD COLUMN checkpoint TEXT;
 -- The fence's attempt when the job ended: a retry goes on from it.
 ALTER TABLE processed_messages ADD COLUMN last_attempt INTEGER NOT NULL DEFAULT 0;
--- The topic that the dead message is still to be published to.
+-- The topic that the dead message is still to be published to, and when it may
+-- be tried (again); NULL: at once.
 ALTER TABLE processed_messages ADD COLUMN dead_letter_topic TEXT;
-
-CREATE INDEX processed_messages_dead_letters ON processed_messages (finished_at)
-    WHERE dead_letter_topic IS NOT NULL;
+ALTER TABLE processed_messages ADD COLUMN dead_letter_due INTEGER;
 
 CREATE TABLE new_ledger (
     id           INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -61,10 +61,8 @@ CREATE TABLE new_ledger (
     key          TEXT NOT NULL,
     at           INTEGER NOT NULL,
     worker       TEXT NOT NULL,
-    kind         TEXT NOT NULL CHECK (kind IN (
-        'claimed', 'taken_over', 'suppressed', 'released', 'lease_lost', 'finished', 'parked',
-        'refused', 'acked', 'queued', 'failed', 'checkpointed', 'cancel_requested', 'cancelled',
-        'retried', 'dead_lettered')),
+    -- Of these kinds none is checked: they are for people.
+    kind         TEXT NOT NULL,
     attempt      INTEGER,
     -- Where it is another message's than the job's first.
     message_id   TEXT,

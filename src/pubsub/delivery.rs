@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use google_cloud_pubsub::subscriber::handler::Handler;
+use tokio::time::Instant;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -25,6 +26,7 @@ pub struct Delivery {
     pub message: Message,
     /// Counted by the broker, where the subscription has a dead-letter policy.
     pub attempt: Option<i32>,
+    pub(super) arrived_at: Instant,
     receipt: Receipt,
 }
 
@@ -83,6 +85,7 @@ impl Delivery {
         Self {
             message,
             attempt: handler.delivery_attempt(),
+            arrived_at: Instant::now(),
             receipt: Receipt {
                 handler,
                 unsettled: Unsettled {

@@ -190,9 +190,10 @@ impl Subscription {
 
     /// Takes back a delivery that found no free slot.
     pub fn put_back(&mut self, delivery: Delivery) {
-        self.waiting.push_back(Waiting {
+        // Before those that came after it: they may have its ordering key.
+        self.waiting.push_front(Waiting {
+            deadline: delivery.arrived_at + PATIENCE,
             delivery,
-            deadline: Instant::now() + PATIENCE,
             _room: None,
         });
     }
@@ -260,13 +261,15 @@ impl Subscription {
     }
 
     fn keep(&mut self, arrival: Arrival) {
-        // Of a stream that failed the next pull tells, if it fails again.
-        if let Ok(delivery) = arrival.delivery {
-            self.waiting.push_back(Waiting {
+        match arrival.delivery {
+            Ok(delivery) => self.waiting.push_back(Waiting {
+                deadline: delivery.arrived_at + PATIENCE,
                 delivery,
-                deadline: arrival.at + PATIENCE,
                 _room: arrival.room,
-            });
+            }),
+            Err(PubsubError::Quiet { .. }) => self.replace_the_client(),
+            // The next pull tells, if it fails again.
+            Err(_) => self.counters.streams_failed.add_one(),
         }
     }
 

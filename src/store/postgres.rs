@@ -148,6 +148,14 @@ impl Store for PostgresStore {
         retried(|| running::renew(&self.renewals, fences, lease)).await
     }
 
+    async fn due(&self, reach: &Reach, limit: usize) -> Result<usize, StoreError> {
+        orphans::due(&self.pool, reach, limit).await
+    }
+
+    async fn know(&self, reach: &Reach) -> Result<(), StoreError> {
+        orphans::know(&self.pool, reach).await
+    }
+
     async fn reap(
         &self,
         reach: &Reach,

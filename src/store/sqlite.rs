@@ -115,6 +115,14 @@ impl Store for SqliteStore {
         running::renew(&self.pool, fences, lease).await
     }
 
+    async fn due(&self, reach: &Reach, limit: usize) -> Result<usize, StoreError> {
+        orphans::due(&self.pool, reach, limit).await
+    }
+
+    async fn know(&self, reach: &Reach) -> Result<(), StoreError> {
+        orphans::know(&self.pool, reach).await
+    }
+
     async fn reap(
         &self,
         reach: &Reach,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -22,8 +22,10 @@ const PAUSE: Duration = Duration::from_secs(5);
 const LONG_AGO: Duration = Duration::from_secs(10);
 /// Pauses after a failure.
 const TRY_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// Less than others leave it to this worker.
+const PUBLISH_TIMEOUT: Duration = Duration::from_secs(20);
 /// Their data is in memory.
-const BATCH: u32 = 20;
+const BATCH: u32 = 10;
 
 /// Pub/Sub's limits.
 /// <https://cloud.google.com/pubsub/quotas#resource_limits>
@@ -93,7 +95,12 @@ impl DeadLetters {
 
     async fn publish(&self, letter: DeadLetter) -> bool {
         let (job, topic) = (&letter.key, &letter.topic);
-        let detail = match self.publishers.publish(topic, outgoing(&letter)).await {
+        let publishing = self.publishers.publish(topic, outgoing(&letter));
+        let Ok(published) = timeout(PUBLISH_TIMEOUT, publishing).await else {
+            error!(%job, topic, "a dead letter is not published yet: no answer");
+            return false;
+        };
+        let detail = match published {
             Ok(id) => {
                 info!(%job, topic, id, "dead-lettered");
                 format!("published to {topic} as message {id}")

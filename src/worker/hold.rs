@@ -25,7 +25,7 @@ use crate::store::Standing;
 
 /// How many of one subscription a worker holds; more are handed back after a
 /// pause.
-const MAX_HELD: usize = 200;
+const MAX_HELD: usize = 500;
 /// How many of one subscription wait for that pause to be over; while there are
 /// so many, no more is pulled of it.
 const MAX_PAUSED: usize = 200;

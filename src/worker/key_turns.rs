@@ -2,14 +2,34 @@
 //! arrived; from there on the table keeps it.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+/// After a message was not put on record, those that were fetched behind it are
+/// on their way for so long at most.
+const FETCHED_BEFORE: Duration = Duration::from_secs(5);
 
 /// Who comes after whom, per ordering key of one subscription.
 #[derive(Debug, Clone, Default)]
 pub(super) struct KeyTurns {
-    last: Arc<Mutex<HashMap<String, Last>>>,
+    keys: Arc<Mutex<Keys>>,
+}
+
+#[derive(Debug, Default)]
+struct Keys {
+    last: HashMap<String, Last>,
+    broken: HashMap<String, Broken>,
+}
+
+/// A key whose message could not be put on record: until the broker has sent it
+/// again, no other one of the key may be.
+#[derive(Debug)]
+struct Broken {
+    message_id: String,
+    until: Instant,
 }
 
 /// The last message of a key that has not been put on record yet.
@@ -25,26 +45,61 @@ struct Last {
 pub(super) struct Turn {
     turns: KeyTurns,
     ordering_key: String,
+    message_id: String,
     number: u64,
+    is_out_of_turn: bool,
     before: Option<oneshot::Receiver<()>>,
     recorded: Option<oneshot::Sender<()>>,
 }
 
 impl KeyTurns {
     /// The next place of the key; to be called in the order of arrival.
-    pub(super) fn next(&self, ordering_key: &str) -> Turn {
+    pub(super) fn next(&self, ordering_key: &str, message_id: &str) -> Turn {
         let (sender, recorded) = oneshot::channel();
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = last.remove(ordering_key);
+        let mut keys = self.lock();
+        let is_out_of_turn = keys.is_out_of_turn(ordering_key, message_id);
+        let before = keys.last.remove(ordering_key);
         let number = before.as_ref().map_or(0, |before| before.number + 1);
-        last.insert(ordering_key.to_owned(), Last { number, recorded });
+        keys.last
+            .insert(ordering_key.to_owned(), Last { number, recorded });
         Turn {
             turns: self.clone(),
             ordering_key: ordering_key.to_owned(),
+            message_id: message_id.to_owned(),
             number,
+            is_out_of_turn,
             before: before.map(|before| before.recorded),
             recorded: Some(sender),
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Keys> {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Keys {
+    fn is_out_of_turn(&mut self, ordering_key: &str, message_id: &str) -> bool {
+        let Some(broken) = self.broken.get(ordering_key) else {
+            return false;
+        };
+        if broken.message_id == message_id || broken.until < Instant::now() {
+            self.broken.remove(ordering_key);
+            return false;
+        }
+        true
+    }
+
+    fn break_off(&mut self, ordering_key: &str, message_id: &str) {
+        let now = Instant::now();
+        self.broken.retain(|_, broken| broken.until >= now);
+        // The first one is what the others wait for.
+        self.broken
+            .entry(ordering_key.to_owned())
+            .or_insert_with(|| Broken {
+                message_id: message_id.to_owned(),
+                until: now + FETCHED_BEFORE,
+            });
     }
 }
 
@@ -53,6 +108,7 @@ impl Turn {
     /// must not be either; the broker sends both again, in order.
     pub(super) async fn comes(&mut self) -> bool {
         match self.before.take() {
+            _ if self.is_out_of_turn => false,
             None => true,
             Some(before) => before.await.is_ok(),
         }
@@ -69,16 +125,13 @@ impl Turn {
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        let mut last = self
-            .turns
-            .last
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let is_last = last
-            .get(&self.ordering_key)
-            .is_some_and(|last| last.number == self.number);
-        if is_last {
-            last.remove(&self.ordering_key);
+        let mut keys = self.turns.lock();
+        if self.recorded.is_some() {
+            keys.break_off(&self.ordering_key, &self.message_id);
+        }
+        let last = keys.last.get(&self.ordering_key);
+        if last.is_some_and(|last| last.number == self.number) {
+            keys.last.remove(&self.ordering_key);
         }
     }
 }
@@ -92,36 +145,49 @@ mod tests {
     #[tokio::test]
     async fn a_message_waits_for_the_one_before_it_in_its_key_only() {
         let turns = KeyTurns::default();
-        let mut first = turns.next("a");
-        let mut second = turns.next("a");
-        let mut other = turns.next("b");
+        let mut first = turns.next("a", "1");
+        let mut second = turns.next("a", "2");
+        let mut other = turns.next("b", "3");
         assert!(first.comes().await && other.comes().await);
         assert!(second.comes().now_or_never().is_none());
-        let mut second = turns.next("c");
-        assert!(second.comes().await);
     }
 
     #[tokio::test]
     async fn a_message_comes_when_the_one_before_it_is_on_record() {
         let turns = KeyTurns::default();
-        let first = turns.next("a");
-        let mut second = turns.next("a");
+        let first = turns.next("a", "1");
+        let mut second = turns.next("a", "2");
         first.recorded();
         assert!(second.comes().await);
+        second.recorded();
+        assert!(turns.lock().last.is_empty() && turns.lock().broken.is_empty());
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_message_that_is_not_put_on_record_takes_those_behind_it_along() {
         let turns = KeyTurns::default();
-        let first = turns.next("a");
-        let mut second = turns.next("a");
-        let mut third = turns.next("a");
+        let first = turns.next("a", "1");
+        let mut second = turns.next("a", "2");
         drop(first);
         assert!(!second.comes().await);
         drop(second);
+        // It was fetched before, and only begun later.
+        let mut third = turns.next("a", "3");
         assert!(!third.comes().await);
         drop(third);
-        assert!(turns.next("a").comes().await);
-        assert!(turns.last.lock().unwrap().is_empty());
+        // The broker sends all again, in order.
+        let mut again = turns.next("a", "1");
+        assert!(again.comes().await);
+        again.recorded();
+        assert!(turns.next("a", "2").comes().await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_that_went_elsewhere_holds_its_key_up_for_seconds_only() {
+        let turns = KeyTurns::default();
+        drop(turns.next("a", "1"));
+        assert!(!turns.next("a", "2").comes().await);
+        tokio::time::advance(FETCHED_BEFORE * 2).await;
+        assert!(turns.next("a", "2").comes().await);
     }
 }

@@ -130,6 +130,12 @@ impl Processor {
         let request = self.claim_request(intake, &wish, message);
         let claim = match self.guard.claim(request).await {
             Ok(claim) => claim,
+            // Before those behind it in its ordering key.
+            Err(error) if is_ordered => {
+                error!(%error, "the delivery is handed back");
+                receipt.nack();
+                return drop(turn);
+            }
             Err(error) => return self.try_later(intake, &error, receipt),
         };
         failpoint::reach(Step::AfterClaim);
@@ -221,8 +227,7 @@ impl Processor {
     }
 
     fn claim_request(&self, intake: &Intake, wish: &Wish, message: Message) -> ClaimRequest {
-        // Once the message is acked only the table can bring its job back. What
-        // cannot run here is not acked either, so that the broker keeps it.
+        // Once the message is acked only the table can bring its job back.
         let acks_early = wish
             .task
             .as_ref()
@@ -233,7 +238,7 @@ impl Processor {
             token: Uuid::new_v4(),
             task: wish.request.task.clone(),
             message,
-            reap_delay: match acks_early && wish.can == Can::Run {
+            reap_delay: match acks_early {
                 true => Duration::ZERO,
                 false => intake.settings.ack_deadline,
             },

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{error, warn};
+use tracing::{error, info, warn};
 
 use super::intake::Intake;
 use super::process::Processor;
@@ -56,6 +56,8 @@ impl Puller {
             self.pause(&failure, delay).await;
         }
         self.subscription.stop_pulling();
+        let figures = self.subscription.counters().figures();
+        info!(subscription = self.subscription.path(), ?figures, "pulled");
         self.subscription
     }
 
@@ -85,8 +87,10 @@ impl Puller {
             self.subscription.put_back(delivery);
             return;
         };
-        let ordering_key = &delivery.message.ordering_key;
-        let turn = (!ordering_key.is_empty()).then(|| self.intake.turns.next(ordering_key));
+        let message = &delivery.message;
+        let ordering_key = &message.ordering_key;
+        let turn =
+            (!ordering_key.is_empty()).then(|| self.intake.turns.next(ordering_key, &message.id));
         let processor = Arc::clone(&self.processor);
         let intake = Arc::clone(&self.intake);
         self.running.spawn(async move {

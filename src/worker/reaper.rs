@@ -8,7 +8,7 @@ use tokio::sync::Notify;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::process::Processor;
 use super::slots::{Slot, Slots};
@@ -20,6 +20,8 @@ use crate::store::Reach;
 /// Between sweeps, about: so long may a job wait that a stopping worker gave
 /// back. A sweep reads a table that has a row per unfinished job.
 const PAUSE: Duration = Duration::from_secs(1);
+/// How many jobs one sweep takes at most.
+const MOST_AT_ONCE: usize = 200;
 /// However often the reaper is woken.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
 
@@ -43,28 +45,44 @@ impl Reaper {
                 () = sleep(jittered(PAUSE)) => {}
                 () = self.wake.notified() => sleep(SHORTEST_PAUSE).await,
             }
+            if let Err(error) = self.guard.know(&self.reach).await {
+                debug!(%error, "could not tell which tasks are known here");
+            }
             loop {
-                // In its turn among the pullers: what waits in the table must
-                // not wait for the subscriptions to be empty.
-                let slot = tokio::select! {
+                let slots = tokio::select! {
                     () = self.draining.cancelled() => return,
-                    slot = self.slots.take_any() => slot,
+                    slots = self.slots_for_what_is_due() => slots,
                 };
-                if !self.sweep(slot.into_iter().collect()).await {
+                if slots.is_empty() || !self.sweep(slots).await {
                     break;
                 }
             }
         }
     }
 
+    /// As many slots as jobs are due, of those that come free; none where none
+    /// is due. Nobody goes without a slot while the database is asked.
+    async fn slots_for_what_is_due(&self) -> Vec<Slot> {
+        let (reach, room) = self.slots.within(&self.reach);
+        let due = match self.guard.due(&reach, room.min(MOST_AT_ONCE)).await {
+            Ok(0) => return Vec::new(),
+            Ok(due) => due,
+            Err(error) => {
+                warn!(%error, "no sweep for waiting jobs");
+                return Vec::new();
+            }
+        };
+        // In its turn among the pullers: what waits in the table must not wait
+        // for the subscriptions to be empty.
+        let first = self.slots.take_any().await;
+        let others = std::iter::from_fn(|| self.slots.try_take_any());
+        first.into_iter().chain(others).take(due).collect()
+    }
+
     /// True where there may be more to take.
     async fn sweep(&self, mut slots: Vec<Slot>) -> bool {
-        slots.extend(std::iter::from_fn(|| self.slots.try_take_any()));
         let (reach, room) = self.slots.within(&self.reach);
         let limit = slots.len().min(room);
-        if reach.tasks.is_empty() || reach.subscriptions.is_empty() {
-            return false;
-        }
         let reaped = match self.guard.reap(&reach, limit).await {
             Ok(reaped) => reaped,
             Err(error) => {

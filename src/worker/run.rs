@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use chrono::{TimeDelta, Utc};
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument, error_span, info, warn};
+use tracing::{Instrument, debug, error_span, info, warn};
 
 use super::events::EventKind;
 use super::intake::Intake;
@@ -29,6 +29,11 @@ use crate::store::{Finish, Release, Released};
 /// A failing job of an ordering key keeps those behind it waiting, so it is
 /// tried again sooner than its task's backoff may say.
 const LONGEST_ORDERED_WAIT: Duration = Duration::from_secs(10);
+
+/// A run may tell of checkpoints as often as it likes; so often one is written.
+const BETWEEN_CHECKPOINTS: Duration = Duration::from_secs(1);
+/// So often what a run has told is put on record while it goes on.
+const BETWEEN_TELLINGS: Duration = Duration::from_secs(30);
 
 /// An acquired job with what is needed to run it.
 pub(super) struct Assignment<'a> {
@@ -120,16 +125,12 @@ impl Processor {
             Verdict::Retry { after, .. } => Some(*after),
             _ => None,
         };
-        let told = Told {
-            outcome: name,
-            log: told.tail(),
-            series: told.series(),
-        };
+        let told = told_so_far(name, &told);
         let (settling, ()) = tokio::join!(
             self.write(intake, &fence, verdict, retry_in, checkpoint, name),
             self.guard.keep_attempt(&fence, &told),
         );
-        if is_ordered || task.settings.concurrency.is_some() {
+        if is_ordered || self.has_limits(intake, &task) {
             self.wake_reaper.notify_one();
         }
         let ended = EventKind::Ended {
@@ -138,6 +139,13 @@ impl Processor {
         };
         self.events.tell(&id, ended);
         settling
+    }
+
+    /// Whether jobs may wait in the table for this one's room.
+    fn has_limits(&self, intake: &Intake, task: &ConfiguredTask) -> bool {
+        task.settings.concurrency.is_some()
+            || task.settings.gpus > 0
+            || intake.settings.concurrency.is_some()
     }
 
     async fn attempt(
@@ -163,6 +171,7 @@ impl Processor {
         };
         self.events.tell(&id, started);
         let (progress, checkpoints) = (reports.watch_progress(), reports.watch_checkpoint());
+        let told = reports.clone();
         let fence = acquired.fence.clone();
         let stop_patience = task.stop_patience(self.stop_grace);
         let attempt = Attempt {
@@ -171,10 +180,22 @@ impl Processor {
         };
         let stopping = &self.shutdown.stopping;
         failpoint::reach(Step::DuringRun);
-        tokio::select! {
+        let outcome = tokio::select! {
             outcome = supervise(task, attempt, &mut lease, stopping, stop_patience) => outcome,
             never = self.relay_progress(&id, progress) => never,
             never = self.keep_checkpoints(&fence, task, checkpoints, receipt) => never,
+            never = self.keep_telling(&fence, told) => never,
+        };
+        match outcome {
+            // Whoever stops this worker may have told its programs, too.
+            Outcome::Failed {
+                error,
+                permanent: false,
+            } if self.shutdown.draining.is_cancelled() => {
+                info!(%error, "failed while the worker stops: that counts as interrupted");
+                Outcome::Interrupted
+            }
+            outcome => outcome,
         }
     }
 
@@ -201,8 +222,10 @@ impl Processor {
         mut checkpoints: watch::Receiver<Option<Checkpoint>>,
         receipt: &mut Option<Receipt>,
     ) -> Outcome {
+        let mut kept: Option<Checkpoint> = None;
         while checkpoints.changed().await.is_ok() {
-            let Some(checkpoint) = checkpoints.borrow_and_update().clone() else {
+            let newest = checkpoints.borrow_and_update().clone();
+            let Some(checkpoint) = newest.filter(|newest| kept.as_ref() != Some(newest)) else {
                 continue;
             };
             let acks = task.settings.ack == AckTiming::AfterCheckpoint;
@@ -210,14 +233,28 @@ impl Processor {
                 warn!("a checkpoint is not kept: the job is another worker's by now");
                 continue;
             }
-            info!("a checkpoint is kept");
-            self.guard
-                .note(fence, NoteKind::Checkpointed, Some(&checkpoint));
+            debug!("a checkpoint is kept");
+            if kept.replace(checkpoint).is_none() {
+                let detail = kept.as_deref();
+                self.guard.note(fence, NoteKind::Checkpointed, detail);
+            }
             if acks && let Some(receipt) = receipt.take() {
                 self.ack_early(fence, receipt);
             }
+            // The last one is written with the run's end in any case.
+            sleep(BETWEEN_CHECKPOINTS).await;
         }
         std::future::pending().await
+    }
+
+    /// Puts on record now and then what the run has told so far: were its worker
+    /// lost, that would stay. Never completes.
+    async fn keep_telling(&self, fence: &Fence, reports: Reports) -> Outcome {
+        loop {
+            sleep(BETWEEN_TELLINGS).await;
+            let told = told_so_far("running", &reports);
+            self.guard.keep_attempt(fence, &told).await;
+        }
     }
 
     async fn write(
@@ -250,8 +287,12 @@ impl Processor {
             Verdict::Abandon => {
                 warn!("the lease is lost: the run was stopped and its outcome is not written");
                 self.guard.note(fence, NoteKind::LeaseLost, None);
-                // What the database says when it is back decides.
-                self.release(fence, Released::Interrupted, checkpoint).await;
+                // Where nobody has taken it over, the job goes on from here.
+                let why = Released::Failed {
+                    error: "its worker lost the lease, and stopped the run".to_owned(),
+                    retry_in: Duration::ZERO,
+                };
+                self.release(fence, why, checkpoint).await;
                 Settling::HoldUntil(Instant::now())
             }
         }
@@ -309,6 +350,14 @@ impl Processor {
             Some(false) => warn!("another worker has taken the job over: 0 rows changed"),
             None => warn!("the claim could not be given back; its lease will end"),
         }
+    }
+}
+
+fn told_so_far(outcome: &'static str, reports: &Reports) -> Told {
+    Told {
+        outcome,
+        log: reports.tail(),
+        series: reports.series(),
     }
 }
 

@@ -69,12 +69,19 @@ impl Slots {
     /// Completes once the subscription could have a slot, without taking it: a
     /// puller that waited with a slot in hand would keep it from the others.
     pub(super) async fn some_free(&self, subscription: &str) {
-        let _room = match self.subscriptions.get(subscription) {
-            // A semaphore is never closed, so either answer means the same.
-            Some(room) => room.acquire().await.ok(),
-            None => None,
-        };
-        drop(self.worker.acquire().await);
+        loop {
+            // A semaphore is never closed, so either answer means the same. No
+            // room is kept while waiting for the other: the table's jobs need
+            // both, too.
+            if let Some(room) = self.subscriptions.get(subscription) {
+                drop(room.acquire().await);
+            }
+            drop(self.worker.acquire().await);
+            let room = self.subscriptions.get(subscription);
+            if room.is_none_or(|room| room.available_permits() > 0) {
+                return;
+            }
+        }
     }
 
     /// A slot for a message of the subscription.
@@ -178,6 +185,7 @@ fn admit(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::TaskTerms;
 
     fn limit(name: &str, limit: usize) -> Limits {
         Limits::from([(name.to_owned(), limit)])
@@ -186,7 +194,16 @@ mod tests {
     fn reach(tasks: &[&str]) -> Reach {
         Reach {
             subscriptions: BTreeMap::from([("s".to_owned(), None)]),
-            tasks: tasks.iter().map(|task| ((*task).to_owned(), 3)).collect(),
+            tasks: tasks
+                .iter()
+                .map(|task| {
+                    let terms = TaskTerms {
+                        max_attempts: 3,
+                        acked_when_claimed: false,
+                    };
+                    ((*task).to_owned(), terms)
+                })
+                .collect(),
         }
     }
 

@@ -20,7 +20,7 @@ use trainyard::store::{ClaimTerms, Finish, Reach, Store};
 use uuid::Uuid;
 
 use crate::support::database::{Database, Tables};
-use crate::support::jobs::{LONG, failed, interrupted, request_of};
+use crate::support::jobs::{LONG, failed, interrupted, request_of, task_terms};
 use known::{Known, Row};
 use steps::{Step, Write, step};
 
@@ -246,7 +246,7 @@ impl<'a> Case<'a> {
     async fn reap(&mut self, worker: usize) {
         let reach = Reach {
             subscriptions: BTreeMap::from([(self.subscription.clone(), None)]),
-            tasks: BTreeMap::from([("train".to_owned(), MAX_ATTEMPTS)]),
+            tasks: BTreeMap::from([("train".to_owned(), task_terms(MAX_ATTEMPTS))]),
         };
         let reaped = self.store.reap(&reach, &terms(worker), KEYS.len()).await;
         let mut reaped: BTreeMap<JobKey, Acquired> = reaped

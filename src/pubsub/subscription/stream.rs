@@ -12,7 +12,7 @@ use google_cloud_pubsub::model;
 use google_cloud_pubsub::subscriber::MessageStream;
 use google_cloud_pubsub::subscriber::handler::Handler;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 use tokio_util::task::TaskTracker;
 
 use crate::pubsub::delivery::{Delivery, Origin};
@@ -30,7 +30,6 @@ pub(super) type Room = OwnedSemaphorePermit;
 #[derive(Debug)]
 pub(super) struct Arrival {
     pub(super) delivery: Result<Delivery, PubsubError>,
-    pub(super) at: Instant,
     pub(super) room: Option<Room>,
 }
 
@@ -127,11 +126,7 @@ impl Reader {
     async fn leave(&self, delivery: Result<Delivery, PubsubError>) -> Option<()> {
         let leaving = async {
             let room = self.room_for(&delivery).await;
-            let arrival = Arrival {
-                delivery,
-                at: Instant::now(),
-                room,
-            };
+            let arrival = Arrival { delivery, room };
             self.arrivals.send(arrival).await.ok()
         };
         tokio::select! {

@@ -10,7 +10,9 @@ use crate::job::{AttemptRecord, Fence, Told};
 const KEEP_ATTEMPT: &str = "
 INSERT INTO attempts (subscription, key, attempt, worker, outcome, log, series)
 VALUES ($1, $2, $3, $4, $5, $6::text::json, $7::text::json)
-ON CONFLICT (subscription, key, attempt) DO NOTHING";
+ON CONFLICT (subscription, key, attempt) DO UPDATE
+SET ended_at = excluded.ended_at, outcome = excluded.outcome, log = excluded.log,
+    series = excluded.series";
 
 pub(super) async fn keep_attempt(
     pool: &PgPool,

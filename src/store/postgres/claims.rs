@@ -298,11 +298,10 @@ WITH input AS (
            leases.crashes, leases.worker AS last_worker, leases.token AS last_token
     FROM leases JOIN input USING (subscription, key)
     WHERE (leases.token = input.token OR leases.lease_until <= now())
-      AND (leases.ordering_key IS NULL OR NOT EXISTS (
-              SELECT 1 FROM leases earlier
-              WHERE earlier.subscription = leases.subscription
-                AND earlier.ordering_key = leases.ordering_key
-                AND earlier.position < leases.position))
+      AND (leases.ordering_key IS NULL OR leases.position = (
+              SELECT min(head.position) FROM leases head
+              WHERE head.subscription = leases.subscription
+                AND head.ordering_key = leases.ordering_key))
     ORDER BY leases.subscription, leases.key
     FOR UPDATE OF leases SKIP LOCKED
 ), judged AS (

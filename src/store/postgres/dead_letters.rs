@@ -7,14 +7,28 @@ use super::super::{DeadLettersDue, StoreError, from_json};
 use crate::job::{DeadLetter, JobKey};
 use crate::message::Message;
 
+/// What one worker has been given no other gets for a while, so that each is
+/// published once where nothing goes wrong.
 const DEAD_LETTERS: &str = "
+WITH due AS (
+    SELECT subscription, key FROM processed_messages
+    WHERE dead_letter_topic IS NOT NULL AND finished_at <= now() - make_interval(secs => $1)
+      AND (dead_letter_due IS NULL OR dead_letter_due <= now())
+      AND ($3::text IS NULL OR worker = $3) AND dead_letter_topic <> ALL ($4)
+    ORDER BY finished_at
+    LIMIT $2
+    FOR UPDATE SKIP LOCKED
+), given AS (
+    UPDATE processed_messages SET dead_letter_due = now() + make_interval(secs => $5)
+    FROM due
+    WHERE processed_messages.subscription = due.subscription
+      AND processed_messages.key = due.key
+    RETURNING processed_messages.*
+)
 SELECT job_id, subscription, key, message_id, publish_time, ordering_key, attributes::text,
        payload, task, attempts, reason, error, dead_letter_topic
-FROM processed_messages
-WHERE dead_letter_topic IS NOT NULL AND finished_at <= now() - make_interval(secs => $1)
-  AND ($3::text IS NULL OR worker = $3) AND dead_letter_topic <> ALL ($4)
-ORDER BY finished_at
-LIMIT $2";
+FROM given
+ORDER BY finished_at";
 
 pub(super) async fn dead_letters(
     pool: &PgPool,
@@ -25,6 +39,7 @@ pub(super) async fn dead_letters(
         .bind(i64::from(due.limit))
         .bind(due.worker.as_deref())
         .bind(&due.not_to)
+        .bind(due.time_to_publish.as_secs_f64())
         .fetch_all(pool)
         .await?;
     rows.iter().map(read_dead_letter).collect()
@@ -53,7 +68,7 @@ fn read_dead_letter(row: &PgRow) -> Result<DeadLetter, StoreError> {
 /// Nothing, where the job was retried meanwhile.
 const DEAD_LETTER_SETTLED: &str = "
 WITH settled AS (
-    UPDATE processed_messages SET dead_letter_topic = NULL
+    UPDATE processed_messages SET dead_letter_topic = NULL, dead_letter_due = NULL
     WHERE job_id = $1 AND state = 'dead' AND dead_letter_topic = $2
     RETURNING subscription, key
 )

@@ -127,12 +127,13 @@ async fn ended_earlier(pool: &PgPool, finishes: &[Finish]) -> Result<Vec<Uuid>, 
 }
 
 /// From now on the job waits in the table: for no longer than it must, or for
-/// its next attempt.
+/// its next attempt. One that is to be cancelled need not wait for that.
 const RELEASE: &str = "
 WITH released AS (
     UPDATE leases
     SET token = NULL, interruptions = interruptions + $5,
-        lease_until = now() + make_interval(secs => $6), last_error = coalesce($7, last_error),
+        lease_until = now() + make_interval(secs => CASE WHEN cancel_requested THEN 0 ELSE $6 END),
+        last_error = coalesce($7, last_error),
         checkpoint = coalesce($8, checkpoint)
     WHERE subscription = $1 AND key = $2 AND attempt = $3 AND token = $4
     RETURNING subscription, key, worker, attempt

@@ -21,14 +21,53 @@ FROM leases JOIN processed_messages USING (subscription, key)
 WHERE leases.lease_until + make_interval(
           secs => CASE WHEN leases.token IS NULL THEN 0 ELSE leases.reap_delay END) <= now()
   AND leases.subscription = ANY ($1) AND processed_messages.task = ANY ($2)
-  AND (leases.ordering_key IS NULL OR NOT EXISTS (
-          SELECT 1 FROM leases earlier
-          WHERE earlier.subscription = leases.subscription
-            AND earlier.ordering_key = leases.ordering_key
-            AND earlier.position < leases.position))
+  AND (leases.ordering_key IS NULL OR leases.position = (
+          SELECT min(head.position) FROM leases head
+          WHERE head.subscription = leases.subscription
+            AND head.ordering_key = leases.ordering_key))
 ORDER BY leases.lease_until, leases.position
 LIMIT $3
 FOR UPDATE OF leases SKIP LOCKED";
+
+/// As [`FIND_ORPHANS`], without a lock: most sweeps find nothing.
+const COUNT_DUE: &str = "
+SELECT count(*) FROM (
+    SELECT FROM leases JOIN processed_messages USING (subscription, key)
+    WHERE leases.lease_until + make_interval(
+              secs => CASE WHEN leases.token IS NULL THEN 0 ELSE leases.reap_delay END) <= now()
+      AND leases.subscription = ANY ($1) AND processed_messages.task = ANY ($2)
+      AND (leases.ordering_key IS NULL OR leases.position = (
+              SELECT min(head.position) FROM leases head
+              WHERE head.subscription = leases.subscription
+                AND head.ordering_key = leases.ordering_key))
+    LIMIT $3) AS due";
+
+pub(super) async fn due(pool: &PgPool, reach: &Reach, limit: usize) -> Result<usize, StoreError> {
+    let count: i64 = sqlx::query_scalar(COUNT_DUE)
+        .bind(reach.subscriptions.keys().collect::<Vec<_>>())
+        .bind(reach.tasks.keys().collect::<Vec<_>>())
+        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+        .fetch_one(pool)
+        .await?;
+    Ok(usize::try_from(count).unwrap_or_default())
+}
+
+const KNOW: &str = "
+UPDATE leases SET unknown_since = NULL
+FROM processed_messages
+WHERE leases.unknown_since IS NOT NULL
+  AND processed_messages.subscription = leases.subscription
+  AND processed_messages.key = leases.key
+  AND leases.subscription = ANY ($1) AND processed_messages.task = ANY ($2)";
+
+pub(super) async fn know(pool: &PgPool, reach: &Reach) -> Result<(), StoreError> {
+    sqlx::query(KNOW)
+        .bind(reach.subscriptions.keys().collect::<Vec<_>>())
+        .bind(reach.tasks.keys().collect::<Vec<_>>())
+        .execute(pool)
+        .await?;
+    Ok(())
+}
 
 pub(super) async fn reap(
     pool: &PgPool,
@@ -60,7 +99,10 @@ pub(super) async fn reap(
             Ok(Taker {
                 key,
                 token: Uuid::new_v4(),
-                reap_delay: row.try_get("reap_delay")?,
+                reap_delay: match reach.acked_when_claimed(row.try_get("task")?) {
+                    true => 0.0,
+                    false => row.try_get("reap_delay")?,
+                },
                 limits: reach.limits(&key.subscription, row.try_get("task")?),
             })
         })

@@ -98,15 +98,16 @@ SELECT CASE WHEN ordering_key <> '' THEN
 FROM processed_messages WHERE job_id = $1
 FOR UPDATE";
 
-/// The fence goes on growing from where the ended job left it; what was tried
-/// before does not count against the task's attempts.
+/// The fence goes on growing from where the ended job left it, which those that
+/// an earlier version ended have in the ledger only. What was tried before does
+/// not count against the task's attempts.
 const RETRY: &str = "
 WITH job AS (
     SELECT * FROM processed_messages WHERE job_id = $1
 ), reopened AS (
     UPDATE processed_messages
     SET state = 'open', finished_at = NULL, finished_by = NULL, error = NULL, reason = NULL,
-        result = NULL, dead_letter_topic = NULL
+        result = NULL, dead_letter_topic = NULL, dead_letter_due = NULL
     FROM job
     WHERE processed_messages.subscription = job.subscription
       AND processed_messages.key = job.key
@@ -115,9 +116,13 @@ WITH job AS (
 ), queued AS (
     INSERT INTO leases (subscription, key, ordering_key, attempt, interruptions, lease_until,
                         checkpoint, worker, started_at)
-    SELECT subscription, key, nullif(ordering_key, ''), last_attempt, last_attempt, now(),
+    SELECT subscription, key, nullif(ordering_key, ''), fence.attempt, fence.attempt, now(),
            checkpoint, worker, started_at
-    FROM reopened
+    FROM reopened CROSS JOIN LATERAL (
+        SELECT greatest(reopened.last_attempt, reopened.attempts, max(ledger.attempt)) AS attempt
+        FROM ledger
+        WHERE ledger.subscription = reopened.subscription AND ledger.key = reopened.key
+    ) AS fence
 ), hurried AS (
     UPDATE leases SET lease_until = now()
     FROM job

@@ -11,7 +11,9 @@ use crate::job::{AttemptRecord, Fence, Told};
 const KEEP_ATTEMPT: &str = "
 INSERT INTO attempts (subscription, key, attempt, worker, ended_at, outcome, log, series)
 VALUES ($1, $2, $3, $4, CAST(unixepoch('subsec') * 1000 AS INTEGER), $5, $6, $7)
-ON CONFLICT (subscription, key, attempt) DO NOTHING";
+ON CONFLICT (subscription, key, attempt) DO UPDATE
+SET ended_at = excluded.ended_at, outcome = excluded.outcome, log = excluded.log,
+    series = excluded.series";
 
 pub(super) async fn keep_attempt(
     pool: &SqlitePool,

@@ -219,11 +219,10 @@ SELECT token IS $3 AS mine, token IS NOT NULL AND token <> $3 AS crashed, crashe
 FROM leases
 WHERE subscription = $1 AND key = $2
   AND (token = $3 OR lease_until <= CAST(unixepoch('subsec') * 1000 AS INTEGER))
-  AND (ordering_key IS NULL OR NOT EXISTS (
-          SELECT 1 FROM leases earlier
-          WHERE earlier.subscription = leases.subscription
-            AND earlier.ordering_key = leases.ordering_key
-            AND earlier.position < leases.position))";
+  AND (ordering_key IS NULL OR position = (
+          SELECT min(head.position) FROM leases head
+          WHERE head.subscription = leases.subscription
+            AND head.ordering_key = leases.ordering_key))";
 
 const TAKE_OVER: &str = "
 UPDATE leases

@@ -15,24 +15,47 @@ SELECT job_id, subscription, key, message_id, publish_time, ordering_key, attrib
        task, attempts, reason, error, dead_letter_topic
 FROM processed_messages
 WHERE dead_letter_topic IS NOT NULL
+  AND (dead_letter_due IS NULL
+       OR dead_letter_due <= CAST(unixepoch('subsec') * 1000 AS INTEGER))
   AND finished_at <= CAST(unixepoch('subsec') * 1000 AS INTEGER) - $1
   AND ($3 IS NULL OR worker = $3)
   AND dead_letter_topic NOT IN (SELECT value FROM json_each($4))
 ORDER BY finished_at
 LIMIT $2";
 
+/// What one worker has been given no other gets for a while, so that each is
+/// published once where nothing goes wrong.
+const GIVE: &str = "
+UPDATE processed_messages
+SET dead_letter_due = CAST(unixepoch('subsec') * 1000 AS INTEGER) + $2
+WHERE job_id = $1";
+
 pub(super) async fn dead_letters(
     pool: &SqlitePool,
     due: &DeadLettersDue,
 ) -> Result<Vec<DeadLetter>, StoreError> {
+    let mut connection = pool.acquire().await?;
+    let mut transaction = connection.begin_with(BEGIN).await?;
     let rows = sqlx::query(DEAD_LETTERS)
         .bind(milliseconds(due.at_least))
         .bind(due.limit)
         .bind(due.worker.as_deref())
         .bind(json_text(&due.not_to)?)
-        .fetch_all(pool)
+        .fetch_all(&mut *transaction)
         .await?;
-    rows.iter().map(read_dead_letter).collect()
+    let letters = rows
+        .iter()
+        .map(read_dead_letter)
+        .collect::<Result<Vec<DeadLetter>, StoreError>>()?;
+    for letter in &letters {
+        sqlx::query(GIVE)
+            .bind(letter.job_id)
+            .bind(milliseconds(due.time_to_publish))
+            .execute(&mut *transaction)
+            .await?;
+    }
+    transaction.commit().await?;
+    Ok(letters)
 }
 
 fn read_dead_letter(row: &SqliteRow) -> Result<DeadLetter, StoreError> {
@@ -57,7 +80,7 @@ fn read_dead_letter(row: &SqliteRow) -> Result<DeadLetter, StoreError> {
 
 /// Nothing, where the job was retried meanwhile.
 const DEAD_LETTER_SETTLED: &str = "
-UPDATE processed_messages SET dead_letter_topic = NULL
+UPDATE processed_messages SET dead_letter_topic = NULL, dead_letter_due = NULL
 WHERE job_id = $1 AND state = 'dead' AND dead_letter_topic = $2";
 
 pub(super) async fn dead_letter_settled(

@@ -99,11 +99,12 @@ async fn was_ended_by(
 }
 
 /// From now on the job waits in the table: for no longer than it must, or for
-/// its next attempt.
+/// its next attempt. One that is to be cancelled need not wait for that.
 const RELEASE: &str = "
 UPDATE leases
 SET token = NULL, interruptions = interruptions + $5,
-    lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER) + $6,
+    lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER)
+                  + CASE WHEN cancel_requested THEN 0 ELSE $6 END,
     last_error = coalesce($7, last_error), checkpoint = coalesce($8, checkpoint)
 WHERE subscription = $1 AND key = $2 AND attempt = $3 AND token = $4
 RETURNING worker";

@@ -20,11 +20,10 @@ WHERE leases.lease_until + CASE WHEN leases.token IS NULL THEN 0 ELSE leases.rea
           <= CAST(unixepoch('subsec') * 1000 AS INTEGER)
   AND leases.subscription IN (SELECT value FROM json_each($1))
   AND m.task IN (SELECT value FROM json_each($2))
-  AND (leases.ordering_key IS NULL OR NOT EXISTS (
-          SELECT 1 FROM leases earlier
-          WHERE earlier.subscription = leases.subscription
-            AND earlier.ordering_key = leases.ordering_key
-            AND earlier.position < leases.position))
+  AND (leases.ordering_key IS NULL OR leases.position = (
+          SELECT min(head.position) FROM leases head
+          WHERE head.subscription = leases.subscription
+            AND head.ordering_key = leases.ordering_key))
 ORDER BY leases.lease_until, leases.position
 LIMIT $3";
 
@@ -42,6 +41,38 @@ async fn find(
     Ok(found)
 }
 
+pub(super) async fn due(
+    pool: &SqlitePool,
+    reach: &Reach,
+    limit: usize,
+) -> Result<usize, StoreError> {
+    let mut connection = pool.acquire().await?;
+    Ok(find(&mut connection, reach, limit).await?.len())
+}
+
+const UNKNOWN: &str = "SELECT EXISTS (SELECT 1 FROM leases WHERE unknown_since IS NOT NULL)";
+
+const KNOW: &str = "
+UPDATE leases SET unknown_since = NULL
+WHERE unknown_since IS NOT NULL
+  AND subscription IN (SELECT value FROM json_each($1))
+  AND (SELECT task FROM processed_messages m
+       WHERE m.subscription = leases.subscription AND m.key = leases.key)
+      IN (SELECT value FROM json_each($2))";
+
+pub(super) async fn know(pool: &SqlitePool, reach: &Reach) -> Result<(), StoreError> {
+    // As a rule there is nothing to write, and no need for the only writer's place.
+    if !sqlx::query_scalar(UNKNOWN).fetch_one(pool).await? {
+        return Ok(());
+    }
+    sqlx::query(KNOW)
+        .bind(json_text(&reach.subscriptions.keys().collect::<Vec<_>>())?)
+        .bind(json_text(&reach.tasks.keys().collect::<Vec<_>>())?)
+        .execute(pool)
+        .await?;
+    Ok(())
+}
+
 pub(super) async fn reap(
     pool: &SqlitePool,
     reach: &Reach,
@@ -50,10 +81,6 @@ pub(super) async fn reap(
 ) -> Result<Vec<Reaped>, StoreError> {
     let claimed_at = Instant::now();
     let mut connection = pool.acquire().await?;
-    // Most sweeps find nothing, and need not have kept writers waiting.
-    if find(&mut connection, reach, limit).await?.is_empty() {
-        return Ok(Vec::new());
-    }
     let mut transaction = connection.begin_with(BEGIN).await?;
     let found = find(&mut transaction, reach, limit).await?;
     let mut reaped = Vec::with_capacity(found.len());
@@ -62,7 +89,10 @@ pub(super) async fn reap(
         let taker = Taker {
             key: &key,
             token: Uuid::new_v4(),
-            reap_delay: row.try_get("reap_delay")?,
+            reap_delay: match reach.acked_when_claimed(row.try_get("task")?) {
+                true => 0,
+                false => row.try_get("reap_delay")?,
+            },
             limits: reach.limits(&key.subscription, row.try_get("task")?),
         };
         let Some(won) = take_over(&mut transaction, &taker, terms).await? else {

@@ -77,23 +77,29 @@ pub(super) async fn cancel(
     Ok(Some(answer))
 }
 
-/// The fence goes on growing from where the ended job left it; what was tried
-/// before does not count against the task's attempts.
+/// The fence goes on growing from where the ended job left it, which those that
+/// an earlier version ended have in the ledger only. What was tried before does
+/// not count against the task's attempts.
 const QUEUE: &str = "
 INSERT INTO leases (subscription, key, ordering_key, position, attempt, interruptions,
                     lease_until, checkpoint, worker, started_at)
 SELECT m.subscription, m.key, nullif(m.ordering_key, ''),
        (SELECT coalesce(max(position), 0) + 1 FROM leases
         WHERE leases.subscription = m.subscription AND leases.ordering_key = m.ordering_key),
-       m.last_attempt, m.last_attempt, CAST(unixepoch('subsec') * 1000 AS INTEGER), m.checkpoint,
+       fence.attempt, fence.attempt, CAST(unixepoch('subsec') * 1000 AS INTEGER), m.checkpoint,
        m.worker, m.started_at
 FROM processed_messages m
+JOIN (SELECT coalesce(max(attempt), 0) AS attempt FROM (
+          SELECT attempt FROM ledger WHERE subscription = $1 AND key = $2
+          UNION ALL
+          SELECT max(last_attempt, attempts) FROM processed_messages
+          WHERE subscription = $1 AND key = $2)) AS fence
 WHERE m.subscription = $1 AND m.key = $2";
 
 const REOPEN: &str = "
 UPDATE processed_messages
 SET state = 'open', finished_at = NULL, finished_by = NULL, error = NULL, reason = NULL,
-    result = NULL, dead_letter_topic = NULL
+    result = NULL, dead_letter_topic = NULL, dead_letter_due = NULL
 WHERE subscription = $1 AND key = $2";
 
 const HURRY: &str = "

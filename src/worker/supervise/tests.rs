@@ -63,6 +63,12 @@ impl Store for Renewing {
     async fn look(&self, _: &JobKey) -> Result<Standing, StoreError> {
         unreachable!()
     }
+    async fn due(&self, _: &Reach, _: usize) -> Result<usize, StoreError> {
+        unreachable!()
+    }
+    async fn know(&self, _: &Reach) -> Result<(), StoreError> {
+        unreachable!()
+    }
     async fn reap(&self, _: &Reach, _: &ClaimTerms, _: usize) -> Result<Vec<Reaped>, StoreError> {
         unreachable!()
     }

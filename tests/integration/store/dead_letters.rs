@@ -26,6 +26,7 @@ on_both_databases!(
     a_refused_duplicate_is_not_to_be_published,
     a_message_that_is_given_up_is_to_be_published,
     a_worker_asks_for_its_own,
+    what_one_worker_publishes_no_other_is_given,
     anybodys_are_those_that_have_waited,
     dead_letters_come_earliest_first_and_no_more_than_asked_for,
     dead_letters_to_some_topics_can_be_passed_over,
@@ -332,4 +333,20 @@ async fn a_job_that_dies_again_leaves_another_dead_letter(database: Database) {
     let letter = the_letter(&store).await;
     assert_eq!(letter.error.as_deref(), Some("still broken"));
     assert_eq!(letter.attempts, 1);
+}
+
+async fn what_one_worker_publishes_no_other_is_given(database: Database) {
+    let store = database.open_migrated().await;
+    for key in ["1", "2", "3"] {
+        let dead = refused(key);
+        store.refuse(&dead).await.unwrap();
+    }
+    let for_a_minute = DeadLettersDue {
+        time_to_publish: LONG,
+        limit: 2,
+        ..due()
+    };
+    assert_eq!(store.dead_letters(&for_a_minute).await.unwrap().len(), 2);
+    assert_eq!(store.dead_letters(&for_a_minute).await.unwrap().len(), 1);
+    assert_eq!(store.dead_letters(&for_a_minute).await.unwrap().len(), 0);
 }

@@ -9,7 +9,7 @@ use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acquired, failed, finish, interrupted, job_of, kinds, letters, pass_the_lease,
-    request, send, story_of, succeeded, terms,
+    request, send, story_of, succeeded, task_terms, terms,
 };
 
 on_both_databases!(
@@ -79,7 +79,7 @@ async fn a_reaper_parks_a_job_by_the_limits_of_its_reach(database: Database) {
     let last = crash(&store, request).await;
     let reach = |max_attempts, topic: Option<&str>| Reach {
         subscriptions: [("s".to_owned(), topic.map(Into::into))].into(),
-        tasks: [("train".to_owned(), max_attempts)].into(),
+        tasks: [("train".to_owned(), task_terms(max_attempts))].into(),
     };
     let reap = async |reach: Reach| store.reap(&reach, &many_crashes(), 10).await.unwrap();
     // Attempts are left by what this one allows.

@@ -81,7 +81,8 @@ impl Known {
 
     pub fn wait(&mut self, is_due: bool) {
         self.holder = None;
-        self.is_due = is_due;
+        // One that is to be cancelled need not wait for its next attempt.
+        self.is_due = is_due || self.cancel_requested;
     }
 
     /// As a new job, but for its fence and its work so far.

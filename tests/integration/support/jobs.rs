@@ -13,7 +13,7 @@ use trainyard::job::{
 use trainyard::message::Message;
 use trainyard::outcome::{DeadReason, Ending};
 use trainyard::store::{
-    ClaimTerms, DeadLettersDue, Finish, Reach, Refusal, Release, Released, Store,
+    ClaimTerms, DeadLettersDue, Finish, Reach, Refusal, Release, Released, Store, TaskTerms,
 };
 use uuid::Uuid;
 
@@ -79,11 +79,19 @@ pub fn interrupted(fence: &Fence) -> Release {
     }
 }
 
+/// A task whose messages are acked after the run.
+pub fn task_terms(max_attempts: u32) -> TaskTerms {
+    TaskTerms {
+        max_attempts,
+        acked_when_claimed: false,
+    }
+}
+
 /// A worker that could run `train` from subscription `s`.
 pub fn reach() -> Reach {
     Reach {
         subscriptions: BTreeMap::from([("s".to_owned(), None)]),
-        tasks: BTreeMap::from([("train".to_owned(), 100)]),
+        tasks: BTreeMap::from([("train".to_owned(), task_terms(100))]),
     }
 }
 
@@ -209,6 +217,7 @@ pub fn due() -> DeadLettersDue {
         worker: None,
         at_least: ENDED,
         not_to: Vec::new(),
+        time_to_publish: ENDED,
         limit: 100,
     }
 }

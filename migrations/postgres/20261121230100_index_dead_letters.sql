@@ -1,0 +1,3 @@
+-- By itself, so that no lease waits while the whole table is read.
+CREATE INDEX processed_messages_dead_letters ON processed_messages (finished_at)
+    WHERE dead_letter_topic IS NOT NULL;
