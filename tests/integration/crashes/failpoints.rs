@@ -18,8 +18,9 @@ use super::checker::violations;
 use super::{FAST, SUBSCRIPTION, Scene, Settings};
 use crate::support::broker::Broker;
 use crate::support::database::Database;
-use crate::support::seeded;
+use crate::support::runs::RunEvent;
 use crate::support::worker::{Death, WorkerProcess};
+use crate::support::{eventually, seeded};
 
 const MESSAGES: usize = 6;
 /// With `after_checkpoint` the others have none, and are acked at their end.
@@ -28,7 +29,9 @@ const CHECKPOINTED: usize = 3;
 const ROUNDS: usize = 3;
 /// They mostly wait, for leases and ack deadlines to end; but each takes a few
 /// connections of the one server.
-static SCENES_AT_A_TIME: Semaphore = Semaphore::const_new(36);
+static SCENES_AT_A_TIME: Semaphore = Semaphore::const_new(40);
+/// New databases are work.
+static SET_UP_AT_A_TIME: Semaphore = Semaphore::const_new(3);
 const SIGABRT: i32 = 6;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -48,18 +51,18 @@ async fn after_run_survives_a_death_at_each_step() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_steps_between_two_writes_are_survived_on_sqlite() {
-    let scenes = CORE.map(|(ack, step)| {
+    let scenes = CORE.into_iter().map(|(ack, step)| {
         let places = async || Some((Broker::builtin().await?, Database::sqlite().await?));
-        play(Plan::first(ack, step), places())
+        play(Plan::first(ack, step), places()).boxed_local()
     });
     all_end_well(scenes).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_steps_between_two_writes_are_survived_on_googles_emulator() {
-    let scenes = CORE.map(|(ack, step)| {
+    let scenes = CORE.into_iter().map(|(ack, step)| {
         let places = async || Some((Broker::google().await?, Database::postgres().await?));
-        play(Plan::first(ack, step), places())
+        play(Plan::first(ack, step), places()).boxed_local()
     });
     all_end_well(scenes).await;
 }
@@ -147,7 +150,7 @@ async fn every_step_is_survived(ack: &'static str) {
     }
     let scenes = plans.into_iter().map(|plan| {
         let places = async || Some((Broker::builtin().await?, Database::postgres().await?));
-        play(plan, places())
+        play(plan, places()).boxed_local()
     });
     all_end_well(scenes).await;
 }
@@ -174,6 +177,7 @@ impl Drop for Narrator {
 async fn play(plan: Plan, places: impl Future<Output = Option<(Broker, Database)>>) {
     let _place = SCENES_AT_A_TIME.acquire().await.unwrap();
     let _narrator = Narrator(plan);
+    let setting_up = SET_UP_AT_A_TIME.acquire().await.unwrap();
     let Some((broker, database)) = places.await else {
         return;
     };
@@ -184,6 +188,7 @@ async fn play(plan: Plan, places: impl Future<Output = Option<(Broker, Database)
         ..FAST
     };
     let scene = Scene::set(broker, &database, &database, &settings).await;
+    drop(setting_up);
     let published = scene.publish_all(requests(&scene, plan.ack)).await;
     let failpoint = format!("{}@{}", plan.step.as_str(), plan.nth);
     let environment = [("TRAINYARD_FAILPOINT", failpoint.as_str())];
@@ -225,7 +230,7 @@ async fn dies_and_is_replaced(
     (0..MESSAGES).for_each(|number| scene.runs.release(&number.to_string()));
 
     let heir = scene.yard.start_worker("heir");
-    let jobs = scene.all_succeed(MESSAGES).await;
+    let jobs = all_succeed(scene).await;
     if scene.broker.builtin.is_some() {
         scene.nothing_is_left_to_deliver().await;
     }
@@ -240,12 +245,23 @@ async fn dies_and_is_replaced(
 }
 
 async fn lives(scene: &Scene, published: &[String], mut worker: WorkerProcess) {
-    let jobs = scene.all_succeed(MESSAGES).await;
+    let jobs = all_succeed(scene).await;
     scene.nothing_is_left_to_deliver().await;
     check(scene, &jobs, published, &[]).await;
     assert!(jobs.iter().all(|job| job.attempts == 1), "{jobs:#?}");
     assert!(worker.is_alive());
     assert!(worker.stop().await.success());
+}
+
+/// So many scenes had better look at the runs' log than at the tables.
+async fn all_succeed(scene: &Scene) -> Vec<Job> {
+    eventually("every job has come to an end", async || {
+        let ends = scene.runs.of(RunEvent::End);
+        let jobs: BTreeSet<Uuid> = ends.iter().map(|end| end.job).collect();
+        (jobs.len() == MESSAGES).then_some(())
+    })
+    .await;
+    scene.all_succeed(MESSAGES).await
 }
 
 /// A run that ended before its early ack would not pass the steps around it.
