@@ -44,6 +44,16 @@ async fn the_exit_code_is_the_outcome() {
 }
 
 #[tokio::test]
+async fn orphans_that_end_all_the_time_do_not_hide_how_the_command_ended() {
+    let place = Place::new();
+    for _ in 0..20 {
+        let script = "for i in $(seq 300); do (true &); done; exit 0";
+        let outcome = run(place.script(script)).await;
+        assert_eq!(outcome, Outcome::Succeeded(Value::Null));
+    }
+}
+
+#[tokio::test]
 async fn a_signal_from_outside_is_a_transient_failure_that_names_it() {
     let place = Place::new();
     let (error, permanent) = failure(run(place.script("kill -KILL $$")).await);

@@ -73,7 +73,7 @@ fn keep() -> io::Result<()> {
     }
     family::wait_for(leader);
     let expired = group.close();
-    let exit = family::sweep(leader)?;
+    let exit = family::sweep(leader);
     begun?;
     // A daemon that is gone need not know.
     let _ = say(&mut lifeline, &Word::Ended(Exit { expired, ..exit }));
