@@ -7,7 +7,7 @@ mod leftovers;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -132,7 +132,7 @@ impl Kept {
 fn spawn(keeper: Option<&Path>, lifeline: StdUnixStream) -> io::Result<Child> {
     let program = match keeper {
         Some(program) => program.to_owned(),
-        None => this_program()?,
+        None => lifeline::this_program()?,
     };
     let mut command = Command::new(program);
     command
@@ -147,15 +147,6 @@ fn spawn(keeper: Option<&Path>, lifeline: StdUnixStream) -> io::Result<Child> {
         command.env("LD_LIBRARY_PATH", libraries);
     }
     command.spawn()
-}
-
-/// On Linux this is the program that runs, even when its file has been replaced
-/// by a newer one.
-fn this_program() -> io::Result<PathBuf> {
-    match cfg!(target_os = "linux") {
-        true => Ok(PathBuf::from("/proc/self/exe")),
-        false => std::env::current_exe(),
-    }
 }
 
 /// Waits for the keeper's end. A keeper that was ended itself could not end

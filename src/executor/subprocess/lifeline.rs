@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 /// Set for a process that is to be a keeper.
 pub(super) const MARK: &str = "TRAINYARD_KEEPER";
 
+/// Set for a process that is to become a command: its keeper's process id.
+pub(super) const LAUNCHER_MARK: &str = "TRAINYARD_LAUNCHER";
+
 /// The first line to the keeper: what to run. The payload's bytes follow it.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Spec {
@@ -103,4 +106,13 @@ pub(super) fn line(message: &impl Serialize) -> std::io::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
     Ok(line)
+}
+
+/// On Linux this is the program that runs, even when its file has been replaced
+/// by a newer one.
+pub(super) fn this_program() -> std::io::Result<PathBuf> {
+    match cfg!(target_os = "linux") {
+        true => Ok(PathBuf::from("/proc/self/exe")),
+        false => std::env::current_exe(),
+    }
 }
