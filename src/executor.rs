@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::devices::DeviceSet;
 use crate::job::Fence;
 use crate::message::Payload;
 use crate::outcome::Outcome;
@@ -34,8 +35,9 @@ pub struct Attempt {
     pub checkpoint: Option<Checkpoint>,
     /// When the task's timeout will stop the run, for the run to know.
     pub deadline: Option<DateTime<Utc>>,
-    /// The GPUs that are the run's own, as `CUDA_VISIBLE_DEVICES` names them.
-    pub devices: Vec<String>,
+    /// The GPUs that are the run's own. They come free for others when the last
+    /// copy of this goes, so it is kept until nothing of the run is left.
+    pub devices: Option<Arc<DeviceSet>>,
     pub reports: Reports,
     /// Until when the run may go on without another word: the lease less a
     /// margin, by this process's clock. Grows with every renewal.
@@ -45,6 +47,12 @@ pub struct Attempt {
 }
 
 impl Attempt {
+    /// The run's GPUs, as `CUDA_VISIBLE_DEVICES` names them.
+    #[must_use]
+    pub fn device_names(&self) -> &[String] {
+        self.devices.as_ref().map_or(&[], |set| set.names())
+    }
+
     /// An attempt with nothing special about it, for tests of executors.
     #[cfg(test)]
     pub(crate) fn of(payload: serde_json::Value) -> Self {
@@ -61,7 +69,7 @@ impl Attempt {
             payload: Arc::new(payload.as_object().cloned().unwrap_or_default()),
             checkpoint: None,
             deadline: None,
-            devices: Vec::new(),
+            devices: None,
             reports: Reports::default(),
             valid_until: watch::channel(far).1,
             stop: CancellationToken::new(),

@@ -88,9 +88,9 @@ pub struct ConfiguredTask {
     pub executor: Arc<dyn Executor>,
 }
 
-/// A command is killed when its stop grace is over; its end is told a little
-/// later.
-const LAST_NEWS: Duration = Duration::from_secs(1);
+/// A command is killed when its stop grace is over. Its executor gives its
+/// keeper a little longer, and is to have the last word.
+const LAST_NEWS: Duration = Duration::from_secs(6);
 
 impl ConfiguredTask {
     /// How long a run that is asked to stop is waited for.

@@ -145,7 +145,8 @@ impl Subprocess {
                 };
             }
         };
-        let started = Kept::start(self.settings.keeper.as_deref(), fence(&attempt));
+        let keeper = self.settings.keeper.as_deref();
+        let started = Kept::start(keeper, fence(&attempt), attempt.devices.clone());
         let (mut kept, stdout, stderr) = match started {
             Ok(started) => started,
             Err(error) => return Outcome::failed(format!("cannot start a keeper: {error}")),
@@ -161,7 +162,10 @@ impl Subprocess {
             Ok(Word::Started(_)) => self.follow(&mut kept, attempt, &output).await,
             Err(error) => End::Unknown(error),
         };
-        kept.close().await;
+        match end {
+            End::Unknown(_) => kept.end().await,
+            _ => kept.close().await,
+        }
         if timeout(LAST_OUTPUT, reading).await.is_err() {
             warn!("something else holds the run's output open; it is read no further");
         }

@@ -16,6 +16,7 @@ use super::process::Processor;
 use super::slots::Slot;
 use super::supervise::supervise;
 use crate::config::AckTiming;
+use crate::devices::DeviceSet;
 use crate::executor::Attempt;
 use crate::failpoint::{self, Step};
 use crate::job::{Acquired, Fence, NoteKind, Told};
@@ -38,7 +39,7 @@ pub(super) struct Assignment<'a> {
     pub(super) payload: Payload,
     pub(super) acquired: Acquired,
     /// The GPUs that it has to itself.
-    pub(super) devices: Vec<String>,
+    pub(super) devices: Option<Arc<DeviceSet>>,
 }
 
 /// What the broker is told once the run has ended.
@@ -331,7 +332,7 @@ fn attempt_of(
         deadline: timeout
             .and_then(Result::ok)
             .and_then(|timeout| Utc::now().checked_add_signed(timeout)),
-        devices: Vec::new(),
+        devices: None,
         reports,
         valid_until: lease.validity(),
         stop: CancellationToken::new(),

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::process::Command;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
+use trainyard::devices::Devices;
 use trainyard::executor::Attempt;
 use trainyard::outcome::Outcome;
 use trainyard::report::Progress;
@@ -124,11 +126,12 @@ async fn a_payload_larger_than_any_pipe_arrives_whole() {
 #[tokio::test]
 async fn the_environment_is_the_allow_list_the_tasks_and_the_attempts() {
     let place = Place::new();
+    let devices = Devices::new(["GPU-1", "GPU-2"].map(str::to_owned).to_vec());
     let attempt = Attempt {
         checkpoint: Some("gs://b/1".into()),
         message_id: "12\u{0}34".into(),
         deadline: chrono::DateTime::from_timestamp(1_700_000_000, 0),
-        devices: vec!["GPU-1".to_owned(), "GPU-2".to_owned()],
+        devices: devices.take(2).map(Arc::new),
         ..attempt(json!({}))
     };
     let fence = format!("2.{}", attempt.fence.token);

@@ -78,7 +78,7 @@ pub fn attempt(payload: Value) -> Attempt {
         payload: Arc::new(payload.as_object().cloned().unwrap()),
         checkpoint: None,
         deadline: None,
-        devices: Vec::new(),
+        devices: None,
         reports: Reports::default(),
         valid_until: watch::channel(far).1,
         stop: CancellationToken::new(),

@@ -60,7 +60,10 @@ pub(super) fn environment(
             attempt.checkpoint.as_deref().map(str::to_owned),
         ),
         ("TRAINYARD_DEADLINE", deadline),
-        ("CUDA_VISIBLE_DEVICES", Some(attempt.devices.join(","))),
+        (
+            "CUDA_VISIBLE_DEVICES",
+            Some(attempt.device_names().join(",")),
+        ),
     ];
     for (name, value) in told {
         match value {
@@ -94,9 +97,12 @@ fn without_nul(value: OsString) -> OsString {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use serde_json::json;
 
     use super::*;
+    use crate::devices::Devices;
 
     fn variables(attempt: &Attempt, task: &[(&str, &str)]) -> BTreeMap<String, String> {
         let own = [
@@ -144,9 +150,10 @@ mod tests {
 
     #[test]
     fn the_task_wins_over_what_is_inherited_and_the_attempt_over_the_task() {
+        let devices = Devices::new(["GPU-1", "GPU-2"].map(str::to_owned).to_vec());
         let attempt = Attempt {
             checkpoint: Some("gs://b/c".into()),
-            devices: vec!["GPU-1".to_owned(), "GPU-2".to_owned()],
+            devices: devices.take(2).map(Arc::new),
             deadline: chrono::DateTime::from_timestamp_millis(1_700_000_000_000),
             ..Attempt::of(json!({}))
         };
