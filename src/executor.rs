@@ -6,6 +6,7 @@ pub mod subprocess;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -31,6 +32,8 @@ pub struct Attempt {
     /// The message that asked for the job first.
     pub message_id: Arc<str>,
     pub payload: Arc<Payload>,
+    /// The same as the publisher wrote it.
+    pub data: Bytes,
     /// Where an earlier attempt left off.
     pub checkpoint: Option<Checkpoint>,
     /// When the task's timeout will stop the run, for the run to know.
@@ -66,6 +69,7 @@ impl Attempt {
                 token: Uuid::nil(),
             },
             message_id: "1".into(),
+            data: payload.to_string().into(),
             payload: Arc::new(payload.as_object().cloned().unwrap_or_default()),
             checkpoint: None,
             deadline: None,
@@ -84,4 +88,8 @@ pub trait Executor: Send + Sync + 'static {
     /// to stop, if it was, the caller knows. Dropping the future abandons the
     /// run at once.
     async fn execute(&self, attempt: Attempt) -> Outcome;
+
+    /// The job has ended: what was kept on this machine for its next attempt
+    /// can go.
+    async fn forget(&self, _job_id: Uuid) {}
 }

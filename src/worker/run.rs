@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use chrono::{TimeDelta, Utc};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -37,6 +38,8 @@ pub(super) struct Assignment<'a> {
     pub(super) is_ordered: bool,
     pub(super) task: &'a Arc<ConfiguredTask>,
     pub(super) payload: Payload,
+    /// The message's, which the payload is read from.
+    pub(super) data: Bytes,
     pub(super) acquired: Acquired,
     /// The GPUs that it has to itself.
     pub(super) devices: Option<Arc<DeviceSet>>,
@@ -106,6 +109,7 @@ impl Processor {
         let (task, is_ordered) = (Arc::clone(assignment.task), assignment.is_ordered);
         let attempts = assignment.acquired.counted_attempts;
         let fence = assignment.acquired.fence.clone();
+        let job_id = assignment.acquired.job_id;
         let reports = Reports::default();
         let (checkpoints, told) = (reports.watch_checkpoint(), reports.clone());
         let outcome = match assignment.acquired.cancel_requested {
@@ -138,6 +142,10 @@ impl Processor {
             retry_in,
         };
         self.events.tell(&id, ended);
+        // That is said only of a job that has ended.
+        if matches!(settling, Settling::Ack) {
+            task.executor.forget(job_id).await;
+        }
         settling
     }
 
@@ -151,6 +159,7 @@ impl Processor {
             message_id: id,
             task,
             payload,
+            data,
             acquired,
             devices,
             ..
@@ -167,6 +176,7 @@ impl Processor {
         let fence = acquired.fence.clone();
         let stop_patience = task.stop_patience(self.stop_grace);
         let attempt = Attempt {
+            data,
             devices,
             ..attempt_of(task, acquired, &id, payload, reports, &lease)
         };
@@ -332,6 +342,7 @@ fn attempt_of(
         deadline: timeout
             .and_then(Result::ok)
             .and_then(|timeout| Utc::now().checked_add_signed(timeout)),
+        data: Bytes::new(),
         devices: None,
         reports,
         valid_until: lease.validity(),

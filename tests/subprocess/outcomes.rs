@@ -10,7 +10,7 @@ use trainyard::executor::Attempt;
 use trainyard::outcome::Outcome;
 use trainyard::report::Progress;
 
-use crate::support::{Place, attempt, failure, outcome_of, run};
+use crate::support::{Place, attempt, failure, forget, outcome_of, run};
 
 const INHERITED: &[&str] = &[
     "PATH",
@@ -105,19 +105,23 @@ async fn the_payload_reaches_stdin_byte_for_byte_and_nothing_else_does() {
         "--help": "; rm -rf \"$HOME\" `id` $(id) | & > < * ? \\ '\n\u{0}\u{7f}é😀",
         "number": 0.1,
     });
-    let attempt = attempt(payload);
-    let expected = serde_json::to_vec(&*attempt.payload).unwrap();
+    let mut attempt = attempt(payload);
+    let expected = format!(
+        " {}\n{{\"twice\":1.10}}\r\n",
+        serde_json::to_string_pretty(&*attempt.payload).unwrap()
+    );
+    attempt.data = expected.clone().into();
     let script = "cat > \"$OUT\"; exit $#";
     let outcome = outcome_of(place.script(script), attempt).await;
     assert_eq!(outcome, Outcome::Succeeded(Value::Null));
-    assert_eq!(std::fs::read(place.out()).unwrap(), expected);
+    assert_eq!(place.written(), expected);
 }
 
 #[tokio::test]
 async fn a_payload_larger_than_any_pipe_arrives_whole() {
     let place = Place::new();
     let attempt = attempt(json!({"text": "x".repeat(5_000_000)}));
-    let size = serde_json::to_vec(&*attempt.payload).unwrap().len();
+    let size = attempt.data.len();
     let outcome = outcome_of(place.script("wc -c > \"$OUT\""), attempt).await;
     assert_eq!(outcome, Outcome::Succeeded(Value::Null));
     assert_eq!(place.written().trim(), size.to_string());
@@ -196,24 +200,26 @@ async fn nothing_of_the_daemons_is_open_but_the_three_streams() {
 }
 
 #[tokio::test]
-async fn the_work_directory_outlasts_failures_that_may_pass() {
+async fn the_work_directory_stays_until_the_job_is_forgotten() {
     let place = Place::new();
     let mut again = attempt(json!({}));
+    let id = again.job_id;
     let script = "[ -e \"$TRAINYARD_WORK_DIR/weights\" ] && exit 0
         echo > \"$TRAINYARD_WORK_DIR/weights\"; exit 1";
     assert!(!failure(outcome_of(place.script(script), again.clone()).await).1);
-    assert_eq!(place.work_dirs(), 1);
     again.fence.attempt += 1;
     let outcome = outcome_of(place.script(script), again).await;
     assert_eq!(outcome, Outcome::Succeeded(Value::Null));
-    assert_eq!(place.work_dirs(), 0);
-
-    assert!(failure(run(place.script("exit 65")).await).1);
-    assert_eq!(place.work_dirs(), 0);
-    let mut kept = place.script("exit 0");
-    kept.keep_work_dir = true;
-    run(kept).await;
     assert_eq!(place.work_dirs(), 1);
+
+    let mut kept = place.script(script);
+    kept.keep_work_dir = true;
+    forget(kept, id).await;
+    assert_eq!(place.work_dirs(), 1);
+    forget(place.script(script), id).await;
+    assert_eq!(place.work_dirs(), 0);
+    // It may have run elsewhere.
+    forget(place.script(script), id).await;
 }
 
 #[tokio::test]

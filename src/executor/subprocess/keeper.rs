@@ -79,11 +79,18 @@ fn keep() -> io::Result<()> {
     }
     family::wait_for(leader);
     let expired = group.close();
-    let exit = family::sweep(leader);
+    let (exit, left) = family::sweep(leader);
     begun?;
     // A daemon that is gone need not know.
+    if !left.is_empty() {
+        let _ = say(&mut lifeline, &Word::Left(left.clone()));
+    }
     let _ = say(&mut lifeline, &Word::Ended(Exit { expired, ..exit }));
-    Ok(())
+    match left.is_empty() {
+        true => Ok(()),
+        // The daemon goes on killing what a keeper that has failed left.
+        false => Err(io::Error::other("processes are left")),
+    }
 }
 
 /// A service manager may signal every process of the service, and a terminal

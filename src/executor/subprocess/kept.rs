@@ -85,11 +85,10 @@ impl Kept {
     ///
     /// # Errors
     /// It did not answer, or is gone.
-    pub(super) async fn launch(&mut self, spec: &Spec, payload: Vec<u8>) -> io::Result<Word> {
+    pub(super) async fn launch(&mut self, spec: &Spec, payload: &[u8]) -> io::Result<Word> {
         let start = async {
             self.orders.write_all(&lifeline::line(spec)?).await?;
-            self.orders.write_all(&payload).await?;
-            drop(payload);
+            self.orders.write_all(payload).await?;
             self.next_word().await
         };
         let word = timeout(START_LIMIT, start).await.map_err(|_| {

@@ -102,8 +102,9 @@ pub(super) fn wait_for(leader: Pid) {
 }
 
 /// Kills what is left of the job and reaps it, the ended leader included. Says
-/// how the leader ended, if that can be known.
-pub(super) fn sweep(leader: Pid) -> Exit {
+/// how the leader ended, if that can be known, and which of the others do not
+/// end.
+pub(super) fn sweep(leader: Pid) -> (Exit, Vec<i32>) {
     // The unreaped leader keeps the group's id from being anybody else's.
     let _ = kill_process_group(leader, Signal::KILL);
     // Whatever comes of it, the rest of the family must not outlive this.
@@ -114,7 +115,7 @@ pub(super) fn sweep(leader: Pid) -> Exit {
         match wait(WaitOptions::NOHANG) {
             Ok(Some(_)) | Err(Errno::INTR) => continue,
             Ok(None) => {}
-            Err(_) => break,
+            Err(_) => return (exit, Vec::new()),
         }
         // Those of theirs come here when they are dead, for the next round.
         for child in children() {
@@ -123,7 +124,8 @@ pub(super) fn sweep(leader: Pid) -> Exit {
         sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(50));
     }
-    exit
+    let left = children().into_iter().filter(|child| !child.zombie);
+    (exit, left.map(|child| child.pid.as_raw_pid()).collect())
 }
 
 fn status_of(leader: Pid) -> Option<WaitStatus> {
