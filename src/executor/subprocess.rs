@@ -57,6 +57,8 @@ pub struct Settings {
     pub command: Vec<String>,
     /// Unset: the daemon's own.
     pub cwd: Option<PathBuf>,
+    /// Variables that it gets as the daemon has them.
+    pub pass_env: Vec<String>,
     /// Besides what every command gets.
     pub env: BTreeMap<String, String>,
     /// With these the job is dead at once.
@@ -82,6 +84,7 @@ impl Settings {
         Self {
             command,
             cwd: None,
+            pass_env: Vec::new(),
             env: BTreeMap::new(),
             permanent_exit_codes: PERMANENT_EXIT_CODES.to_vec(),
             stop_grace: Duration::from_secs(10),
@@ -175,7 +178,9 @@ impl Subprocess {
     /// It cannot be run, now or later.
     fn spec(&self, attempt: &Attempt, folder: &Path) -> Result<Spec, String> {
         let settings = &self.settings;
-        let env = environment(std::env::vars_os(), &settings.env, attempt, folder);
+        let passed = |name: &OsStr| settings.pass_env.iter().any(|passed| name == &**passed);
+        let own = std::env::vars_os();
+        let env = environment(own, passed, &settings.env, attempt, folder);
         let path = env.iter().find(|(name, _)| name == OsStr::new("PATH"));
         let path = path.map(|(_, value)| value.as_os_str());
         let program = command::find_program(&settings.command, settings.cwd.as_deref(), path)

@@ -30,15 +30,17 @@ const INHERITED_PREFIX: &str = "LC_";
 pub(super) const FENCE: &str = "TRAINYARD_FENCE";
 
 /// The variables, each later source winning over the one before: the daemon's
-/// own, the task's, the attempt's.
+/// own (those that all commands get, and those that are `passed`), the task's, the attempt's.
 pub(super) fn environment(
     own: impl Iterator<Item = (OsString, OsString)>,
+    passed: impl Fn(&OsStr) -> bool,
     task: &BTreeMap<String, String>,
     attempt: &Attempt,
     work_dir: &Path,
 ) -> Vec<(OsString, OsString)> {
-    let mut variables: BTreeMap<OsString, OsString> =
-        own.filter(|(name, _)| is_inherited(name)).collect();
+    let mut variables: BTreeMap<OsString, OsString> = own
+        .filter(|(name, _)| is_inherited(name) || passed(name))
+        .collect();
     for (name, value) in task {
         variables.insert(name.into(), value.into());
     }
@@ -109,6 +111,7 @@ mod tests {
             ("PATH", "/bin"),
             ("LC_ALL", "C"),
             ("DATABASE_PASSWORD", "secret"),
+            ("HF_TOKEN", "passed"),
             ("TRAINYARD__DATABASE__URL", "postgres://u:secret@h/d"),
             ("TRAINYARD_CHECKPOINT", "of somebody else"),
             ("CUDA_VISIBLE_DEVICES", "0,1,2,3"),
@@ -118,10 +121,16 @@ mod tests {
             .iter()
             .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
             .collect();
-        environment(own.into_iter(), &task, attempt, Path::new("/work"))
-            .into_iter()
-            .map(|(name, value)| (name.into_string().unwrap(), value.into_string().unwrap()))
-            .collect()
+        environment(
+            own.into_iter(),
+            |name| name == "HF_TOKEN",
+            &task,
+            attempt,
+            Path::new("/work"),
+        )
+        .into_iter()
+        .map(|(name, value)| (name.into_string().unwrap(), value.into_string().unwrap()))
+        .collect()
     }
 
     #[test]
@@ -135,6 +144,7 @@ mod tests {
             [
                 "CUDA_VISIBLE_DEVICES",
                 "EPOCHS",
+                "HF_TOKEN",
                 "LC_ALL",
                 "PATH",
                 "TRAINYARD_ATTEMPT",
