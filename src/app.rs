@@ -9,10 +9,10 @@ use uuid::Uuid;
 
 use crate::config::{self, Config, ConfigError};
 use crate::devices::Devices;
-use crate::executor::subprocess::keep_if_asked;
+use crate::executor::subprocess::{keep_if_asked, tidy_work_dir};
 use crate::guard::Guard;
 use crate::pubsub::{Connection, Publishers, PubsubError, Pulling, Subscription};
-use crate::registry::{ConfiguredTasks, Registry};
+use crate::registry::{ConfiguredTasks, Registry, work_dir_of_commands};
 use crate::shutdown::Shutdown;
 use crate::store::{self, ClaimTerms, Missing, Store};
 use crate::worker::{MAX_KEPT, Source, Worker};
@@ -113,6 +113,7 @@ pub async fn build_worker(
             "no task is configured: add a section such as [tasks.train-classifier] with `builtin = \"train-classifier\"`",
         ));
     }
+    let work_dir = work_dir_of_commands(config).await?;
     if config.subscriptions.is_empty() {
         return Err(invalid(
             "no subscription is configured: add a section [subscriptions.NAME]",
@@ -153,6 +154,9 @@ pub async fn build_worker(
     );
     let devices = Devices::discover(&config.worker.gpus).await;
     warn_of_missing_gpus(&tasks, &devices);
+    if let Some(work_dir) = work_dir {
+        tokio::spawn(tidy_work_dir(work_dir));
+    }
     let guard = Guard::new(store, terms);
     Ok(Worker::new(
         config.worker.clone(),

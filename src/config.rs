@@ -215,6 +215,10 @@ pub struct Task {
     pub gpus: usize,
     /// Keep a job's directory after it has ended.
     pub keep_work_dir: bool,
+    /// Names of variables that the command gets as the worker has them: for
+    /// secrets, which are not to stand here.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub pass_env: Vec<String>,
     /// Variables for the command, besides those that every command gets.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
@@ -239,6 +243,7 @@ impl Default for Task {
             open_files: None,
             gpus: 0,
             keep_work_dir: false,
+            pass_env: Vec::new(),
             env: BTreeMap::new(),
         }
     }

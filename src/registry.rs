@@ -1,10 +1,11 @@
 //! Name → task: which executor runs a request, under which settings.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::config::{self, ConfigError};
+use crate::config::{self, Config, ConfigError};
 use crate::executor::subprocess::{self, Limits, PERMANENT_EXIT_CODES, Subprocess};
 use crate::executor::{Executor, InProcess};
 use crate::task::Task;
@@ -88,9 +89,9 @@ pub struct ConfiguredTask {
     pub executor: Arc<dyn Executor>,
 }
 
-/// A command is killed when its stop grace is over; its end is told a little
-/// later.
-const LAST_NEWS: Duration = Duration::from_secs(1);
+/// A command is killed when its stop grace is over. Its executor gives its
+/// keeper a little longer, and is to have the last word.
+const LAST_NEWS: Duration = Duration::from_secs(6);
 
 impl ConfiguredTask {
     /// How long a run that is asked to stop is waited for.
@@ -122,6 +123,7 @@ impl ConfiguredTask {
         let executor = Subprocess::new(subprocess::Settings {
             command: command.to_vec(),
             cwd: settings.cwd.clone(),
+            pass_env: settings.pass_env.clone(),
             env: settings.env.clone(),
             permanent_exit_codes: codes.unwrap_or(PERMANENT_EXIT_CODES).to_vec(),
             stop_grace: settings.stop_grace.unwrap_or(worker.stop_grace),
@@ -140,6 +142,29 @@ impl ConfiguredTask {
             settings: settings.clone(),
             executor: Arc::new(executor),
         })
+    }
+}
+
+/// Where commands have their work directories, if there is any command; they
+/// can be made there.
+///
+/// # Errors
+/// They cannot.
+pub async fn work_dir_of_commands(config: &Config) -> Result<Option<PathBuf>, ConfigError> {
+    if config.tasks.values().all(|task| task.command.is_none()) {
+        return Ok(None);
+    }
+    let work_dir = config.worker.work_dir.clone();
+    let work_dir = work_dir.unwrap_or_else(subprocess::default_work_dir);
+    match subprocess::probe_work_dir(&work_dir).await {
+        Ok(()) => Ok(Some(work_dir)),
+        Err(error) => Err(ConfigError::BadValue {
+            key: "worker.work_dir".to_owned(),
+            reason: format!(
+                "jobs cannot have their directories in {}: {error}",
+                work_dir.display()
+            ),
+        }),
     }
 }
 

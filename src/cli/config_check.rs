@@ -6,6 +6,7 @@ use super::Shared;
 use crate::app;
 use crate::config::{Config, timeline};
 use crate::executor::check_command;
+use crate::registry::work_dir_of_commands;
 
 /// Look at the configuration.
 #[derive(Debug, Subcommand)]
@@ -36,6 +37,7 @@ impl ConfigCommand {
         }
         warn_of_what_run_refuses(&config);
         warn_of_commands(&config);
+        work_dir_of_commands(&config).await?;
         if !offline {
             check_retention(&config).await;
         }
@@ -73,6 +75,18 @@ fn warn_of_commands(config: &Config) {
         let checked = check_command(command, task.cwd.as_deref(), path.or(own_path.as_deref()));
         if let Err(reason) = checked {
             println!("# warning: task {name} cannot be run here: {reason}");
+        }
+        for unset in task
+            .pass_env
+            .iter()
+            .filter(|name| std::env::var_os(name).is_none())
+        {
+            println!("# warning: task {name} is to be passed {unset}, which is not set here");
+        }
+        if task.memory.is_some() && task.gpus > 0 {
+            println!(
+                "# warning: task {name} has `memory` and `gpus`: CUDA reserves far more address space than it uses, and may not start within the limit"
+            );
         }
     }
 }

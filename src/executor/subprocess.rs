@@ -26,6 +26,7 @@ use async_trait::async_trait;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, Span, warn};
+use uuid::Uuid;
 
 use super::{Attempt, Executor};
 use crate::outcome::Outcome;
@@ -38,6 +39,7 @@ use output::Output;
 pub use command::check_command;
 pub use keeper::keep_if_asked;
 pub use lifeline::Limits;
+pub use work_dir::{probe as probe_work_dir, tidy as tidy_work_dir};
 
 /// By convention: bad input data, and a bad configuration (`sysexits.h`).
 pub const PERMANENT_EXIT_CODES: &[u8] = &[65, 78];
@@ -55,6 +57,8 @@ pub struct Settings {
     pub command: Vec<String>,
     /// Unset: the daemon's own.
     pub cwd: Option<PathBuf>,
+    /// Variables that it gets as the daemon has them.
+    pub pass_env: Vec<String>,
     /// Besides what every command gets.
     pub env: BTreeMap<String, String>,
     /// With these the job is dead at once.
@@ -66,7 +70,7 @@ pub struct Settings {
     pub limits: Limits,
     /// Where jobs have their directories, by their ids.
     pub work_dir: PathBuf,
-    /// Keep a job's directory also when it has succeeded or failed for good.
+    /// Keep a job's directory also when the job has ended.
     pub keep_work_dir: bool,
     /// The program that keeps jobs: one that calls [`keep_if_asked`]. Unset:
     /// this one.
@@ -80,6 +84,7 @@ impl Settings {
         Self {
             command,
             cwd: None,
+            pass_env: Vec::new(),
             env: BTreeMap::new(),
             permanent_exit_codes: PERMANENT_EXIT_CODES.to_vec(),
             stop_grace: Duration::from_secs(10),
@@ -118,26 +123,20 @@ impl Executor for Subprocess {
             Ok(folder) => folder,
             Err(error) => return Outcome::failed(format!("no work directory: {error}")),
         };
-        let outcome = self.run(attempt, &folder).await;
-        let ended = matches!(
-            outcome,
-            Outcome::Succeeded(_)
-                | Outcome::Failed {
-                    permanent: true,
-                    ..
-                }
-        );
-        if ended && !self.settings.keep_work_dir {
-            work_dir::remove(folder).await;
+        self.run(attempt, &folder).await
+    }
+
+    async fn forget(&self, job_id: Uuid) {
+        if !self.settings.keep_work_dir {
+            work_dir::remove(self.settings.work_dir.join(job_id.to_string())).await;
         }
-        outcome
     }
 }
 
 impl Subprocess {
     async fn run(&self, attempt: Attempt, folder: &Path) -> Outcome {
-        let (spec, payload) = match self.spec(&attempt, folder) {
-            Ok(both) => both,
+        let spec = match self.spec(&attempt, folder) {
+            Ok(spec) => spec,
             Err(error) => {
                 return Outcome::Failed {
                     error,
@@ -145,7 +144,8 @@ impl Subprocess {
                 };
             }
         };
-        let started = Kept::start(self.settings.keeper.as_deref(), fence(&attempt));
+        let keeper = self.settings.keeper.as_deref();
+        let started = Kept::start(keeper, fence(&attempt), attempt.devices.clone());
         let (mut kept, stdout, stderr) = match started {
             Ok(started) => started,
             Err(error) => return Outcome::failed(format!("cannot start a keeper: {error}")),
@@ -155,13 +155,16 @@ impl Subprocess {
         let reading = async move { listening.read(stdout, stderr).await };
         let reading = AbortOnDropHandle::new(tokio::spawn(reading.instrument(Span::current())));
 
-        let end = match kept.launch(&spec, payload).await {
+        let end = match kept.launch(&spec, &attempt.data).await {
             Ok(Word::NotStarted { reason, permanent }) => End::NotStarted { reason, permanent },
             Ok(Word::Ended(exit)) => End::Exited(exit, Stop::default()),
-            Ok(Word::Started(_)) => self.follow(&mut kept, attempt, &output).await,
+            Ok(Word::Started(_) | Word::Left(_)) => self.follow(&mut kept, attempt, &output).await,
             Err(error) => End::Unknown(error),
         };
-        kept.close().await;
+        match end {
+            End::Unknown(_) => kept.end().await,
+            _ => kept.close().await,
+        }
         if timeout(LAST_OUTPUT, reading).await.is_err() {
             warn!("something else holds the run's output open; it is read no further");
         }
@@ -173,15 +176,16 @@ impl Subprocess {
     ///
     /// # Errors
     /// It cannot be run, now or later.
-    fn spec(&self, attempt: &Attempt, folder: &Path) -> Result<(Spec, Vec<u8>), String> {
+    fn spec(&self, attempt: &Attempt, folder: &Path) -> Result<Spec, String> {
         let settings = &self.settings;
-        let payload = serde_json::to_vec(&*attempt.payload).map_err(|error| error.to_string())?;
-        let env = environment(std::env::vars_os(), &settings.env, attempt, folder);
+        let passed = |name: &OsStr| settings.pass_env.iter().any(|passed| name == &**passed);
+        let own = std::env::vars_os();
+        let env = environment(own, passed, &settings.env, attempt, folder);
         let path = env.iter().find(|(name, _)| name == OsStr::new("PATH"));
         let path = path.map(|(_, value)| value.as_os_str());
         let program = command::find_program(&settings.command, settings.cwd.as_deref(), path)
             .map_err(|reason| format!("the task cannot be run: {reason}"))?;
-        let spec = Spec {
+        Ok(Spec {
             program,
             argv: settings.command.clone(),
             cwd: settings.cwd.clone(),
@@ -189,9 +193,8 @@ impl Subprocess {
             limits: settings.limits,
             stop_grace: settings.stop_grace,
             valid_until: moment(*attempt.valid_until.borrow()),
-            payload: payload.len(),
-        };
-        Ok((spec, payload))
+            payload: attempt.data.len(),
+        })
     }
 
     /// Sees the command to its end, however it comes.
@@ -204,6 +207,7 @@ impl Subprocess {
                 biased;
                 word = kept.next_word() => match word {
                     Ok(Word::Ended(exit)) => return End::Exited(exit, stop),
+                    Ok(Word::Left(pids)) => warn!(?pids, "processes of the run do not end"),
                     Ok(_) => {}
                     Err(error) => return End::Unknown(error),
                 },

@@ -85,6 +85,7 @@ impl Processor {
                     is_ordered: !reaped.ordering_key.is_empty(),
                     task,
                     payload: request.payload,
+                    data: reaped.payload,
                     acquired: reaped.acquired,
                     devices: slot.devices(),
                 };
@@ -127,6 +128,7 @@ impl Processor {
         let slot = (wish.can == Can::Run).then_some(slot);
         let id: Arc<str> = message.id.as_str().into();
         let is_ordered = !message.ordering_key.is_empty();
+        let data = message.data.clone();
         let request = self.claim_request(intake, &wish, message);
         let claim = match self.guard.claim(request).await {
             Ok(claim) => claim,
@@ -149,6 +151,7 @@ impl Processor {
                     is_ordered,
                     task: &task,
                     payload: wish.request.payload,
+                    data,
                     acquired,
                     devices: slot.devices(),
                 };

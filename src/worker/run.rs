@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use chrono::{TimeDelta, Utc};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
@@ -16,6 +17,7 @@ use super::process::Processor;
 use super::slots::Slot;
 use super::supervise::supervise;
 use crate::config::AckTiming;
+use crate::devices::DeviceSet;
 use crate::executor::Attempt;
 use crate::failpoint::{self, Step};
 use crate::job::{Acquired, Fence, NoteKind, Told};
@@ -41,9 +43,11 @@ pub(super) struct Assignment<'a> {
     pub(super) is_ordered: bool,
     pub(super) task: &'a Arc<ConfiguredTask>,
     pub(super) payload: Payload,
+    /// The message's, which the payload is read from.
+    pub(super) data: Bytes,
     pub(super) acquired: Acquired,
     /// The GPUs that it has to itself.
-    pub(super) devices: Vec<String>,
+    pub(super) devices: Option<Arc<DeviceSet>>,
 }
 
 /// What the broker is told once the run has ended.
@@ -110,6 +114,7 @@ impl Processor {
         let (task, is_ordered) = (Arc::clone(assignment.task), assignment.is_ordered);
         let attempts = assignment.acquired.counted_attempts;
         let fence = assignment.acquired.fence.clone();
+        let job_id = assignment.acquired.job_id;
         let reports = Reports::default();
         let (checkpoints, told) = (reports.watch_checkpoint(), reports.clone());
         let outcome = match assignment.acquired.cancel_requested {
@@ -138,6 +143,10 @@ impl Processor {
             retry_in,
         };
         self.events.tell(&id, ended);
+        // That is said only of a job that has ended.
+        if matches!(settling, Settling::Ack) {
+            task.executor.forget(job_id).await;
+        }
         settling
     }
 
@@ -158,6 +167,7 @@ impl Processor {
             message_id: id,
             task,
             payload,
+            data,
             acquired,
             devices,
             ..
@@ -175,6 +185,7 @@ impl Processor {
         let fence = acquired.fence.clone();
         let stop_patience = task.stop_patience(self.stop_grace);
         let attempt = Attempt {
+            data,
             devices,
             ..attempt_of(task, acquired, &id, payload, reports, &lease)
         };
@@ -380,7 +391,8 @@ fn attempt_of(
         deadline: timeout
             .and_then(Result::ok)
             .and_then(|timeout| Utc::now().checked_add_signed(timeout)),
-        devices: Vec::new(),
+        data: Bytes::new(),
+        devices: None,
         reports,
         valid_until: lease.validity(),
         stop: CancellationToken::new(),

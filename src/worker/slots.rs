@@ -28,7 +28,8 @@ pub(super) struct Slot {
     _worker: OwnedSemaphorePermit,
     subscription: Option<OwnedSemaphorePermit>,
     task: Option<OwnedSemaphorePermit>,
-    devices: Option<DeviceSet>,
+    /// A run that cannot be ended keeps them longer than its slot.
+    devices: Option<Arc<DeviceSet>>,
 }
 
 /// A number by name.
@@ -110,7 +111,7 @@ impl Slots {
     /// False where the task's jobs may take no more, or too few GPUs are free.
     pub(super) fn admit_task(&self, slot: &mut Slot, task: &str) -> bool {
         if let Some(count) = self.needs.get(task) {
-            slot.devices = self.devices.take(*count);
+            slot.devices = self.devices.take(*count).map(Arc::new);
             if slot.devices.is_none() {
                 return false;
             }
@@ -164,9 +165,8 @@ impl Slot {
     }
 
     /// The GPUs that the job has to itself.
-    pub(super) fn devices(&self) -> Vec<String> {
-        let devices = self.devices.as_ref();
-        devices.map_or_else(Vec::new, |set| set.names().to_vec())
+    pub(super) fn devices(&self) -> Option<Arc<DeviceSet>> {
+        self.devices.clone()
     }
 }
 
@@ -264,13 +264,13 @@ mod tests {
         assert_eq!(slots.within(&all).1, 1);
         let mut first = slots.try_take("s").unwrap();
         assert!(slots.admit_task(&mut first, "large"));
-        assert_eq!(first.devices(), ["0", "1"]);
+        assert_eq!(first.devices().unwrap().names(), ["0", "1"]);
         let mut second = slots.try_take("s").unwrap();
         assert!(!slots.admit_task(&mut second, "large"));
         let (within, _) = slots.within(&all);
         assert_eq!(within.tasks.keys().collect::<Vec<_>>(), ["small"]);
         assert!(slots.admit_task(&mut second, "small"));
-        assert_eq!(second.devices(), [""; 0]);
+        assert!(second.devices().is_none());
         drop(first);
         assert!(slots.admit_task(&mut second, "large"));
     }

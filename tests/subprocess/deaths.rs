@@ -53,6 +53,28 @@ fn nothing_outlives_a_daemon_that_is_killed() {
     wait_until("its keeper is gone", || !lives(keeper));
 }
 
+#[tokio::test]
+#[ignore = "the test below runs it as a process of its own"]
+async fn a_daemon_of_one_process() {
+    let script = "echo $$ > \"$OUT.new\"; mv \"$OUT.new\" \"$OUT\"; exec sleep 1000";
+    outcome_of(settings_in(&Other::folder(), script), attempt(json!({}))).await;
+}
+
+#[test]
+fn a_command_dies_with_its_keeper_when_the_daemon_dies_too() {
+    let place = Place::new();
+    let daemon = Other::start("deaths::a_daemon_of_one_process", place.folder.path());
+    wait_until("the command is told of", || place.out().exists());
+    let command: i32 = place.written().trim().parse().unwrap();
+    let keeper = parent_of(command);
+    // So that it cannot do anything between the two deaths.
+    send(keeper, Signal::SIGSTOP);
+    send(daemon.pid(), Signal::SIGKILL);
+    assert!(lives(command));
+    send(keeper, Signal::SIGKILL);
+    wait_until("the command is gone", || !lives(command));
+}
+
 #[test]
 fn nothing_outlives_the_word_of_a_daemon_that_is_frozen() {
     let place = Place::new();

@@ -2,14 +2,18 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
 
 use futures::future::join_all;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use trainyard::devices::{Devices, Gpus};
 use trainyard::executor::Attempt;
 use trainyard::outcome::Outcome;
 
-use crate::support::{Other, Place, attempt, outcome_of};
+use crate::support::{
+    Other, Place, attempt, begin, lives, outcome_of, parent_of, send, tell, told, wait_until,
+};
 
 #[tokio::test]
 #[ignore = "the test below runs it as a process of its own"]
@@ -55,14 +59,11 @@ async fn jobs_side_by_side_never_see_the_same_gpu() {
         let mut jobs = Vec::new();
         for wanted in [1, 2, 1, 3] {
             if let Some(set) = devices.take(wanted) {
-                let settings = place.script(script);
-                jobs.push(async move {
-                    let attempt = Attempt {
-                        devices: set.names().to_vec(),
-                        ..attempt(json!({}))
-                    };
-                    outcome_of(settings, attempt).await
-                });
+                let attempt = Attempt {
+                    devices: Some(Arc::new(set)),
+                    ..attempt(json!({}))
+                };
+                jobs.push(outcome_of(place.script(script), attempt));
             }
         }
         assert_eq!(devices.free(), 0);
@@ -71,4 +72,29 @@ async fn jobs_side_by_side_never_see_the_same_gpu() {
         assert!(outcomes.iter().all(|outcome| *outcome == succeeded));
         assert_eq!(devices.free(), 3);
     }
+}
+
+#[tokio::test]
+async fn an_abandoned_run_has_its_gpus_until_nothing_of_it_lives() {
+    let place = Place::new();
+    let devices = Devices::new(vec!["GPU-1".to_owned()]);
+    let attempt = Attempt {
+        devices: devices.take(1).map(Arc::new),
+        ..attempt(json!({}))
+    };
+    let reports = attempt.reports.clone();
+    let script = format!("trap '' TERM; {}; sleep 1000", tell("$$"));
+    let run = begin(place.script(&script), attempt);
+    let shell = told(&reports).await;
+    // Nothing but the daemon can end the run then.
+    send(parent_of(shell), Signal::SIGSTOP);
+    run.abort();
+    assert!(run.await.unwrap_err().is_cancelled());
+    assert!(devices.free() == 0 || !lives(shell));
+    tokio::task::spawn_blocking(move || {
+        wait_until("the GPU is free", || devices.free() == 1);
+    })
+    .await
+    .unwrap();
+    assert!(!lives(shell));
 }

@@ -36,7 +36,6 @@ async fn a_command_that_cannot_be_run_is_a_permanent_failure_that_names_it() {
     settings.cwd = Some("/no/such/folder".into());
     let (error, permanent) = failure(run(settings).await);
     assert!(error.contains("/no/such/folder") && permanent, "{error}");
-    assert_eq!(place.work_dirs(), 0);
 }
 
 #[test]
@@ -56,6 +55,36 @@ fn config_check_tells_of_a_command_that_cannot_be_run() {
     assert!(told.contains(warning), "{told}");
     assert!(!told.contains("task good cannot"), "{told}");
     assert!(told.contains("good (command: sh)"), "{told}");
+}
+
+#[test]
+fn config_check_warns_of_unset_secrets_and_refuses_a_work_dir_that_is_none() {
+    let place = Place::new();
+    let file = place.folder.path().join("trainyard.toml");
+    let check = |text: &str| {
+        fs::write(&file, text).unwrap();
+        Command::new(env!("CARGO_BIN_EXE_trainyard"))
+            .args(["config", "check", "--offline", "--config"])
+            .arg(&file)
+            .current_dir(place.folder.path())
+            .output()
+            .unwrap()
+    };
+    let task =
+        "[tasks.t]\ncommand = ['sh']\npass_env = ['NO_SUCH_TOKEN']\nmemory = '1GiB'\ngpus = 1";
+    let told = String::from_utf8(check(task).stdout).unwrap();
+    assert!(
+        told.contains("# warning: task t is to be passed NO_SUCH_TOKEN"),
+        "{told}"
+    );
+    assert!(
+        told.contains("# warning: task t has `memory` and `gpus`"),
+        "{told}"
+    );
+    let refused = check(&format!("{task}\n[worker]\nwork_dir = '/dev/null/jobs'"));
+    let told = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(2), "{told}");
+    assert!(told.contains("`worker.work_dir`"), "{told}");
 }
 
 #[tokio::test]

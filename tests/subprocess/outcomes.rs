@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::process::Command;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
+use trainyard::devices::Devices;
 use trainyard::executor::Attempt;
 use trainyard::outcome::Outcome;
 use trainyard::report::Progress;
 
-use crate::support::{Place, attempt, failure, outcome_of, run};
+use crate::support::{Place, attempt, failure, forget, outcome_of, run};
 
 const INHERITED: &[&str] = &[
     "PATH",
@@ -41,6 +43,16 @@ async fn the_exit_code_is_the_outcome() {
     let mut own = place.script("exit 3");
     own.permanent_exit_codes = vec![3];
     assert!(failure(run(own).await).1);
+}
+
+#[tokio::test]
+async fn orphans_that_end_all_the_time_do_not_hide_how_the_command_ended() {
+    let place = Place::new();
+    for _ in 0..20 {
+        let script = "for i in $(seq 300); do (true &); done; exit 0";
+        let outcome = run(place.script(script)).await;
+        assert_eq!(outcome, Outcome::Succeeded(Value::Null));
+    }
 }
 
 #[tokio::test]
@@ -93,19 +105,23 @@ async fn the_payload_reaches_stdin_byte_for_byte_and_nothing_else_does() {
         "--help": "; rm -rf \"$HOME\" `id` $(id) | & > < * ? \\ '\n\u{0}\u{7f}é😀",
         "number": 0.1,
     });
-    let attempt = attempt(payload);
-    let expected = serde_json::to_vec(&*attempt.payload).unwrap();
+    let mut attempt = attempt(payload);
+    let expected = format!(
+        " {}\n{{\"twice\":1.10}}\r\n",
+        serde_json::to_string_pretty(&*attempt.payload).unwrap()
+    );
+    attempt.data = expected.clone().into();
     let script = "cat > \"$OUT\"; exit $#";
     let outcome = outcome_of(place.script(script), attempt).await;
     assert_eq!(outcome, Outcome::Succeeded(Value::Null));
-    assert_eq!(std::fs::read(place.out()).unwrap(), expected);
+    assert_eq!(place.written(), expected);
 }
 
 #[tokio::test]
 async fn a_payload_larger_than_any_pipe_arrives_whole() {
     let place = Place::new();
     let attempt = attempt(json!({"text": "x".repeat(5_000_000)}));
-    let size = serde_json::to_vec(&*attempt.payload).unwrap().len();
+    let size = attempt.data.len();
     let outcome = outcome_of(place.script("wc -c > \"$OUT\""), attempt).await;
     assert_eq!(outcome, Outcome::Succeeded(Value::Null));
     assert_eq!(place.written().trim(), size.to_string());
@@ -114,11 +130,12 @@ async fn a_payload_larger_than_any_pipe_arrives_whole() {
 #[tokio::test]
 async fn the_environment_is_the_allow_list_the_tasks_and_the_attempts() {
     let place = Place::new();
+    let devices = Devices::new(["GPU-1", "GPU-2"].map(str::to_owned).to_vec());
     let attempt = Attempt {
         checkpoint: Some("gs://b/1".into()),
         message_id: "12\u{0}34".into(),
         deadline: chrono::DateTime::from_timestamp(1_700_000_000, 0),
-        devices: vec!["GPU-1".to_owned(), "GPU-2".to_owned()],
+        devices: devices.take(2).map(Arc::new),
         ..attempt(json!({}))
     };
     let fence = format!("2.{}", attempt.fence.token);
@@ -183,24 +200,26 @@ async fn nothing_of_the_daemons_is_open_but_the_three_streams() {
 }
 
 #[tokio::test]
-async fn the_work_directory_outlasts_failures_that_may_pass() {
+async fn the_work_directory_stays_until_the_job_is_forgotten() {
     let place = Place::new();
     let mut again = attempt(json!({}));
+    let id = again.job_id;
     let script = "[ -e \"$TRAINYARD_WORK_DIR/weights\" ] && exit 0
         echo > \"$TRAINYARD_WORK_DIR/weights\"; exit 1";
     assert!(!failure(outcome_of(place.script(script), again.clone()).await).1);
-    assert_eq!(place.work_dirs(), 1);
     again.fence.attempt += 1;
     let outcome = outcome_of(place.script(script), again).await;
     assert_eq!(outcome, Outcome::Succeeded(Value::Null));
-    assert_eq!(place.work_dirs(), 0);
-
-    assert!(failure(run(place.script("exit 65")).await).1);
-    assert_eq!(place.work_dirs(), 0);
-    let mut kept = place.script("exit 0");
-    kept.keep_work_dir = true;
-    run(kept).await;
     assert_eq!(place.work_dirs(), 1);
+
+    let mut kept = place.script(script);
+    kept.keep_work_dir = true;
+    forget(kept, id).await;
+    assert_eq!(place.work_dirs(), 1);
+    forget(place.script(script), id).await;
+    assert_eq!(place.work_dirs(), 0);
+    // It may have run elsewhere.
+    forget(place.script(script), id).await;
 }
 
 #[tokio::test]

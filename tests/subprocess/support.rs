@@ -75,10 +75,11 @@ pub fn attempt(payload: Value) -> Attempt {
             token: Uuid::new_v4(),
         },
         message_id: "1234".into(),
+        data: payload.to_string().into(),
         payload: Arc::new(payload.as_object().cloned().unwrap()),
         checkpoint: None,
         deadline: None,
-        devices: Vec::new(),
+        devices: None,
         reports: Reports::default(),
         valid_until: watch::channel(far).1,
         stop: CancellationToken::new(),
@@ -91,6 +92,11 @@ pub async fn outcome_of(settings: Settings, attempt: Attempt) -> Outcome {
     tokio::time::timeout(PATIENCE, executor.execute(attempt))
         .await
         .expect("the run did not end")
+}
+
+/// As when the job has ended.
+pub async fn forget(settings: Settings, job_id: Uuid) {
+    Subprocess::new(settings).forget(job_id).await;
 }
 
 pub async fn run(settings: Settings) -> Outcome {

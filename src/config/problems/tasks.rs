@@ -97,19 +97,10 @@ fn check_command(
     if command.iter().any(|argument| argument.contains('\0')) {
         return bad(&key("command"), "no argument can have a NUL in it");
     }
-    for (name, value) in &task.env {
-        if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
-            return bad(
-                &key("env"),
-                &format!("`{}` cannot be a variable", name.escape_debug()),
-            );
-        }
-        if name.starts_with("TRAINYARD_") || name == "CUDA_VISIBLE_DEVICES" {
-            return bad(
-                &key("env"),
-                &format!("`{name}` is set for each job by trainyard"),
-            );
-        }
+    let set = task.env.iter().map(|(name, value)| ("env", name, &**value));
+    let passed = task.pass_env.iter().map(|name| ("pass_env", name, ""));
+    for (list, name, value) in set.chain(passed) {
+        check_variable(&key(list), name, value)?;
     }
     let codes = task.permanent_exit_codes.as_deref().unwrap_or_default();
     if codes.contains(&0) {
@@ -133,6 +124,18 @@ fn check_command(
     Ok(())
 }
 
+fn check_variable(key: &str, name: &str, value: &str) -> Result<(), ConfigError> {
+    if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
+        let name = name.escape_debug();
+        return bad(key, &format!("`{name}` cannot be a variable"));
+    }
+    // The worker's own may hold its database's password.
+    if name.starts_with("TRAINYARD_") || name == "CUDA_VISIBLE_DEVICES" {
+        return bad(key, &format!("`{name}` is trainyard's own to set"));
+    }
+    Ok(())
+}
+
 /// A limit that nobody keeps is worse than none.
 fn check_no_command(task: &Task, key: &impl Fn(&str) -> String) -> Result<(), ConfigError> {
     let given = [
@@ -145,6 +148,7 @@ fn check_no_command(task: &Task, key: &impl Fn(&str) -> String) -> Result<(), Co
         ("gpus", task.gpus > 0),
         ("keep_work_dir", task.keep_work_dir),
         ("env", !task.env.is_empty()),
+        ("pass_env", !task.pass_env.is_empty()),
     ];
     match given.iter().find(|(_, given)| *given) {
         Some((name, _)) => bad(&key(name), "only a task with a `command` can have it"),
@@ -170,6 +174,11 @@ mod tests {
                 "command = ['sh']\nenv = { CUDA_VISIBLE_DEVICES = '1' }",
                 "env",
             ),
+            (
+                "command = ['sh']\npass_env = ['TRAINYARD__DATABASE__URL']",
+                "pass_env",
+            ),
+            ("pass_env = ['HF_TOKEN']", "pass_env"),
             (
                 "command = ['sh']\npermanent_exit_codes = [0]",
                 "permanent_exit_codes",
@@ -213,6 +222,7 @@ mod tests {
             open_files = 1024
             gpus = 1
             keep_work_dir = true
+            pass_env = ["HF_TOKEN"]
             env = { HF_HOME = "/srv/hf", PYTHONUNBUFFERED = "1" }
             "#,
         )

@@ -48,11 +48,14 @@ impl Ending<'_> {
                 return Outcome::Succeeded(self.result.unwrap_or_default());
             }
         }
-        let permanent = self.exit.code.is_some_and(|code| {
-            self.permanent_exit_codes
-                .iter()
-                .any(|permanent| i32::from(*permanent) == code)
-        });
+        // What a program says when it is interrupted is not about its request.
+        let by_itself = !self.stopped && !self.exit.expired && self.stalled.is_none();
+        let permanent = by_itself
+            && self.exit.code.is_some_and(|code| {
+                self.permanent_exit_codes
+                    .iter()
+                    .any(|permanent| i32::from(*permanent) == code)
+            });
         Outcome::Failed {
             error: self.error(permanent),
             permanent,
@@ -225,16 +228,31 @@ mod tests {
 
     #[test]
     fn a_stuck_run_is_a_transient_failure_whatever_it_ends_with() {
-        let stuck = Ending {
-            stopped: true,
-            stalled: Some(Duration::from_secs(600)),
-            ..ending(None, Some(SIGTERM))
-        };
-        let (error, permanent) = failure(stuck);
-        assert_eq!(
-            error,
-            "no progress for 10m, stopped as stuck (killed by SIGTERM)"
-        );
-        assert!(!permanent);
+        for (code, signal, end) in [
+            (None, Some(SIGTERM), "killed by SIGTERM"),
+            (Some(65), None, "exit code 65"),
+        ] {
+            let stuck = Ending {
+                stopped: true,
+                stalled: Some(Duration::from_secs(600)),
+                ..ending(code, signal)
+            };
+            let expected = format!("no progress for 10m, stopped as stuck ({end})");
+            assert_eq!(failure(stuck), (expected, false));
+        }
+    }
+
+    #[test]
+    fn a_run_that_was_stopped_or_has_expired_fails_transiently_whatever_its_code() {
+        for code in [65, 78] {
+            let stopped = Ending {
+                stopped: true,
+                ..ending(Some(code), None)
+            };
+            assert!(!failure(stopped).1);
+            let mut expired = ending(Some(code), None);
+            expired.exit.expired = true;
+            assert!(!failure(expired).1);
+        }
     }
 }

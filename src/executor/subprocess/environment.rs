@@ -30,15 +30,17 @@ const INHERITED_PREFIX: &str = "LC_";
 pub(super) const FENCE: &str = "TRAINYARD_FENCE";
 
 /// The variables, each later source winning over the one before: the daemon's
-/// own, the task's, the attempt's.
+/// own (those that all commands get, and those that are `passed`), the task's, the attempt's.
 pub(super) fn environment(
     own: impl Iterator<Item = (OsString, OsString)>,
+    passed: impl Fn(&OsStr) -> bool,
     task: &BTreeMap<String, String>,
     attempt: &Attempt,
     work_dir: &Path,
 ) -> Vec<(OsString, OsString)> {
-    let mut variables: BTreeMap<OsString, OsString> =
-        own.filter(|(name, _)| is_inherited(name)).collect();
+    let mut variables: BTreeMap<OsString, OsString> = own
+        .filter(|(name, _)| is_inherited(name) || passed(name))
+        .collect();
     for (name, value) in task {
         variables.insert(name.into(), value.into());
     }
@@ -60,7 +62,10 @@ pub(super) fn environment(
             attempt.checkpoint.as_deref().map(str::to_owned),
         ),
         ("TRAINYARD_DEADLINE", deadline),
-        ("CUDA_VISIBLE_DEVICES", Some(attempt.devices.join(","))),
+        (
+            "CUDA_VISIBLE_DEVICES",
+            Some(attempt.device_names().join(",")),
+        ),
     ];
     for (name, value) in told {
         match value {
@@ -94,15 +99,19 @@ fn without_nul(value: OsString) -> OsString {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use serde_json::json;
 
     use super::*;
+    use crate::devices::Devices;
 
     fn variables(attempt: &Attempt, task: &[(&str, &str)]) -> BTreeMap<String, String> {
         let own = [
             ("PATH", "/bin"),
             ("LC_ALL", "C"),
             ("DATABASE_PASSWORD", "secret"),
+            ("HF_TOKEN", "passed"),
             ("TRAINYARD__DATABASE__URL", "postgres://u:secret@h/d"),
             ("TRAINYARD_CHECKPOINT", "of somebody else"),
             ("CUDA_VISIBLE_DEVICES", "0,1,2,3"),
@@ -112,10 +121,16 @@ mod tests {
             .iter()
             .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
             .collect();
-        environment(own.into_iter(), &task, attempt, Path::new("/work"))
-            .into_iter()
-            .map(|(name, value)| (name.into_string().unwrap(), value.into_string().unwrap()))
-            .collect()
+        environment(
+            own.into_iter(),
+            |name| name == "HF_TOKEN",
+            &task,
+            attempt,
+            Path::new("/work"),
+        )
+        .into_iter()
+        .map(|(name, value)| (name.into_string().unwrap(), value.into_string().unwrap()))
+        .collect()
     }
 
     #[test]
@@ -129,6 +144,7 @@ mod tests {
             [
                 "CUDA_VISIBLE_DEVICES",
                 "EPOCHS",
+                "HF_TOKEN",
                 "LC_ALL",
                 "PATH",
                 "TRAINYARD_ATTEMPT",
@@ -144,9 +160,10 @@ mod tests {
 
     #[test]
     fn the_task_wins_over_what_is_inherited_and_the_attempt_over_the_task() {
+        let devices = Devices::new(["GPU-1", "GPU-2"].map(str::to_owned).to_vec());
         let attempt = Attempt {
             checkpoint: Some("gs://b/c".into()),
-            devices: vec!["GPU-1".to_owned(), "GPU-2".to_owned()],
+            devices: devices.take(2).map(Arc::new),
             deadline: chrono::DateTime::from_timestamp_millis(1_700_000_000_000),
             ..Attempt::of(json!({}))
         };

@@ -8,12 +8,12 @@
 
 mod family;
 mod launch;
+mod launcher;
 mod watchdog;
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, PipeWriter, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::process::{Child, ChildStdin};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread;
@@ -21,27 +21,36 @@ use std::thread;
 use rustix::process::{Pid, Resource, Rlimit, Signal, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
-use super::lifeline::{self, Exit, MARK, Spec, Word};
+use super::lifeline::{self, Exit, LAUNCHER_MARK, MARK, Spec, Word};
 use family::Group;
 
 /// Becomes a keeper, and never returns, if this process was started as one.
 ///
-/// The daemon starts its own program again for each job that runs a command.
+/// The daemon starts its own program again for each job that runs a command,
+/// and that one once more, to become the command.
 /// A program that embeds trainyard therefore calls this first of all in its
 /// `main`; [`crate::run`] does it too, but what comes before that would be
 /// repeated for each job.
 pub fn keep_if_asked() {
-    if std::env::var_os(MARK).is_none() {
-        return;
-    }
-    let code = match keep() {
-        Ok(()) => 0,
-        Err(error) => {
-            eprintln!("trainyard: the keeper of a job failed: {error}");
-            1
+    let code = if let Some(keeper) = std::env::var_os(LAUNCHER_MARK) {
+        match launcher::launch(&keeper) {
+            Ok(()) => 1,
+            Err(error) => failed("launcher", &error),
         }
+    } else if std::env::var_os(MARK).is_some() {
+        match keep() {
+            Ok(()) => 0,
+            Err(error) => failed("keeper", &error),
+        }
+    } else {
+        return;
     };
     std::process::exit(code);
+}
+
+fn failed(who: &str, error: &io::Error) -> i32 {
+    eprintln!("trainyard: the {who} of a job failed: {error}");
+    1
 }
 
 fn keep() -> io::Result<()> {
@@ -58,26 +67,30 @@ fn keep() -> io::Result<()> {
     let Some((spec, payload)) = read_spec(&mut orders)? else {
         return Ok(());
     };
-    let child = match launch::launch(&spec) {
-        Ok(child) => child,
-        Err(failure) => {
-            let (reason, permanent) = (failure.reason, failure.permanent);
-            return say(&mut lifeline, &Word::NotStarted { reason, permanent });
-        }
+    let (child, stdin) = match launch::launch(&spec) {
+        Ok(started) => started,
+        Err(failure) => return say(&mut lifeline, &failure.into_word()),
     };
     let leader = Pid::from_child(&child);
     let group = Arc::new(Group::new(leader));
-    let begun = begin(child, payload, &mut lifeline, orders, &spec, &group);
+    let begun = begin(stdin, payload, &mut lifeline, orders, &spec, &group);
     if begun.is_err() {
         group.signal(Signal::KILL);
     }
     family::wait_for(leader);
     let expired = group.close();
-    let exit = family::sweep(leader)?;
+    let (exit, left) = family::sweep(leader);
     begun?;
     // A daemon that is gone need not know.
+    if !left.is_empty() {
+        let _ = say(&mut lifeline, &Word::Left(left.clone()));
+    }
     let _ = say(&mut lifeline, &Word::Ended(Exit { expired, ..exit }));
-    Ok(())
+    match left.is_empty() {
+        true => Ok(()),
+        // The daemon goes on killing what a keeper that has failed left.
+        false => Err(io::Error::other("processes are left")),
+    }
 }
 
 /// A service manager may signal every process of the service, and a terminal
@@ -108,7 +121,7 @@ fn read_spec(orders: &mut BufReader<UnixStream>) -> io::Result<Option<(Spec, Vec
 
 /// What goes on beside the running command: it is fed, and watched.
 fn begin(
-    mut child: Child,
+    stdin: PipeWriter,
     payload: Vec<u8>,
     lifeline: &mut UnixStream,
     orders: BufReader<UnixStream>,
@@ -123,14 +136,12 @@ fn begin(
     rustix::stdio::dup2_stdout(&nowhere)?;
     rustix::stdio::dup2_stderr(&nowhere)?;
     say(lifeline, &Word::Started(group.leader().as_raw_pid()))?;
-    if let Some(stdin) = child.stdin.take() {
-        thread::Builder::new().spawn(move || feed(stdin, &payload))?;
-    }
+    thread::Builder::new().spawn(move || feed(stdin, &payload))?;
     Ok(())
 }
 
 /// A command need not read its payload, and may close its stdin at any time.
-fn feed(mut stdin: ChildStdin, payload: &[u8]) {
+fn feed(mut stdin: PipeWriter, payload: &[u8]) {
     let _ = stdin.write_all(payload);
 }
 

@@ -7,7 +7,7 @@ mod leftovers;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -23,6 +23,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::warn;
 
 use super::lifeline::{self, MARK, Order, Spec, Word};
+use crate::devices::DeviceSet;
 
 /// For a program on a slow disk.
 const START_LIMIT: Duration = Duration::from_secs(60);
@@ -30,21 +31,26 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 /// A little longer than the keeper tries to end what is left of a job.
 const LAST_WORDS: Duration = Duration::from_secs(15);
 
+/// For a keeper whose job should have ended before.
+const LAST_CHANCE: Duration = Duration::from_secs(3);
+
 /// A running keeper. Dropping it makes the keeper kill everything and go.
 pub(super) struct Kept {
     words: Lines<BufReader<OwnedReadHalf>>,
     orders: OwnedWriteHalf,
     group: Arc<OnceLock<Pid>>,
     gone: JoinHandle<()>,
-    /// Tells the task behind `gone` that the lifeline is closed.
-    _let_go: DropGuard,
+    /// Tells the task behind `gone` that there is no time left.
+    over: DropGuard,
 }
 
 impl Kept {
-    /// Starts a keeper. `fence` is in the environment of what it will run.
+    /// Starts a keeper. `fence` is in the environment of what it will run,
+    /// which has `devices` to itself until all of it is gone.
     pub(super) fn start(
         keeper: Option<&Path>,
         fence: String,
+        devices: Option<Arc<DeviceSet>>,
     ) -> io::Result<(Self, ChildStdout, ChildStderr)> {
         if std::env::var_os(MARK).is_some() {
             return Err(io::Error::other(
@@ -58,14 +64,18 @@ impl Kept {
         let streams = keeper.stdout.take().zip(keeper.stderr.take());
         let (stdout, stderr) = streams.ok_or(io::ErrorKind::BrokenPipe)?;
         let group = Arc::new(OnceLock::new());
-        let let_go = CancellationToken::new();
-        let seen_out = see_out(keeper, let_go.clone(), Arc::clone(&group), fence);
+        let over = CancellationToken::new();
+        let seen_out = see_out(keeper, over.clone(), Arc::clone(&group), fence);
+        let seen_out = async move {
+            seen_out.await;
+            drop(devices);
+        };
         let kept = Self {
             words: BufReader::new(words).lines(),
             orders,
             group,
             gone: tokio::spawn(seen_out),
-            _let_go: let_go.drop_guard(),
+            over: over.drop_guard(),
         };
         Ok((kept, stdout, stderr))
     }
@@ -75,11 +85,10 @@ impl Kept {
     ///
     /// # Errors
     /// It did not answer, or is gone.
-    pub(super) async fn launch(&mut self, spec: &Spec, payload: Vec<u8>) -> io::Result<Word> {
+    pub(super) async fn launch(&mut self, spec: &Spec, payload: &[u8]) -> io::Result<Word> {
         let start = async {
             self.orders.write_all(&lifeline::line(spec)?).await?;
-            self.orders.write_all(&payload).await?;
-            drop(payload);
+            self.orders.write_all(payload).await?;
             self.next_word().await
         };
         let word = timeout(START_LIMIT, start).await.map_err(|_| {
@@ -117,13 +126,23 @@ impl Kept {
         let Self {
             words,
             orders,
-            gone,
-            _let_go,
+            mut gone,
+            over,
             ..
         } = self;
-        drop((words, orders, _let_go));
-        // It ends by itself also where nobody waits for it.
-        let _ = timeout(2 * LAST_WORDS, gone).await;
+        drop((words, orders));
+        if timeout(LAST_WORDS, &mut gone).await.is_err() {
+            drop(over);
+            // It ends by itself also where nobody waits for it.
+            let _ = timeout(LAST_WORDS, gone).await;
+        }
+    }
+
+    /// The same for a keeper that has failed: what it kept is killed at once.
+    pub(super) async fn end(self) {
+        let Self { gone, over, .. } = self;
+        drop(over);
+        let _ = timeout(LAST_WORDS, gone).await;
     }
 }
 
@@ -132,7 +151,7 @@ impl Kept {
 fn spawn(keeper: Option<&Path>, lifeline: StdUnixStream) -> io::Result<Child> {
     let program = match keeper {
         Some(program) => program.to_owned(),
-        None => this_program()?,
+        None => lifeline::this_program()?,
     };
     let mut command = Command::new(program);
     command
@@ -149,41 +168,37 @@ fn spawn(keeper: Option<&Path>, lifeline: StdUnixStream) -> io::Result<Child> {
     command.spawn()
 }
 
-/// On Linux this is the program that runs, even when its file has been replaced
-/// by a newer one.
-fn this_program() -> io::Result<PathBuf> {
-    match cfg!(target_os = "linux") {
-        true => Ok(PathBuf::from("/proc/self/exe")),
-        false => std::env::current_exe(),
-    }
-}
-
-/// Waits for the keeper's end. A keeper that was ended itself could not end
-/// its job; then this does.
+/// Waits for the keeper's end. A keeper that was ended itself, or that is too
+/// slow, could not end its job; then this does, for as long as it takes.
 async fn see_out(
     mut keeper: Child,
-    let_go: CancellationToken,
+    over: CancellationToken,
     group: Arc<OnceLock<Pid>>,
     fence: String,
 ) {
     let status = tokio::select! {
+        biased;
         status = keeper.wait() => status.ok(),
-        () = let_go.cancelled() => match timeout(LAST_WORDS, keeper.wait()).await {
-            Ok(status) => status.ok(),
-            Err(_) => None,
-        },
+        () = over.cancelled() => None,
     };
     if status.is_some_and(|status| status.success()) {
         return;
     }
-    warn!(
-        ?status,
-        "the keeper of a job failed; what it kept is killed"
-    );
+    if let Some(status) = status {
+        warn!(%status, "the keeper of a job failed; what it kept is killed");
+    }
     if let Some(group) = group.get() {
         let _ = kill_process_group(*group, Signal::KILL);
     }
-    // Only now, so that it does not begin anything in between.
+    if status.is_none() {
+        leftovers::kill_once(&fence).await;
+        // It finds its lifeline closed, and also kills what hides its origin.
+        match timeout(LAST_CHANCE, keeper.wait()).await {
+            Ok(Ok(status)) if status.success() => return,
+            _ => warn!("the keeper of a job does not end; it is killed"),
+        }
+    }
+    // Only now the rest, so that it does not begin anything in between.
     let _ = keeper.kill().await;
-    let _ = tokio::task::spawn_blocking(move || leftovers::kill(&fence)).await;
+    leftovers::kill(&fence).await;
 }

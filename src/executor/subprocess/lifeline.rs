@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 /// Set for a process that is to be a keeper.
 pub(super) const MARK: &str = "TRAINYARD_KEEPER";
 
+/// Set for a process that is to become a command: its keeper's process id.
+pub(super) const LAUNCHER_MARK: &str = "TRAINYARD_LAUNCHER";
+
 /// The first line to the keeper: what to run. The payload's bytes follow it.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Spec {
@@ -61,7 +64,9 @@ pub(super) enum Word {
         /// It would not start another time either.
         permanent: bool,
     },
-    /// The command has ended, and nothing that it started is left.
+    /// These processes do not end; said before the next.
+    Left(Vec<i32>),
+    /// The command has ended, and nothing else that it started is left.
     Ended(Exit),
 }
 
@@ -74,15 +79,21 @@ pub(super) struct Exit {
     pub(super) expired: bool,
 }
 
-/// Milliseconds of the machine's monotonic clock, which all its processes
-/// share: a deadline sent as one does not move while the message is on its way.
+/// Milliseconds of a clock of the machine's that all its processes share: a
+/// deadline sent as one does not move while the message is on its way. A
+/// suspended machine's leases run out too, so the clock goes on meanwhile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub(super) struct Moment(u64);
 
+#[cfg(target_os = "linux")]
+const CLOCK: ClockId = ClockId::Boottime;
+#[cfg(not(target_os = "linux"))]
+const CLOCK: ClockId = ClockId::Monotonic;
+
 impl Moment {
     pub(super) fn now() -> Self {
-        let now = clock_gettime(ClockId::Monotonic);
+        let now = clock_gettime(CLOCK);
         let milliseconds = now.tv_sec.saturating_mul(1000) + now.tv_nsec / 1_000_000;
         Self(u64::try_from(milliseconds).unwrap_or_default())
     }
@@ -103,4 +114,13 @@ pub(super) fn line(message: &impl Serialize) -> std::io::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
     Ok(line)
+}
+
+/// On Linux this is the program that runs, even when its file has been replaced
+/// by a newer one.
+pub(super) fn this_program() -> std::io::Result<PathBuf> {
+    match cfg!(target_os = "linux") {
+        true => Ok(PathBuf::from("/proc/self/exe")),
+        false => std::env::current_exe(),
+    }
 }

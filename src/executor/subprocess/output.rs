@@ -19,6 +19,11 @@ use gate::{Gate, Passage};
 /// As much as a pipe holds.
 const READ_AT_ONCE: usize = 64 << 10;
 
+/// What becomes of a line that speaks to trainyard and does not end.
+const TOO_LONG: &str = "trainyard: the next line is ignored: it is longer than 256 KiB";
+/// Of such a line.
+const QUOTED: usize = 200;
+
 /// What one run prints, and what of it counts.
 pub(super) struct Output {
     reports: Reports,
@@ -92,11 +97,33 @@ impl Output {
             Stream::Stdout => Said::read(line.bytes),
             Stream::Stderr => None,
         };
+        if said.is_some() {
+            // Also what cannot be understood tells that it is not stuck.
+            self.heard().sign_of_life = Instant::now();
+        }
         match said {
-            Some(Ok(said)) => self.follow(said),
+            Some(_) if line.cut => self.refuse_too_long(line, stream),
+            Some(Ok(said)) => {
+                let wrong = said.wrong.join(", ");
+                self.follow(said);
+                if !wrong.is_empty() {
+                    self.show(line, stream, Some(&wrong));
+                }
+            }
             Some(Err(reason)) => self.show(line, stream, Some(&reason)),
             None => self.show(line, stream, None),
         }
+    }
+
+    /// It may have been the result: the log and the tail tell that it was lost.
+    fn refuse_too_long(&self, line: &Line<'_>, stream: Stream) {
+        let beginning = &line.bytes[..line.bytes.len().min(QUOTED)];
+        self.reports.output(TOO_LONG.as_bytes());
+        let line = Line {
+            bytes: beginning,
+            cut: true,
+        };
+        self.show(&line, stream, Some(TOO_LONG));
     }
 
     fn follow(&self, said: Said) {
@@ -108,7 +135,6 @@ impl Output {
             self.reports.progress(progress);
         }
         let mut heard = self.heard();
-        heard.sign_of_life = Instant::now();
         if said.result.is_some() {
             heard.result = said.result;
         }
@@ -130,7 +156,7 @@ impl Output {
         let cut = if line.cut { " … (cut)" } else { "" };
         match malformed {
             None => info!(target: "task", %stream, "{text}{cut}"),
-            Some(reason) => warn!(target: "task", %stream, %reason, "ignored: {text}{cut}"),
+            Some(reason) => warn!(target: "task", %stream, %reason, "not understood: {text}{cut}"),
         }
     }
 
@@ -169,6 +195,18 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[tokio::test]
+    async fn a_result_that_is_too_long_is_lost_and_the_tail_says_so() {
+        let reports = Reports::default();
+        let output = Output::new(reports.clone());
+        let long = format!("@trainyard {{\"result\":\"{}\"}}\n", "x".repeat(300_000));
+        output.read(long.as_bytes(), &b""[..]).await;
+        assert_eq!(output.result(), None);
+        let tail = reports.tail();
+        assert_eq!(tail[0], TOO_LONG);
+        assert_eq!((tail.len(), tail[1].len()), (2, 200));
+    }
 
     #[tokio::test]
     async fn only_stdout_speaks_to_trainyard() {

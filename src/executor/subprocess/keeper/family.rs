@@ -75,7 +75,8 @@ pub(super) fn adopt_orphans() -> io::Result<()> {
 }
 
 /// Waits for the command's end and leaves it unreaped, so that its id stays
-/// its own. Adopted processes that end meanwhile are reaped.
+/// its own. Adopted processes that end meanwhile are reaped; the leader never,
+/// as its exit status would be gone with it.
 pub(super) fn wait_for(leader: Pid) {
     let ended = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
     loop {
@@ -87,7 +88,10 @@ pub(super) fn wait_for(leader: Pid) {
             Ok(None) => {}
             Ok(Some(_)) | Err(_) => return,
         }
-        let zombies = children().into_iter().filter(|child| child.zombie);
+        // The leader may have become one since it was looked at.
+        let zombies = children()
+            .into_iter()
+            .filter(|child| child.zombie && child.pid != leader);
         let reaped = zombies
             .filter(|child| waitpid(Some(child.pid), WaitOptions::NOHANG).is_ok())
             .count();
@@ -97,20 +101,21 @@ pub(super) fn wait_for(leader: Pid) {
     }
 }
 
-/// Kills what is left of the job and reaps it, the ended leader included.
-pub(super) fn sweep(leader: Pid) -> io::Result<Exit> {
+/// Kills what is left of the job and reaps it, the ended leader included. Says
+/// how the leader ended, if that can be known, and which of the others do not
+/// end.
+pub(super) fn sweep(leader: Pid) -> (Exit, Vec<i32>) {
     // The unreaped leader keeps the group's id from being anybody else's.
     let _ = kill_process_group(leader, Signal::KILL);
-    let exit = waitpid(Some(leader), WaitOptions::empty())?
-        .map(|(_, status)| exit_of(status))
-        .unwrap_or_default();
+    // Whatever comes of it, the rest of the family must not outlive this.
+    let exit = status_of(leader).map(exit_of).unwrap_or_default();
     let started = Instant::now();
     let mut pause = Duration::from_millis(1);
     while started.elapsed() < SWEEP_LIMIT {
         match wait(WaitOptions::NOHANG) {
             Ok(Some(_)) | Err(Errno::INTR) => continue,
             Ok(None) => {}
-            Err(_) => break,
+            Err(_) => return (exit, Vec::new()),
         }
         // Those of theirs come here when they are dead, for the next round.
         for child in children() {
@@ -119,7 +124,18 @@ pub(super) fn sweep(leader: Pid) -> io::Result<Exit> {
         sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(50));
     }
-    Ok(exit)
+    let left = children().into_iter().filter(|child| !child.zombie);
+    (exit, left.map(|child| child.pid.as_raw_pid()).collect())
+}
+
+fn status_of(leader: Pid) -> Option<WaitStatus> {
+    loop {
+        match waitpid(Some(leader), WaitOptions::empty()) {
+            Ok(ended) => return ended.map(|(_, status)| status),
+            Err(Errno::INTR) => {}
+            Err(_) => return None,
+        }
+    }
 }
 
 fn exit_of(status: WaitStatus) -> Exit {

@@ -1,13 +1,17 @@
-//! Starts the command, within its limits.
+//! Starts the command, by way of a launcher.
 
-use std::io;
+use std::io::{self, IoSlice, PipeReader, PipeWriter, Read, Write};
+use std::mem::MaybeUninit;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 use rustix::io::Errno;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-use super::super::lifeline::Spec;
+use super::super::lifeline::{self, LAUNCHER_MARK, MARK, Spec, Word};
 
 /// Why a command did not start.
 pub(super) struct Failure {
@@ -16,7 +20,7 @@ pub(super) struct Failure {
 }
 
 impl Failure {
-    fn transient(what: &str, error: &io::Error) -> Self {
+    pub(super) fn transient(what: &str, error: &io::Error) -> Self {
         Self {
             reason: format!("{what}: {error}"),
             permanent: false,
@@ -24,7 +28,7 @@ impl Failure {
     }
 
     /// What the program and its arguments are does not change by itself.
-    fn of_start(spec: &Spec, error: &io::Error) -> Self {
+    pub(super) fn of_start(spec: &Spec, error: &io::Error) -> Self {
         let kind = error.kind();
         let permanent = matches!(
             kind,
@@ -43,96 +47,69 @@ impl Failure {
             permanent,
         }
     }
+
+    pub(super) fn into_word(self) -> Word {
+        let Self { reason, permanent } = self;
+        Word::NotStarted { reason, permanent }
+    }
 }
 
-pub(super) fn launch(spec: &Spec) -> Result<Child, Failure> {
-    // The keeper takes these two limits on itself, and the command inherits.
-    if let Some(nice) = spec.limits.nice {
-        rustix::process::nice(nice)
-            .map_err(|error| Failure::transient("cannot set `nice`", &error.into()))?;
-    }
-    if let Some(files) = spec.limits.open_files {
-        limit_open_files(files)
-            .map_err(|error| Failure::transient("cannot set `open_files`", &error))?;
-    }
-    let mut command = Command::new(&spec.program);
-    if let Some((name, arguments)) = spec.argv.split_first() {
-        command.arg0(name).args(arguments);
-    }
-    command
-        .env_clear()
-        .envs(spec.env.iter().map(|(name, value)| (name, value)))
+/// The running command, and what its stdin reads from. To be called on a
+/// thread that lives as long as the keeper: the kernel takes the end of the
+/// thread that starts a process for the death of its parent.
+pub(super) fn launch(spec: &Spec) -> Result<(Child, PipeWriter), Failure> {
+    let cannot = |error| Failure::transient("cannot start a launcher", &error);
+    let (control, theirs) = UnixStream::pair().map_err(cannot)?;
+    let (stdin, feed) = io::pipe().map_err(cannot)?;
+    let mut child = spawn(theirs).map_err(cannot)?;
+    let failure = match hand_over(spec, control, stdin) {
+        Ok(None) => return Ok((child, feed)),
+        Ok(Some(failure)) => failure,
+        Err(error) => cannot(error),
+    };
+    let _ = child.kill();
+    let _ = child.wait();
+    Err(failure)
+}
+
+/// The launcher is this program once more. It becomes the command, and so it
+/// has the command's process group from the start.
+fn spawn(control: UnixStream) -> io::Result<Child> {
+    let program = lifeline::this_program()?;
+    Command::new(program)
+        .arg0("trainyard-launcher")
+        .env_remove(MARK)
+        .env(LAUNCHER_MARK, std::process::id().to_string())
         .process_group(0)
-        .stdin(Stdio::piped());
-    if let Some(cwd) = &spec.cwd {
-        command.current_dir(cwd);
+        .stdin(Stdio::from(OwnedFd::from(control)))
+        .spawn()
+}
+
+/// Tells the launcher what to become, and waits until it has. The failure, if
+/// it could not.
+fn hand_over(
+    spec: &Spec,
+    mut control: UnixStream,
+    stdin: PipeReader,
+) -> io::Result<Option<Failure>> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let descriptors = [stdin.as_fd()];
+    ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+    // A descriptor travels only along with data.
+    let data = [IoSlice::new(b" ")];
+    sendmsg(&control, &data, &mut ancillary, SendFlags::empty())?;
+    drop(stdin);
+    control.write_all(&lifeline::line(spec)?)?;
+    control.shutdown(Shutdown::Write)?;
+    let mut answer = Vec::new();
+    // Its end closes when the launcher has become the command.
+    control.read_to_end(&mut answer)?;
+    if answer.is_empty() {
+        return Ok(None);
     }
-    match spec.limits.memory {
-        None => command
-            .spawn()
-            .map_err(|error| Failure::of_start(spec, &error)),
-        Some(memory) => within_memory(memory, spec, command),
+    match serde_json::from_slice(&answer)? {
+        Word::NotStarted { reason, permanent } => Ok(Some(Failure { reason, permanent })),
+        other => Err(io::Error::other(format!("unexpected: {other:?}"))),
     }
-}
-
-fn limit_open_files(files: u64) -> io::Result<()> {
-    let most = getrlimit(Resource::Nofile).maximum;
-    let files = most.map_or(files, |most| most.min(files));
-    Ok(setrlimit(Resource::Nofile, both(files))?)
-}
-
-/// The command inherits the keeper's own limit. One that is too small for the
-/// keeper itself is set for the command alone, a moment after it has begun.
-fn within_memory(memory: u64, spec: &Spec, mut command: Command) -> Result<Child, Failure> {
-    let cannot = |error| Failure::transient("cannot set `memory`", &error);
-    let most = getrlimit(Resource::As).maximum;
-    let memory = most.map_or(memory, |most| most.min(memory));
-    let inherited = memory.max(keepers_own());
-    let inherited = most.map_or(inherited, |most| most.min(inherited));
-    setrlimit(Resource::As, both(inherited)).map_err(|error| cannot(error.into()))?;
-    let started = command.spawn();
-    let mut child = started.map_err(|error| Failure::of_start(spec, &error))?;
-    if memory < inherited
-        && let Err(error) = limit_child(&child, memory)
-    {
-        let _ = child.kill();
-        let _ = child.wait();
-        return Err(cannot(error));
-    }
-    Ok(child)
-}
-
-fn both(limit: u64) -> Rlimit {
-    Rlimit {
-        current: Some(limit),
-        maximum: Some(limit),
-    }
-}
-
-#[cfg(target_os = "linux")]
-fn limit_child(child: &Child, memory: u64) -> io::Result<()> {
-    let pid = rustix::process::Pid::from_child(child);
-    match rustix::process::prlimit(Some(pid), Resource::As, both(memory)) {
-        // It has ended already.
-        Ok(_) | Err(Errno::SRCH) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-#[expect(clippy::unnecessary_wraps, reason = "it can fail on Linux")]
-fn limit_child(_: &Child, _: u64) -> io::Result<()> {
-    Ok(())
-}
-
-/// The address space that this process has, and what its threads will need, in
-/// bytes.
-fn keepers_own() -> u64 {
-    const THREADS: u64 = 64 << 20;
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let kilobytes = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmSize:"))
-        .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse().ok());
-    kilobytes.map_or(0, |kilobytes: u64| kilobytes * 1024 + THREADS)
 }

@@ -11,7 +11,8 @@ use super::family::Group;
 
 /// Zero would mean forever to the socket.
 const SHORTEST_WAIT: Duration = Duration::from_millis(1);
-const LONGEST_WAIT: Duration = Duration::from_secs(60 * 60);
+/// A socket's time limit stands still while the machine is suspended.
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy)]
 enum Phase {
@@ -33,7 +34,9 @@ pub(super) fn watch(
         phase = match phase {
             Phase::Valid { until } if until.left().is_zero() => {
                 group.expire();
-                terminate(group, grace)
+                // After a freeze that may be past as well: then nothing is
+                // left of the grace, since another worker may have begun.
+                terminate(group, until.after(grace))
             }
             Phase::Stopping { kill_at } if kill_at.left().is_zero() => {
                 group.signal(Signal::KILL);
@@ -45,7 +48,7 @@ pub(super) fn watch(
             Ok(None) => {}
             Ok(Some(Order::Terminate)) => {
                 if let Phase::Valid { .. } = phase {
-                    phase = terminate(group, grace);
+                    phase = terminate(group, Moment::now().after(grace));
                 }
             }
             Ok(Some(Order::ValidUntil(until))) => {
@@ -58,13 +61,15 @@ pub(super) fn watch(
     }
 }
 
-fn terminate(group: &Group, grace: Duration) -> Phase {
+fn terminate(group: &Group, kill_at: Moment) -> Phase {
+    if kill_at.left().is_zero() {
+        group.signal(Signal::KILL);
+        return Phase::Killed;
+    }
     group.signal(Signal::TERM);
     // A stopped process takes no signal until it goes on.
     group.signal(Signal::CONT);
-    Phase::Stopping {
-        kill_at: Moment::now().after(grace),
-    }
+    Phase::Stopping { kill_at }
 }
 
 fn wait(phase: Phase) -> Duration {

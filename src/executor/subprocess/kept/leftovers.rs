@@ -1,30 +1,51 @@
 //! The processes of a run whose keeper is gone, found by the fence in their
 //! environment.
 
-use std::thread::sleep;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
+use tokio::task::spawn_blocking;
+use tokio::time::sleep;
+use tracing::warn;
 
 use super::super::environment::FENCE;
 
 /// A process that forks all the time may take some.
-const ROUNDS: u32 = 50;
+const QUICK_ROUNDS: u32 = 50;
 
-/// Kills them, and looks again until there are none. Does nothing where there
-/// is no /proc.
-pub(super) fn kill(fence: &str) {
-    let mark = format!("{FENCE}={fence}");
-    for _ in 0..ROUNDS {
-        let found = marked(&mark);
+/// Kills them, and looks again until there are none: one that hangs in a driver
+/// has its GPU for as long as it is there. Does nothing where there is no
+/// /proc.
+pub(super) async fn kill(fence: &str) {
+    let mut rounds = 0_u32;
+    loop {
+        let found = kill_once(fence).await;
         if found.is_empty() {
             return;
         }
-        for process in found {
-            let _ = kill_process(process, Signal::KILL);
+        rounds = rounds.saturating_add(1);
+        if rounds == QUICK_ROUNDS {
+            warn!(pids = ?found, "processes of a run do not end; it keeps its GPUs until they do");
         }
-        sleep(Duration::from_millis(10));
+        sleep(match rounds < QUICK_ROUNDS {
+            true => Duration::from_millis(10),
+            false => Duration::from_secs(1),
+        })
+        .await;
     }
+}
+
+/// Kills those that there are now, and tells which.
+pub(super) async fn kill_once(fence: &str) -> Vec<i32> {
+    let mark = format!("{FENCE}={fence}");
+    let killed = spawn_blocking(move || {
+        let found = marked(&mark);
+        for process in &found {
+            let _ = kill_process(*process, Signal::KILL);
+        }
+        found.into_iter().map(Pid::as_raw_pid).collect()
+    });
+    killed.await.unwrap_or_default()
 }
 
 fn marked(mark: &str) -> Vec<Pid> {
