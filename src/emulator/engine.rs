@@ -289,10 +289,10 @@ impl Engine {
         operation: impl FnOnce(&mut Feed, &mut Moment<'_>) -> R,
     ) -> Result<R, BrokerError> {
         name::check_subscription(name)?;
-        let result = self.change_feed(name, now, |feed, at| {
-            feed.expire(at);
-            operation(feed, at)
-        });
+        // Handed out before the operation, so that each stream that gets some
+        // of it is woken.
+        self.change_feed(name, now, Feed::expire);
+        let result = self.change_feed(name, now, operation);
         result.ok_or_else(|| BrokerError::not_found(name))
     }
 

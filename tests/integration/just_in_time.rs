@@ -98,7 +98,7 @@ async fn where_deliveries_are_counted(settings: Settings) -> Option<Scene> {
         .set_max_delivery_attempts(100);
     let subscription = Subscription::new().set_dead_letter_policy(policy);
     broker.subscribe_like(SUBSCRIPTION, subscription).await;
-    Some(Scene::set(broker, &database, &database, &settings).await)
+    Some(Scene::set(broker, SUBSCRIPTION, &database, &database, &settings).await)
 }
 
 /// For each run that a worker started, the how-manieth delivery of its message

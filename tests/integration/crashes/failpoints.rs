@@ -15,7 +15,7 @@ use trainyard::job::Job;
 use uuid::Uuid;
 
 use super::checker::violations;
-use super::{FAST, SUBSCRIPTION, Scene, Settings};
+use super::{FAST, Scene, Settings};
 use crate::support::broker::Broker;
 use crate::support::database::Database;
 use crate::support::runs::RunEvent;
@@ -30,8 +30,6 @@ const ROUNDS: usize = 3;
 /// They mostly wait, for leases and ack deadlines to end; but each takes a few
 /// connections of the one server.
 static SCENES_AT_A_TIME: Semaphore = Semaphore::const_new(40);
-/// New databases are work.
-static SET_UP_AT_A_TIME: Semaphore = Semaphore::const_new(3);
 const SIGABRT: i32 = 6;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -52,8 +50,12 @@ async fn after_run_survives_a_death_at_each_step() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_steps_between_two_writes_are_survived_on_sqlite() {
     let scenes = CORE.into_iter().map(|(ack, step)| {
-        let places = async || Some((Broker::builtin().await?, Database::sqlite().await?));
-        play(Plan::first(ack, step), places()).boxed_local()
+        let playing = async move {
+            let database = Database::sqlite().await.unwrap();
+            let broker = Broker::builtin().await.unwrap();
+            play(Plan::first(ack, step), broker, &database).await;
+        };
+        playing.boxed_local()
     });
     all_end_well(scenes).await;
 }
@@ -61,8 +63,13 @@ async fn the_steps_between_two_writes_are_survived_on_sqlite() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_steps_between_two_writes_are_survived_on_googles_emulator() {
     let scenes = CORE.into_iter().map(|(ack, step)| {
-        let places = async || Some((Broker::google().await?, Database::postgres().await?));
-        play(Plan::first(ack, step), places()).boxed_local()
+        let playing = async move {
+            let places = (Broker::google().await, Database::postgres().await);
+            if let (Some(broker), Some(database)) = places {
+                play(Plan::first(ack, step), broker, &database).await;
+            }
+        };
+        playing.boxed_local()
     });
     all_end_well(scenes).await;
 }
@@ -148,9 +155,18 @@ async fn every_step_is_survived(ack: &'static str) {
             plans.extend((1..ROUNDS).map(|_| Plan::drawn(ack, step, &mut random)));
         }
     }
+    let Some(database) = Database::postgres().await else {
+        return;
+    };
+    let database = &database;
+    database.open_migrated().await;
     let scenes = plans.into_iter().map(|plan| {
-        let places = async || Some((Broker::builtin().await?, Database::postgres().await?));
-        play(plan, places()).boxed_local()
+        let playing = async move {
+            let _place = SCENES_AT_A_TIME.acquire().await.unwrap();
+            let broker = Broker::builtin().await.unwrap();
+            play(plan, broker, database).await;
+        };
+        playing.boxed_local()
     });
     all_end_well(scenes).await;
 }
@@ -174,21 +190,17 @@ impl Drop for Narrator {
     }
 }
 
-async fn play(plan: Plan, places: impl Future<Output = Option<(Broker, Database)>>) {
-    let _place = SCENES_AT_A_TIME.acquire().await.unwrap();
+async fn play(plan: Plan, broker: Broker, database: &Database) {
     let _narrator = Narrator(plan);
-    let setting_up = SET_UP_AT_A_TIME.acquire().await.unwrap();
-    let Some((broker, database)) = places.await else {
-        return;
-    };
-    broker.subscribe(SUBSCRIPTION).await;
+    // Its own, since others may play on the same database.
+    let subscription = format!("rehearsals-{}", Uuid::new_v4().simple());
+    broker.subscribe(&subscription).await;
     let settings = Settings {
         slots: plan.slots,
         ack: plan.ack,
         ..FAST
     };
-    let scene = Scene::set(broker, &database, &database, &settings).await;
-    drop(setting_up);
+    let scene = Scene::set(broker, &subscription, database, database, &settings).await;
     let published = scene.publish_all(requests(&scene, plan.ack)).await;
     let failpoint = format!("{}@{}", plan.step.as_str(), plan.nth);
     let environment = [("TRAINYARD_FAILPOINT", failpoint.as_str())];

@@ -44,7 +44,7 @@ pub const CALM: Settings = Settings {
 };
 
 impl Settings {
-    fn toml(&self) -> String {
+    fn toml(&self, subscription: &str) -> String {
         let Self {
             slots,
             lease,
@@ -57,7 +57,7 @@ impl Settings {
         format!(
             "[worker]\nslots = {slots}\nlease = \"{lease}\"\nstop_grace = \"500ms\"\nshutdown_grace = \"{shutdown_grace}\"\n\
              [guard]\nmax_crashes = {max_crashes}\n\
-             [subscriptions.{SUBSCRIPTION}]\nack_deadline = \"10s\"\nprefetch = {prefetch}\nquiet_limit = \"{quiet_limit}\"\n\
+             [subscriptions.{subscription}]\nack_deadline = \"10s\"\nprefetch = {prefetch}\nquiet_limit = \"{quiet_limit}\"\n\
              [tasks.rehearsal]\nbuiltin = \"rehearsal\"\nack = \"{ack}\"\n"
         )
     }
@@ -65,6 +65,7 @@ impl Settings {
 
 pub struct Scene {
     pub broker: Broker,
+    subscription: String,
     pub store: Arc<dyn Store>,
     pub yard: Yard,
     pub runs: RunsLog,
@@ -81,28 +82,31 @@ impl Scene {
         let database = Database::postgres().await?;
         let broker = Broker::builtin().await.unwrap();
         broker.subscribe_like(SUBSCRIPTION, subscription).await;
-        Some(Self::set(broker, &database, &database, settings).await)
+        Some(Self::set(broker, SUBSCRIPTION, &database, &database, settings).await)
     }
 
     /// The test looks at the database itself, the workers see it their way.
     pub async fn new(database: &Database, workers_see: &Database, settings: &Settings) -> Self {
         let broker = Broker::builtin().await.unwrap();
         broker.subscribe(SUBSCRIPTION).await;
-        Self::set(broker, database, workers_see, settings).await
+        Self::set(broker, SUBSCRIPTION, database, workers_see, settings).await
     }
 
-    /// On a broker that has the subscription.
+    /// On a broker that has the subscription. Scenes with subscriptions of
+    /// different names can share a database.
     pub async fn set(
         broker: Broker,
+        subscription: &str,
         database: &Database,
         workers_see: &Database,
         settings: &Settings,
     ) -> Self {
         let store = database.open_migrated().await;
-        let yard = Yard::new(&broker, workers_see, &settings.toml());
+        let yard = Yard::new(&broker, workers_see, &settings.toml(subscription));
         let runs = RunsLog::in_folder(yard.folder.path());
         Self {
             broker,
+            subscription: subscription.to_owned(),
             store,
             yard,
             runs,
@@ -122,11 +126,11 @@ impl Scene {
     }
 
     pub async fn publish(&self, request: String) -> String {
-        self.broker.publish(SUBSCRIPTION, request).await
+        self.broker.publish(&self.subscription, request).await
     }
 
     pub async fn publish_all(&self, requests: Vec<String>) -> Vec<String> {
-        self.broker.publish_all(SUBSCRIPTION, requests).await
+        self.broker.publish_all(&self.subscription, requests).await
     }
 
     pub async fn publish_run(&self, seconds: f64) -> String {
@@ -154,7 +158,9 @@ impl Scene {
             limit: 10_000,
             ..JobFilter::default()
         };
-        self.store.jobs(&filter).await.unwrap()
+        let mut jobs = self.store.jobs(&filter).await.unwrap();
+        jobs.retain(|job| job.subscription == self.subscription);
+        jobs
     }
 
     pub async fn only_job_ends(&self, state: JobState) -> Job {
@@ -178,7 +184,7 @@ impl Scene {
 
     pub async fn nothing_is_left_to_deliver(&self) {
         eventually("every message is acknowledged", async || {
-            (self.broker.backlog(SUBSCRIPTION) == 0).then_some(())
+            (self.broker.backlog(&self.subscription) == 0).then_some(())
         })
         .await;
     }

@@ -73,6 +73,23 @@ fn messages_go_to_the_open_streams_in_turn() {
 }
 
 #[test]
+fn a_stream_that_gets_what_expires_as_another_one_takes_is_woken() {
+    let mut fixture = Fixture::new();
+    fixture.publish("a");
+    fixture.publish("b");
+    assert_eq!(fixture.pull_texts(), ["a", "b"]);
+    let streams = [fixture.open(1, 0), fixture.open(1, 0)];
+    fixture.engine.drain_wakes();
+    // Before the timer has come to it.
+    fixture.now += Duration::from_secs(600);
+    let taken = fixture.take(streams[1]);
+    assert_eq!(texts(&taken), ["b"]);
+    let wakes = fixture.engine.drain_wakes();
+    assert!(wakes.contains(&Wake::Stream(streams[0])), "{wakes:?}");
+    assert_eq!(texts(&fixture.take(streams[0])), ["a"]);
+}
+
+#[test]
 fn a_closed_stream_gives_back_what_it_was_not_sent() {
     let mut fixture = Fixture::new();
     let stream = fixture.open(0, 0);
