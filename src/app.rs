@@ -11,6 +11,7 @@ use crate::config::{self, Config, ConfigError};
 use crate::devices::Devices;
 use crate::executor::subprocess::{keep_if_asked, tidy_work_dir};
 use crate::guard::Guard;
+use crate::nvidia;
 use crate::pubsub::{Connection, Publishers, PubsubError, Pulling, Subscription};
 use crate::registry::{ConfiguredTasks, Registry, work_dir_of_commands};
 use crate::shutdown::Shutdown;
@@ -152,7 +153,7 @@ pub async fn build_worker(
         subscriptions = config.subscriptions.keys().cloned().collect::<Vec<_>>().join(", "),
         "ready"
     );
-    let devices = Devices::discover(&config.worker.gpus).await;
+    let devices = nvidia::devices(&config.worker.gpus).await;
     warn_of_missing_gpus(&tasks, &devices);
     if let Some(work_dir) = work_dir {
         tokio::spawn(tidy_work_dir(work_dir));

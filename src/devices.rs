@@ -1,7 +1,5 @@
 //! The GPUs of this machine that its worker hands out, and to whom.
 
-mod discovery;
-
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -103,15 +101,6 @@ impl Devices {
             total: names.len(),
             free: Arc::new(Mutex::new(names.into())),
         }
-    }
-
-    /// Finds those that the configuration means. A machine without GPUs, or
-    /// whose GPUs cannot be listed, has none; the log tells why.
-    pub async fn discover(gpus: &Gpus) -> Self {
-        Self::new(match gpus {
-            Gpus::List(names) => names.clone(),
-            Gpus::Auto => discovery::find().await,
-        })
     }
 
     /// So many devices that nobody else has, or `None` while fewer are free.

@@ -21,6 +21,7 @@ pub mod failpoint;
 pub mod guard;
 pub mod job;
 pub mod message;
+pub mod nvidia;
 pub mod outcome;
 pub mod pubsub;
 pub mod registry;

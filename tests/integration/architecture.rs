@@ -17,9 +17,9 @@ const ONLY_IN: &[(&str, &[&str])] = &[
 ];
 
 const WORDS: &[&str] = &[
-    "dedupe", "message", "job", "outcome", "report", "retry", "task",
+    "dedupe", "devices", "job", "message", "outcome", "report", "retry", "task",
 ];
-const OUTSIDE_SYSTEMS: &[&str] = &["pubsub", "store", "executor", "devices", "emulator"];
+const OUTSIDE_SYSTEMS: &[&str] = &["pubsub", "store", "executor", "nvidia", "emulator"];
 const SERVICES: &[&str] = &["guard", "registry", "worker", "app", "cli"];
 
 /// Every Rust file under `src` with its top-level module's name and its text.

@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use trainyard::devices::{Devices, Gpus};
 use trainyard::executor::Attempt;
+use trainyard::nvidia;
 use trainyard::outcome::Outcome;
 
 use crate::support::{
@@ -18,7 +19,7 @@ use crate::support::{
 #[tokio::test]
 #[ignore = "the test below runs it as a process of its own"]
 async fn discovery() {
-    let devices = Devices::discover(&Gpus::Auto).await;
+    let devices = nvidia::devices(&Gpus::Auto).await;
     let all = devices.take(devices.total()).unwrap();
     fs::write(Other::folder().join("out"), all.names().join(" ")).unwrap();
 }

@@ -7,11 +7,22 @@ use tokio::process::Command;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
+use crate::devices::{Devices, Gpus};
+
 /// A driver in trouble lets it hang.
 const NVIDIA_SMI_LIMIT: Duration = Duration::from_secs(20);
 
+/// Finds those that the configuration means. A machine without GPUs, or whose
+/// GPUs cannot be listed, has none; the log tells why.
+pub async fn devices(gpus: &Gpus) -> Devices {
+    Devices::new(match gpus {
+        Gpus::List(names) => names.clone(),
+        Gpus::Auto => find().await,
+    })
+}
+
 /// Those that `CUDA_VISIBLE_DEVICES` leaves to this process, or else all.
-pub(super) async fn find() -> Vec<String> {
+async fn find() -> Vec<String> {
     match std::env::var("CUDA_VISIBLE_DEVICES") {
         Ok(visible) => visible_devices(&visible),
         Err(_) => match timeout(NVIDIA_SMI_LIMIT, list("nvidia-smi")).await {
