@@ -16,6 +16,7 @@ on_both_databases!(
     a_stopped_workers_program_goes_on_elsewhere_at_no_cost,
     a_failing_programs_last_words_are_kept,
     a_cancelled_program_is_stopped,
+    programs_that_run_side_by_side_have_gpus_of_their_own,
 );
 
 const NAME: &str = "program";
@@ -268,4 +269,46 @@ async fn a_cancelled_program_is_stopped(database: Database) {
     scene.job(&id, JobState::Cancelled).await;
     nothing_runs(&job).await;
     scene.nothing_is_left_to_deliver().await;
+}
+
+/// Three programs want a GPU each and there are two: the third waits for one.
+async fn programs_that_run_side_by_side_have_gpus_of_their_own(database: Database) {
+    let text = script(
+        r#"echo "$CUDA_VISIBLE_DEVICES" > "began-$TRAINYARD_JOB_ID"
+           while [ ! -e gate ]; do sleep 0.05; done
+           echo "@trainyard {\"result\":{\"gpu\":\"$CUDA_VISIBLE_DEVICES\"}}""#,
+    );
+    let scene = scene(&database, &["sh", "-c", &text], "gpus = 1").await;
+    add_env(&scene).await;
+    let config = std::fs::read_to_string(&scene.yard.config).unwrap();
+    let config = config.replace("slots = 1\n", "slots = 3\ngpus = [\"4\", \"7\"]\n");
+    std::fs::write(&scene.yard.config, config).unwrap();
+    let _worker = scene.start_worker("w1");
+    for _ in 0..3 {
+        publish(&scene, json!({})).await;
+    }
+    let began = || {
+        let files = std::fs::read_dir(scene.folder()).unwrap();
+        let files = files.map(|entry| entry.unwrap().path());
+        let began = files.filter(|path| path.to_string_lossy().contains("began-"));
+        let mut gpus: Vec<String> = began
+            .map(|path| std::fs::read_to_string(path).unwrap().trim().to_owned())
+            .collect();
+        gpus.sort();
+        gpus
+    };
+    eventually("two programs run and one waits", async || {
+        let jobs = scene.jobs().await;
+        let waits = jobs.iter().any(|job| job.state == JobState::Waiting);
+        (jobs.len() == 3 && waits && began() == ["4", "7"]).then_some(())
+    })
+    .await;
+    std::fs::write(scene.folder().join("gate"), "").unwrap();
+    let jobs = scene.all_succeed(3).await;
+    let gpu = |job: &Job| job.result.as_ref().map(|result| result["gpu"].clone());
+    assert!(
+        jobs.iter()
+            .all(|job| [Some(json!("4")), Some(json!("7"))].contains(&gpu(job)))
+    );
+    assert_eq!(began().len(), 3);
 }
