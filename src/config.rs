@@ -85,6 +85,10 @@ pub struct Worker {
     pub unknown_task_patience: Duration,
     /// The GPUs that its jobs share: "auto", 0 for none, or a list.
     pub gpus: Gpus,
+    /// When the oldest job that waits for GPUs has waited this long, what comes
+    /// free is reserved for it.
+    #[serde(with = "humantime_serde")]
+    pub reserve_after: Duration,
     /// Where jobs that run a command have their directories. Unset: a folder
     /// `trainyard` in the system's folder for temporary files.
     pub work_dir: Option<PathBuf>,
@@ -99,6 +103,7 @@ impl Default for Worker {
             stop_grace: Duration::from_secs(10),
             unknown_task_patience: Duration::from_secs(300),
             gpus: Gpus::default(),
+            reserve_after: Duration::from_secs(30),
             work_dir: None,
         }
     }
@@ -145,6 +150,9 @@ pub struct Subscription {
     /// How many jobs of the subscription run side by side in one worker.
     /// Unset: as many as it has slots.
     pub concurrency: Option<usize>,
+    /// How many messages a worker holds whose job waits in the queue: for room,
+    /// for its turn, for its next attempt. With so many, no more is pulled.
+    pub max_waiting: usize,
     /// A stream that has brought nothing for so long is replaced, over a new
     /// connection: it may be dead without a sign.
     #[serde(with = "humantime_serde")]
@@ -160,6 +168,7 @@ impl Default for Subscription {
             dead_letter_topic: None,
             prefetch: 0,
             concurrency: None,
+            max_waiting: 500,
             quiet_limit: Duration::from_secs(300),
         }
     }

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 /// Which GPUs a worker has, as the configuration says it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,6 +84,7 @@ impl From<Gpus> for Written {
 #[derive(Debug, Clone, Default)]
 pub struct Devices {
     free: Arc<Mutex<VecDeque<String>>>,
+    freed: watch::Sender<()>,
     total: usize,
 }
 
@@ -91,6 +93,7 @@ pub struct Devices {
 pub struct DeviceSet {
     names: Vec<String>,
     free: Arc<Mutex<VecDeque<String>>>,
+    freed: watch::Sender<()>,
 }
 
 impl Devices {
@@ -100,6 +103,7 @@ impl Devices {
         Self {
             total: names.len(),
             free: Arc::new(Mutex::new(names.into())),
+            freed: watch::Sender::default(),
         }
     }
 
@@ -114,7 +118,14 @@ impl Devices {
         Some(DeviceSet {
             names: free.drain(..count).collect(),
             free: Arc::clone(&self.free),
+            freed: self.freed.clone(),
         })
+    }
+
+    /// Changes whenever some come free.
+    #[must_use]
+    pub fn freed(&self) -> watch::Receiver<()> {
+        self.freed.subscribe()
     }
 
     /// How many nobody has.
@@ -140,6 +151,7 @@ impl DeviceSet {
 impl Drop for DeviceSet {
     fn drop(&mut self) {
         lock(&self.free).extend(self.names.drain(..));
+        self.freed.send_replace(());
     }
 }
 

@@ -24,6 +24,7 @@ pub mod message;
 pub mod nvidia;
 pub mod outcome;
 pub mod pubsub;
+pub mod record;
 pub mod registry;
 pub mod report;
 pub mod retry;

@@ -20,8 +20,8 @@ use super::{Shared, table};
 use crate::app;
 use crate::config::{Config, Subscription, Task};
 use crate::emulator::{Broker, Emulator, Options};
-use crate::job::Job;
 use crate::pubsub::{Connection, Outgoing};
+use crate::record::Job;
 use crate::registry::Registry;
 use crate::shutdown::Shutdown;
 use crate::store::{Missing, Store};
@@ -76,7 +76,7 @@ impl Dev {
             config.tasks.insert(python::NAME.to_owned(), task);
         }
         let store = app::open_store(&config, Missing::Create).await?;
-        store.migrate().await?;
+        store.migrate(app::tell_who_is_in_the_way).await?;
         let connection = app::connection(&config)?;
         for name in config.subscriptions.keys() {
             connection.ensure_topic(name).await?;

@@ -6,7 +6,7 @@ use uuid::Uuid;
 use super::table::SHORT_ID;
 use super::{Shared, say, table};
 use crate::app;
-use crate::job::{AttemptRecord, Cancelling, Job, JobFilter, JobState, Retrying};
+use crate::record::{AttemptRecord, Cancelling, Job, JobFilter, JobState, Retrying};
 use crate::store::{Missing, Store};
 
 /// Look at jobs, cancel them, run them again.

@@ -17,7 +17,7 @@ impl Migrate {
         let config = shared.load()?;
         let applied = app::open_store(&config, Missing::Create)
             .await?
-            .migrate()
+            .migrate(app::tell_who_is_in_the_way)
             .await?;
         let url = mask_password(&config.database.url);
         match applied {

@@ -5,7 +5,7 @@ use comfy_table::presets::NOTHING;
 use comfy_table::{ContentArrangement, Table};
 use serde_json::Value;
 
-use crate::job::{AttemptRecord, Job, Story};
+use crate::record::{AttemptRecord, Job, Story};
 use crate::report::Progress;
 
 /// The width of a table where there is no terminal to ask.

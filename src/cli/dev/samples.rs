@@ -6,7 +6,7 @@ use anyhow::Context;
 use serde_json::{Value, json};
 
 use super::{TASK, python};
-use crate::job::{Job, JobState};
+use crate::record::{Job, JobState};
 
 /// UCI's handwritten digits, inside the binary so that `dev` works anywhere.
 const DIGITS: &[u8] = include_bytes!("../../../examples/data/digits.csv.gz");
