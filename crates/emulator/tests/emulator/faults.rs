@@ -1,6 +1,5 @@
-//! Faults on request: by option, by admin call and by flag.
+//! Faults on request: by option and by admin call.
 
-use std::process::Stdio;
 use std::slice;
 use std::time::{Duration, Instant};
 
@@ -10,10 +9,8 @@ use googleapis_tonic_google_pubsub_v1::google::pubsub::v1::{
     AcknowledgeRequest, StreamingPullRequest,
 };
 use serde_json::json;
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::Command;
 use tonic::Code;
-use trainyard::emulator::{Faults, Options, StatusCode};
+use trainyard_emulator::{Faults, Options, StatusCode};
 
 use super::exactly_once::{self, exactly_once};
 use super::grpc::{self, Stream, channel, first};
@@ -263,36 +260,4 @@ async fn a_bad_admin_call_is_refused_with_a_reason_and_changes_nothing() {
     }
     assert_eq!(running.broker.faults().duplicates, 0.25);
     running.stop().await;
-}
-
-fn emulator(faults: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_trainyard"));
-    command.args(["emulator", "--port", "0", "--faults", faults]);
-    command.kill_on_drop(true).stdout(Stdio::null());
-    command.stderr(Stdio::piped());
-    command
-}
-
-#[tokio::test]
-async fn the_command_prints_the_faults_and_a_seed_that_repeats_them() {
-    let mut drawn = emulator("duplicates=0.5").spawn().unwrap();
-    let mut lines = BufReader::new(drawn.stderr.take().unwrap()).lines();
-    let line = in_time(lines.next_line()).await.unwrap().unwrap();
-    let seed = line.strip_prefix("faults: duplicates=0.5; --seed ");
-    let seed = seed.and_then(|rest| rest.strip_suffix(" repeats them"));
-    let seed = seed.unwrap_or_else(|| panic!("{line}"));
-    let mut command = emulator("duplicates=0.5");
-    let mut repeated = command.args(["--seed", seed]).spawn().unwrap();
-    let mut lines = BufReader::new(repeated.stderr.take().unwrap()).lines();
-    let again = in_time(lines.next_line()).await.unwrap().unwrap();
-    assert_eq!(again, line);
-}
-
-#[tokio::test]
-async fn the_command_refuses_a_bad_fault() {
-    let output = in_time(emulator("duplicates=often").output()).await;
-    let output = output.unwrap();
-    assert_eq!(output.status.code(), Some(2));
-    let reason = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(reason.contains("a number from 0 to 1"), "{reason}");
 }

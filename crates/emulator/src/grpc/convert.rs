@@ -5,11 +5,11 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use googleapis_tonic_google_pubsub_v1::google::pubsub::v1 as proto;
 
-use crate::emulator::backlog::Delivery;
-use crate::emulator::error::BrokerError;
-use crate::emulator::message::NewMessage;
-use crate::emulator::resource;
-use crate::emulator::unsupported::{self, Asked};
+use crate::backlog::Delivery;
+use crate::error::BrokerError;
+use crate::message::NewMessage;
+use crate::resource;
+use crate::unsupported::{self, Asked};
 
 pub fn topic_in(topic: proto::Topic) -> Result<resource::Topic, BrokerError> {
     unsupported::refuse(&[

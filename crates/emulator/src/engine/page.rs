@@ -1,6 +1,6 @@
 //! Paging through lists.
 
-use crate::emulator::error::BrokerError;
+use crate::error::BrokerError;
 
 const DEFAULT_PAGE: usize = 100;
 const LARGEST_PAGE: usize = 1000;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::emulator::ack_id::Position;
+use crate::ack_id::Position;
 
 /// A place in the queue: a position's own, or behind that of another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

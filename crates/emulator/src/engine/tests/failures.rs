@@ -1,7 +1,7 @@
 //! Retry policies and dead-letter policies.
 
 use super::*;
-use crate::emulator::resource::{DeadLetterPolicy, RetryPolicy, Subscription};
+use crate::resource::{DeadLetterPolicy, RetryPolicy, Subscription};
 
 const DEAD: &str = "projects/p/topics/dead";
 const MORGUE: &str = "projects/p/subscriptions/morgue";

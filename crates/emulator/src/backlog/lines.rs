@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use crate::emulator::ack_id::Position;
+use crate::ack_id::Position;
 
 /// The unacknowledged messages of one ordering key.
 #[derive(Debug, Default)]

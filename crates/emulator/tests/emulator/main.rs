@@ -13,7 +13,7 @@ use google_cloud_pubsub::subscriber::MessageStream;
 use google_cloud_pubsub::subscriber::handler::Handler;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use trainyard::emulator::{Broker, Emulator, Options};
+use trainyard_emulator::{Broker, Emulator, Options};
 
 mod exactly_once;
 mod faults;

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::{Backlog, Delivery};
-use crate::emulator::ack_id::Position;
-use crate::emulator::faults::Moment;
-use crate::emulator::message::Message;
+use crate::ack_id::Position;
+use crate::faults::Moment;
+use crate::message::Message;
 
 impl Backlog {
     /// Adds a message that was added before, whatever became of it.

@@ -6,7 +6,7 @@ use prost_types::Any;
 use tonic::{Code, Status};
 use tonic_prost::prost::{self, Message};
 
-use crate::emulator::error::{ACK_IDS_REASON, BrokerError, DOMAIN};
+use crate::error::{ACK_IDS_REASON, BrokerError, DOMAIN};
 
 /// `google.rpc.Status`, which carries the details of a gRPC status:
 /// <https://cloud.google.com/apis/design/errors#error_model>.

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::emulator::ack_id::AckId;
-use crate::emulator::message::Message;
-use crate::emulator::streams::StreamId;
+use crate::ack_id::AckId;
+use crate::message::Message;
+use crate::streams::StreamId;
 
 /// A message handed to a client.
 #[derive(Debug, Clone)]

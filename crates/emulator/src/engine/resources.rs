@@ -3,10 +3,10 @@
 use std::collections::{BTreeSet, VecDeque};
 
 use super::{Engine, Page, PageRequest, Topic, Wake};
-use crate::emulator::error::BrokerError;
-use crate::emulator::feed::Feed;
-use crate::emulator::name::{self, DELETED_TOPIC};
-use crate::emulator::resource;
+use crate::error::BrokerError;
+use crate::feed::Feed;
+use crate::name::{self, DELETED_TOPIC};
+use crate::resource;
 
 impl Engine {
     pub fn create_topic(&mut self, settings: resource::Topic) -> Result<(), BrokerError> {

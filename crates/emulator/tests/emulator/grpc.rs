@@ -13,7 +13,7 @@ use tokio::sync::mpsc::{self, Sender};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
-use trainyard::emulator::Options;
+use trainyard_emulator::Options;
 
 use super::{Running, SUBSCRIPTION, TOPIC, in_time};
 

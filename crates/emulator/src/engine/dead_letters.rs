@@ -5,8 +5,8 @@ use std::time::Instant;
 use chrono::{DateTime, SecondsFormat, Utc};
 
 use super::Engine;
-use crate::emulator::backlog::DeadLetter;
-use crate::emulator::message::NewMessage;
+use crate::backlog::DeadLetter;
+use crate::message::NewMessage;
 
 impl Engine {
     /// Publishes a subscription's dead letters to its dead-letter topic.

@@ -18,12 +18,12 @@ use tonic::server::StreamingService;
 use tonic::{Code, Response, Status, Streaming};
 
 use super::convert;
-use crate::emulator::StatusCode;
-use crate::emulator::broker::{Broker, OpenStream};
-use crate::emulator::confirmation::Confirmation;
-use crate::emulator::error::BrokerError;
-use crate::emulator::resource;
-use crate::emulator::streams::StreamOptions;
+use crate::StatusCode;
+use crate::broker::{Broker, OpenStream};
+use crate::confirmation::Confirmation;
+use crate::error::BrokerError;
+use crate::resource;
+use crate::streams::StreamOptions;
 
 type Answer = Result<proto::StreamingPullResponse, Status>;
 

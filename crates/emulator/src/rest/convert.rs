@@ -6,11 +6,11 @@ use std::time::{Duration, SystemTime};
 use google_cloud_pubsub::model;
 use serde_json::{Value, json};
 
-use crate::emulator::backlog::Delivery;
-use crate::emulator::error::BrokerError;
-use crate::emulator::message::NewMessage;
-use crate::emulator::resource;
-use crate::emulator::unsupported::{self, Asked};
+use crate::backlog::Delivery;
+use crate::error::BrokerError;
+use crate::message::NewMessage;
+use crate::resource;
+use crate::unsupported::{self, Asked};
 
 pub fn topic_in(topic: model::Topic) -> Result<resource::Topic, BrokerError> {
     unsupported::refuse(&[

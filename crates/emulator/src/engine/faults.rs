@@ -5,7 +5,7 @@ use std::time::Instant;
 use google_cloud_gax::error::rpc::Code;
 
 use super::Engine;
-use crate::emulator::faults::Faults;
+use crate::faults::Faults;
 
 impl Engine {
     pub fn faults(&self) -> &Faults {

@@ -4,7 +4,7 @@ use google_cloud_gax::error::rpc::Code;
 use tokio::sync::watch;
 
 use super::Broker;
-use crate::emulator::faults::Faults;
+use crate::faults::Faults;
 
 impl Broker {
     /// The faults in force, with their seed.
@@ -32,12 +32,12 @@ impl Broker {
     }
 
     /// Whether streams are to send nothing.
-    pub(in crate::emulator) fn silence(&self) -> watch::Receiver<bool> {
+    pub(crate) fn silence(&self) -> watch::Receiver<bool> {
         self.shared.silence.subscribe()
     }
 
     /// Changes when the stream that asked is to end with the status in it.
-    pub(in crate::emulator) fn resets(&self) -> watch::Receiver<Code> {
+    pub(crate) fn resets(&self) -> watch::Receiver<Code> {
         self.shared.resets.subscribe()
     }
 }
