@@ -1,18 +1,12 @@
-//! A Pub/Sub emulator in this process: the v1 API over gRPC and over REST/JSON
-//! on one port, with nothing kept on disk.
-//!
-//! It enforces flow control, ack deadlines, redelivery, ordering keys, retry
-//! policies, dead-letter policies and exactly-once delivery. Three layers:
-//!
-//! - `engine` (`feed`, `backlog`, `streams`, `faults`): a state machine without
-//!   clock or I/O. Time is an argument, so every rule is tested with made-up
-//!   instants.
-//! - `broker`: the engine behind a lock, the clock, and the waking of waiters.
-//! - `grpc`, `rest` and `admin`: the protocols, each no more than a translation.
-//!
-//! It misbehaves on request: see [`Faults`].
-//!
-//! What it does not have is answered with `UNIMPLEMENTED`.
+#![doc = include_str!("../README.md")]
+
+// Three layers:
+//
+// - `engine` (`feed`, `backlog`, `streams`, `faults`): a state machine without
+//   clock or I/O. Time is an argument, so every rule is tested with made-up
+//   instants.
+// - `broker`: the engine behind a lock, the clock, and the waking of waiters.
+// - `grpc`, `rest` and `admin`: the protocols, each no more than a translation.
 
 use std::net::SocketAddr;
 use std::time::Duration;
