@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 const EMULATOR: &str = "crates/emulator";
+const CLASSIFIER: &str = "crates/train-classifier";
 
 /// (what, the only places that may use it: modules of `src`, and crates)
 const ONLY_IN: &[(&str, &[&str])] = &[
@@ -12,9 +13,13 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("googleapis_tonic_google_pubsub_v1", &[EMULATOR]),
     ("axum", &[EMULATOR]),
     ("tonic", &[EMULATOR]),
+    ("argmin", &[CLASSIFIER]),
+    ("ndarray", &[CLASSIFIER]),
+    ("csv", &[CLASSIFIER]),
     ("clap", &["cli"]),
     ("indicatif", &["cli"]),
     ("trainyard_emulator", &["cli"]),
+    ("train_classifier", &["tasks"]),
     ("crate::cli", &["cli", "main"]),
     ("crate::app", &["app", "cli", "lib"]),
 ];

@@ -6,12 +6,11 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
-use anyhow::Context;
 use csv::{ByteRecord, Terminator, Trim};
 use flate2::bufread::MultiGzDecoder;
 use sha2::{Digest, Sha256};
 
-use crate::task::TaskError;
+use super::error::TrainError;
 
 /// The most feature cells one table may hold: 1 GiB of numbers. Training holds
 /// about twice that.
@@ -46,17 +45,18 @@ impl Table {
     /// column but `target` is a number. Blank lines are skipped.
     ///
     /// # Errors
-    /// [`TaskError::Permanent`] for a file that does not exist or does not
-    /// hold such a table, naming the line (from 1, the header's) or column;
-    /// [`TaskError::Transient`] when reading fails or `stopped` turns true.
-    pub fn read(path: &Path, target: &str, stopped: &dyn Fn() -> bool) -> Result<Self, TaskError> {
+    /// [`TrainError::Dataset`] for a file that does not exist or does not hold
+    /// such a table, naming the line (from 1, the header's) or column;
+    /// [`TrainError::Io`] when reading fails; [`TrainError::Stopped`] when
+    /// `stopped` turns true.
+    pub fn read(path: &Path, target: &str, stopped: &dyn Fn() -> bool) -> Result<Self, TrainError> {
         let mut file = HashedFile::open(path)?;
         let mut table = {
             let source = decompressed(&mut file, path)?;
             read_csv(source, path, target, stopped)?
         };
         // The decoder may stop short of the end; the digest is of all of it.
-        io::copy(&mut file, &mut io::sink()).with_context(|| cannot_read(path))?;
+        io::copy(&mut file, &mut io::sink()).map_err(cannot_read(path))?;
         table.sha256 = file.digest();
         Ok(table)
     }
@@ -72,8 +72,8 @@ impl Table {
     }
 }
 
-fn cannot_read(path: &Path) -> String {
-    format!("cannot read the dataset {}", path.display())
+fn cannot_read(path: &Path) -> impl FnOnce(io::Error) -> TrainError + '_ {
+    TrainError::io("cannot read the dataset", path)
 }
 
 /// A file that is digested as it is read.
@@ -83,19 +83,19 @@ struct HashedFile {
 }
 
 impl HashedFile {
-    fn open(path: &Path) -> Result<Self, TaskError> {
+    fn open(path: &Path) -> Result<Self, TrainError> {
         // Looked at before opening: opening a named pipe would block.
         let metadata = std::fs::metadata(path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
-                TaskError::permanent(format!("the dataset {} does not exist", path.display()))
+                TrainError::Dataset(format!("the dataset {} does not exist", path.display()))
             }
-            _ => anyhow::Error::new(error).context(cannot_read(path)).into(),
+            _ => cannot_read(path)(error),
         })?;
         if !metadata.is_file() {
             let reason = format!("the dataset {} is not a file", path.display());
-            return Err(TaskError::permanent(reason));
+            return Err(TrainError::Dataset(reason));
         }
-        let file = File::open(path).with_context(|| cannot_read(path))?;
+        let file = File::open(path).map_err(cannot_read(path))?;
         let sha256 = Sha256::new();
         Ok(Self { file, sha256 })
     }
@@ -120,9 +120,9 @@ struct Source<'a> {
     gzip: bool,
 }
 
-fn decompressed<'a>(file: &'a mut HashedFile, path: &Path) -> Result<Source<'a>, TaskError> {
+fn decompressed<'a>(file: &'a mut HashedFile, path: &Path) -> Result<Source<'a>, TrainError> {
     let mut stored = BufReader::with_capacity(1 << 16, file);
-    let start = stored.fill_buf().with_context(|| cannot_read(path))?;
+    let start = stored.fill_buf().map_err(cannot_read(path))?;
     if start.is_empty() {
         return Err(flaw(path, "the file is empty"));
     }
@@ -136,8 +136,8 @@ fn decompressed<'a>(file: &'a mut HashedFile, path: &Path) -> Result<Source<'a>,
     Ok(Source { text, gzip })
 }
 
-fn flaw(path: &Path, reason: impl std::fmt::Display) -> TaskError {
-    TaskError::permanent(format!("{}: {reason}", path.display()))
+fn flaw(path: &Path, reason: impl std::fmt::Display) -> TrainError {
+    TrainError::Dataset(format!("{}: {reason}", path.display()))
 }
 
 fn read_csv(
@@ -145,7 +145,7 @@ fn read_csv(
     path: &Path,
     target: &str,
     stopped: &dyn Fn() -> bool,
-) -> Result<Table, TaskError> {
+) -> Result<Table, TrainError> {
     let mut lines = Lines::new(source, path);
     if !lines.advance()? {
         return Err(flaw(path, "the file is empty"));
@@ -156,7 +156,7 @@ fn read_csv(
         rows.push(&header, &lines.record)
             .map_err(|reason| flaw(path, format!("line {}{reason}", lines.line())))?;
         if rows.labels.len().is_multiple_of(ROWS_PER_STOP_CHECK) && stopped() {
-            return Err(super::stopped_on_request());
+            return Err(TrainError::Stopped);
         }
     }
     rows.into_table(header).map_err(|reason| flaw(path, reason))
@@ -190,7 +190,7 @@ impl<'a> Lines<'a> {
     }
 
     /// Reads the next record that is not a blank line; false at the end.
-    fn advance(&mut self) -> Result<bool, TaskError> {
+    fn advance(&mut self) -> Result<bool, TrainError> {
         loop {
             let more = self
                 .reader
@@ -209,9 +209,10 @@ impl<'a> Lines<'a> {
         self.reader.position().line() - 1 - inside.count() as u64
     }
 
-    fn broken(&self, error: csv::Error) -> TaskError {
-        let csv::ErrorKind::Io(cause) = error.kind() else {
-            return flaw(self.path, error);
+    fn broken(&self, error: csv::Error) -> TrainError {
+        let reason = error.to_string();
+        let csv::ErrorKind::Io(cause) = error.into_kind() else {
+            return flaw(self.path, reason);
         };
         let corrupt = matches!(
             cause.kind(),
@@ -220,8 +221,7 @@ impl<'a> Lines<'a> {
         if self.gzip && corrupt {
             return flaw(self.path, format!("the gzip stream is broken: {cause}"));
         }
-        let context = cannot_read(self.path);
-        anyhow::Error::new(error).context(context).into()
+        cannot_read(self.path)(cause)
     }
 }
 

@@ -12,7 +12,7 @@ fn gzipped(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// Reads a file of that name and content, with the target `kind`.
-fn read_as(name: &str, bytes: &[u8]) -> Result<Table, TaskError> {
+fn read_as(name: &str, bytes: &[u8]) -> Result<Table, TrainError> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join(name);
     std::fs::write(&path, bytes).unwrap();
@@ -26,7 +26,7 @@ fn read(text: &str) -> Table {
 /// What is said against a file, without its path.
 fn refusal_of(name: &str, bytes: &[u8]) -> String {
     match read_as(name, bytes) {
-        Err(TaskError::Permanent(reason)) => {
+        Err(TrainError::Dataset(reason)) => {
             let (_, reason) = reason.split_once(&format!("{name}: ")).unwrap();
             reason.to_owned()
         }
@@ -180,11 +180,11 @@ fn a_dataset_that_is_not_there_or_not_a_file_is_refused_by_path() {
     let path = directory.path().join("none.csv");
     let error = Table::read(&path, "kind", &|| false).unwrap_err();
     let expected = format!("the dataset {} does not exist", path.display());
-    assert!(matches!(error, TaskError::Permanent(reason) if reason == expected));
+    assert!(matches!(error, TrainError::Dataset(reason) if reason == expected));
 
     let error = Table::read(directory.path(), "kind", &|| false).unwrap_err();
     let expected = format!("the dataset {} is not a file", directory.path().display());
-    assert!(matches!(error, TaskError::Permanent(reason) if reason == expected));
+    assert!(matches!(error, TrainError::Dataset(reason) if reason == expected));
 }
 
 #[test]
@@ -194,6 +194,5 @@ fn reading_stops_when_asked() {
     let rows = "1,x\n2,y\n".repeat(ROWS_PER_STOP_CHECK);
     std::fs::write(&path, format!("a,kind\n{rows}")).unwrap();
     let error = Table::read(&path, "kind", &|| true).unwrap_err();
-    assert!(matches!(&error, TaskError::Transient(_)));
-    assert_eq!(error.to_string(), "stopped on request");
+    assert!(matches!(error, TrainError::Stopped));
 }

@@ -2,11 +2,11 @@ use super::*;
 
 /// Tells `left` from `right` by the sign of `(x - 10) / 2`; `y` is ignored.
 fn model() -> Model {
-    let (format, version) = Model::stamp();
+    let (format, version, task) = Model::stamp();
     Model {
         format,
         version,
-        task: "train-classifier".to_owned(),
+        task,
         target: "side".to_owned(),
         features: vec!["x".to_owned(), "y".to_owned()],
         classes: vec!["left".to_owned(), "right".to_owned()],
@@ -78,17 +78,17 @@ fn a_stop_leaves_the_model_before_and_nothing_else() {
         ..model()
     };
     let error = second.save(directory.path(), &|| true).unwrap_err();
-    assert_eq!(error.to_string(), "stopped on request");
+    assert!(matches!(error, TrainError::Stopped));
     assert_eq!(Model::load(path).unwrap(), model());
     assert_eq!(names_in(directory.path()), ["model.json"]);
 }
 
 #[test]
-fn a_directory_that_cannot_be_written_is_a_transient_failure() {
+fn a_directory_that_cannot_be_written_is_named() {
     let directory = tempfile::tempdir().unwrap();
     let missing = directory.path().join("gone");
     let error = model().save(&missing, &|| false).unwrap_err();
-    assert!(matches!(&error, TaskError::Transient(_)));
+    assert!(matches!(&error, TrainError::Io { .. }));
     assert!(error.to_string().starts_with("cannot write the model "));
 }
 
@@ -96,7 +96,7 @@ fn a_directory_that_cannot_be_written_is_a_transient_failure() {
 fn another_version_or_shape_is_not_loaded() {
     let refusal = |model: &Model| {
         let text = serde_json::to_vec(model).unwrap();
-        Model::parse(&text).unwrap_err().to_string()
+        Model::parse(&text).unwrap_err()
     };
     let newer = Model {
         version: 2,
@@ -143,5 +143,5 @@ fn a_constant_column_is_only_centred() {
 fn a_column_too_large_to_standardise_is_named() {
     let error = Scaling::measure(&column(&[f64::MAX, f64::MIN]), &[0, 1]).unwrap_err();
     let expected = "the numbers in column `x` are too large to standardise";
-    assert!(matches!(error, TaskError::Permanent(reason) if reason == expected));
+    assert!(matches!(error, TrainError::Dataset(reason) if reason == expected));
 }

@@ -6,15 +6,13 @@
 //! goes wrong and the search stalls (tried in warm-started chunks of ten
 //! iterations, it left some splits of the digits below 0.90 accuracy).
 
-use std::ops::ControlFlow;
-
 use argmin::core::{IterState, Problem, Solver, State};
 use argmin::solver::linesearch::MoreThuenteLineSearch;
 use argmin::solver::quasinewton::LBFGS;
 use ndarray::{Array1, Array2};
 
+use super::error::TrainError;
 use super::objective::{Evaluated, Objective, Shared};
-use crate::task::TaskError;
 
 /// How many past steps the solver keeps to estimate curvature from.
 const MEMORY: usize = 10;
@@ -42,7 +40,7 @@ pub(super) struct Limits {
 
 /// How far the training has come.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Step {
+pub struct Step {
     pub iteration: u64,
     /// Mean cross-entropy over the training rows, in nats.
     pub loss: f64,
@@ -68,54 +66,55 @@ type Lbfgs = LBFGS<MoreThuenteLineSearch<Vector, Vector, f64>, Vector, Vector, f
 type Iterate = IterState<Vector, Vector, (), (), (), f64>;
 
 /// Trains until it converges or runs out of iterations, calling `watch` before
-/// the first iteration and after each. Returns `None` when `watch` breaks off
-/// or `stopped`, asked several times an iteration, turns true.
+/// the first iteration and after each.
 ///
 /// # Errors
-/// [`TaskError::Permanent`] when the solver cannot make a first step.
+/// [`TrainError::Stopped`] when `stopped`, asked several times an iteration,
+/// turns true; [`TrainError::Dataset`] when the solver cannot make a first step.
 pub(super) fn fit(
     examples: &Examples,
     limits: Limits,
     stopped: &dyn Fn() -> bool,
-    watch: &mut dyn FnMut(Step) -> ControlFlow<()>,
-) -> Result<Option<Fitted>, TaskError> {
+    watch: &mut dyn FnMut(Step),
+) -> Result<Fitted, TrainError> {
     let objective = Objective::new(examples, limits.l2, stopped);
-    let mut best = match objective.evaluate(&objective.origin()) {
-        Ok(start) => start,
-        Err(_) if stopped() => return Ok(None),
-        Err(error) => return Err(cannot_train(&error)),
+    let failed = |error| match stopped() {
+        true => TrainError::Stopped,
+        false => cannot_train(&error),
     };
-    if watch(step(examples, 0, &best)).is_break() {
-        return Ok(None);
-    }
-    let mut descent = Descent::new(&objective).map_err(|error| cannot_train(&error))?;
+    let mut tell = |step| {
+        watch(step);
+        match stopped() {
+            true => Err(TrainError::Stopped),
+            false => Ok(()),
+        }
+    };
+    let mut best = objective.evaluate(&objective.origin()).map_err(failed)?;
+    tell(step(examples, 0, &best))?;
+    let mut descent = Descent::new(&objective).map_err(failed)?;
     let mut iteration = 0;
     while iteration < limits.max_iterations && !descent.converged() {
         match descent.advance() {
             Ok(next) => best = next,
-            Err(_) if stopped() => return Ok(None),
-            Err(error) if iteration == 0 => return Err(cannot_train(&error)),
+            Err(error) if stopped() || iteration == 0 => return Err(failed(error)),
             // Rounding can leave no step that improves; what there is stands.
             Err(_) => break,
         }
         iteration += 1;
-        if watch(step(examples, iteration, &best)).is_break() {
-            return Ok(None);
-        }
+        tell(step(examples, iteration, &best))?;
     }
-    let (weights, intercepts) = objective
-        .divide(&best.params)
-        .map_err(anyhow::Error::from)?;
-    Ok(Some(Fitted {
+    let divided = objective.divide(&best.params);
+    let (weights, intercepts) = divided.map_err(|error| cannot_train(&error.into()))?;
+    Ok(Fitted {
         weights: weights.to_owned(),
         intercepts: intercepts.to_owned(),
         last: step(examples, iteration, &best),
         converged: descent.converged(),
-    }))
+    })
 }
 
-fn cannot_train(error: &argmin::core::Error) -> TaskError {
-    TaskError::permanent(format!("cannot train on this table: {error}"))
+fn cannot_train(error: &argmin::core::Error) -> TrainError {
+    TrainError::Dataset(format!("cannot train on this table: {error}"))
 }
 
 fn step(examples: &Examples, iteration: u64, at: &Evaluated) -> Step {
@@ -203,11 +202,8 @@ mod tests {
     fn fit_all(examples: &Examples, max_iterations: u64, l2: f64) -> (Fitted, Vec<Step>) {
         let limits = Limits { max_iterations, l2 };
         let mut steps = Vec::new();
-        let fitted = fit(examples, limits, &|| false, &mut |step| {
-            steps.push(step);
-            ControlFlow::Continue(())
-        });
-        (fitted.unwrap().unwrap(), steps)
+        let fitted = fit(examples, limits, &|| false, &mut |step| steps.push(step));
+        (fitted.unwrap(), steps)
     }
 
     #[test]
@@ -233,20 +229,21 @@ mod tests {
     }
 
     #[test]
-    fn breaking_off_ends_training() {
+    fn a_stop_between_iterations_ends_training() {
         let limits = Limits {
             max_iterations: 100,
             l2: 1.0,
         };
-        let mut calls = 0;
-        let fitted = fit(&examples(300), limits, &|| false, &mut |step| {
-            calls += 1;
-            match step.iteration {
-                0 => ControlFlow::Continue(()),
-                _ => ControlFlow::Break(()),
-            }
-        });
-        assert_eq!((fitted.unwrap(), calls), (None, 2));
+        for stop_after in 0..2 {
+            let stop = Cell::new(false);
+            let mut last = None;
+            let fitted = fit(&examples(300), limits, &|| stop.get(), &mut |step| {
+                last = Some(step.iteration);
+                stop.set(step.iteration == stop_after);
+            });
+            assert!(matches!(fitted, Err(TrainError::Stopped)));
+            assert_eq!(last, Some(stop_after));
+        }
     }
 
     #[test]
@@ -255,14 +252,13 @@ mod tests {
             max_iterations: 100,
             l2: 1.0,
         };
-        let stop = Cell::new(false);
+        // Asked at the start's evaluation, after the first report, and then.
+        let asked = Cell::new(0);
+        let stopped = || asked.replace(asked.get() + 1) >= 2;
         let mut calls = 0;
-        let fitted = fit(&examples(300), limits, &|| stop.get(), &mut |_| {
-            calls += 1;
-            stop.set(true);
-            ControlFlow::Continue(())
-        });
-        assert_eq!((fitted.unwrap(), calls), (None, 1));
+        let fitted = fit(&examples(300), limits, &stopped, &mut |_| calls += 1);
+        assert!(matches!(fitted, Err(TrainError::Stopped)));
+        assert_eq!(calls, 1);
     }
 
     #[test]
@@ -283,12 +279,9 @@ mod tests {
             max_iterations: 10,
             l2: f64::MAX,
         };
-        let outcome = fit(&examples(30), limits, &|| false, &mut |_| {
-            ControlFlow::Continue(())
-        });
-        match outcome {
-            Err(TaskError::Permanent(reason)) => assert!(reason.starts_with("cannot train")),
-            fitted => assert!(fitted.unwrap().unwrap().last.loss <= 2f64.ln()),
+        match fit(&examples(30), limits, &|| false, &mut |_| ()) {
+            Err(TrainError::Dataset(reason)) => assert!(reason.starts_with("cannot train")),
+            fitted => assert!(fitted.unwrap().last.loss <= 2f64.ln()),
         }
     }
 }

@@ -4,15 +4,15 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::error::{ModelError, TrainError};
 use super::table::Table;
-use crate::task::TaskError;
 
 const FORMAT: &str = "trainyard-linear-classifier";
 const VERSION: u32 = 1;
+const MAKER: &str = "train-classifier";
 const FILE_NAME: &str = "model.json";
 
 /// A trained linear classifier, as `model.json` holds it.
@@ -26,7 +26,7 @@ pub struct Model {
     pub format: String,
     /// The version of the format, 1.
     pub version: u32,
-    /// The task that made the model.
+    /// What made the model: `train-classifier`.
     pub task: String,
     /// The column that is predicted.
     pub target: String,
@@ -61,13 +61,28 @@ pub struct Scaling {
     pub scale: Vec<f64>,
 }
 
-/// The settings that a model was trained with.
+/// The settings that a model is trained with.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Hyperparameters {
+    /// Share of the rows held out to measure accuracy, within (0, 1).
     pub test_fraction: f64,
+    /// Decides which rows are held out.
     pub seed: u64,
+    /// The solver's limit, 1 to 100000.
     pub max_iterations: u64,
+    /// Penalty on large weights, 0 or more.
     pub l2: f64,
+}
+
+impl Default for Hyperparameters {
+    fn default() -> Self {
+        Self {
+            test_fraction: 0.2,
+            seed: 1,
+            max_iterations: 100,
+            l2: 1.0,
+        }
+    }
 }
 
 /// The table that a model was trained on.
@@ -89,58 +104,67 @@ struct Stamp {
 }
 
 impl Model {
-    /// A model of this format's version.
-    pub(super) fn stamp() -> (String, u32) {
-        (FORMAT.to_owned(), VERSION)
+    /// What every model of this format's version says of itself: `format`,
+    /// `version` and `task`.
+    pub(super) fn stamp() -> (String, u32, String) {
+        (FORMAT.to_owned(), VERSION, MAKER.to_owned())
     }
 
     /// Reads a model from the `model.json` at `path`.
     ///
     /// # Errors
-    /// When the file cannot be read, is not such a model, is of another
-    /// version, or its parts do not fit each other.
-    pub fn load(path: impl AsRef<Path>) -> anyhow::Result<Self> {
-        let path = path.as_ref();
-        let context = || format!("cannot load the model {}", path.display());
-        let text = fs::read(path).with_context(context)?;
-        Self::parse(&text).with_context(context)
+    /// [`ModelError::Io`] when the file cannot be read; [`ModelError::Invalid`]
+    /// when it is not such a model, is of another version, or its parts do not
+    /// fit each other.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, ModelError> {
+        let path = path.as_ref().to_owned();
+        match fs::read(&path) {
+            Ok(text) => Self::parse(&text).map_err(|reason| ModelError::Invalid { path, reason }),
+            Err(source) => Err(ModelError::Io { path, source }),
+        }
     }
 
-    fn parse(text: &[u8]) -> anyhow::Result<Self> {
-        let stamp: Stamp = serde_json::from_slice(text)?;
-        ensure!(
-            stamp.format == FORMAT && stamp.version == VERSION,
-            "it is of format `{}` version {}, not `{FORMAT}` version {VERSION}",
-            stamp.format,
-            stamp.version
-        );
-        let model: Self = serde_json::from_slice(text)?;
+    fn parse(text: &[u8]) -> Result<Self, String> {
+        let unreadable = |error: serde_json::Error| error.to_string();
+        let Stamp { format, version } = serde_json::from_slice(text).map_err(unreadable)?;
+        if format != FORMAT || version != VERSION {
+            return Err(format!(
+                "it is of format `{format}` version {version}, not `{FORMAT}` version {VERSION}"
+            ));
+        }
+        let model: Self = serde_json::from_slice(text).map_err(unreadable)?;
         model.check_shapes()?;
         Ok(model)
     }
 
-    fn check_shapes(&self) -> anyhow::Result<()> {
+    fn check_shapes(&self) -> Result<(), String> {
         let (features, classes) = (self.features.len(), self.classes.len());
         let scaled = self.scaling.mean.len() == features && self.scaling.scale.len() == features;
         let weighted = self.weights.iter().all(|row| row.len() == features);
-        ensure!(classes > 0, "it has no classes");
-        ensure!(
-            scaled && weighted && self.weights.len() == classes && self.intercepts.len() == classes,
-            "its weights do not fit its {features} features and {classes} classes"
-        );
+        if classes == 0 {
+            return Err("it has no classes".to_owned());
+        }
+        if !(scaled && weighted)
+            || self.weights.len() != classes
+            || self.intercepts.len() != classes
+        {
+            return Err(format!(
+                "its weights do not fit its {features} features and {classes} classes"
+            ));
+        }
         Ok(())
     }
 
     /// The label predicted for a row of raw cells, in the order of `features`.
     ///
     /// # Errors
-    /// When the row does not have one cell for each feature.
-    pub fn predict(&self, row: &[f64]) -> anyhow::Result<&str> {
+    /// [`ModelError::Width`] when the row does not have one cell for each
+    /// feature.
+    pub fn predict(&self, row: &[f64]) -> Result<&str, ModelError> {
         let (found, expected) = (row.len(), self.features.len());
-        ensure!(
-            found == expected,
-            "the row has {found} cells where the model has {expected} features"
-        );
+        if found != expected {
+            return Err(ModelError::Width { found, expected });
+        }
         Ok(&self.classes[self.predicted_class(row)])
     }
 
@@ -156,17 +180,17 @@ impl Model {
     /// Share of these rows of the table predicted right.
     ///
     /// # Errors
-    /// [`TaskError::Transient`] when `stopped` turns true.
+    /// [`TrainError::Stopped`] when `stopped` turns true.
     pub(super) fn accuracy_on(
         &self,
         table: &Table,
         rows: &[usize],
         stopped: &dyn Fn() -> bool,
-    ) -> Result<f64, TaskError> {
+    ) -> Result<f64, TrainError> {
         let mut right = 0;
         for part in rows.chunks(1_024) {
             if stopped() {
-                return Err(super::stopped_on_request());
+                return Err(TrainError::Stopped);
             }
             let hit = |row: &&usize| self.predicted_class(table.row(**row)) == table.labels[**row];
             right += part.iter().filter(hit).count();
@@ -179,25 +203,26 @@ impl Model {
     /// path.
     ///
     /// # Errors
-    /// [`TaskError::Transient`] when writing fails or `stopped` turns true
-    /// before the new file is in place; nothing is then left of it.
+    /// [`TrainError::Io`] when writing fails, and [`TrainError::Stopped`] when
+    /// `stopped` turns true before the new file is in place; nothing is then
+    /// left of it.
     pub(super) fn save(
         &self,
         directory: &Path,
         stopped: &dyn Fn() -> bool,
-    ) -> Result<PathBuf, TaskError> {
+    ) -> Result<PathBuf, TrainError> {
         let path = directory.join(FILE_NAME);
-        let context = || format!("cannot write the model {}", path.display());
+        let failed = || TrainError::io("cannot write the model", &path);
         let draft = Draft::beside(&path);
-        draft.write(self).with_context(context)?;
+        draft.write(self).map_err(failed())?;
         if stopped() {
-            return Err(super::stopped_on_request());
+            return Err(TrainError::Stopped);
         }
-        fs::rename(&draft.path, &path).with_context(context)?;
+        fs::rename(&draft.path, &path).map_err(failed())?;
         // The rename itself is durable once its directory is.
         File::open(directory)
             .and_then(|directory| directory.sync_all())
-            .with_context(context)?;
+            .map_err(failed())?;
         Ok(path)
     }
 }
@@ -206,9 +231,9 @@ impl Scaling {
     /// Measures the features over these rows of the table.
     ///
     /// # Errors
-    /// [`TaskError::Permanent`], naming the column, when its numbers are too
+    /// [`TrainError::Dataset`], naming the column, when its numbers are too
     /// large to have a standard deviation.
-    pub(super) fn measure(table: &Table, rows: &[usize]) -> Result<Self, TaskError> {
+    pub(super) fn measure(table: &Table, rows: &[usize]) -> Result<Self, TrainError> {
         // Welford's way: exactly 0 for a constant column, and no large sums.
         let mut mean = vec![0.0; table.features.len()];
         let mut squares = mean.clone();
@@ -228,7 +253,7 @@ impl Scaling {
         if let Some(column) = (0..table.features.len()).find(wild) {
             let name = &table.features[column];
             let reason = format!("the numbers in column `{name}` are too large to standardise");
-            return Err(TaskError::permanent(reason));
+            return Err(TrainError::Dataset(reason));
         }
         Ok(Self { mean, scale })
     }
