@@ -14,7 +14,7 @@ build: ## Build the debug binary
 
 check: ## Check the format and the lints, as CI does
 	$(CARGO) fmt --check
-	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 
 fmt: ## Format the sources
 	$(CARGO) fmt
@@ -23,9 +23,9 @@ fmt: ## Format the sources
 # and no service idles while the compiler runs.
 test: ## Run all tests, with PostgreSQL and Google's emulator started for them
 	$(CARGO) build --locked
-	$(CARGO) test --locked --all-targets --no-run $(ARGS)
-	tests/services/run.sh $(CARGO) test --locked --all-targets $(ARGS)
-	$(CARGO) test --locked --doc
+	$(CARGO) test --locked --workspace --all-targets --no-run $(ARGS)
+	tests/services/run.sh $(CARGO) test --locked --workspace --all-targets $(ARGS)
+	$(CARGO) test --locked --workspace --doc
 	tests/services/python-client.sh
 	tests/python/examples.sh
 

@@ -14,7 +14,6 @@ pub mod cli;
 pub mod config;
 pub mod dedupe;
 pub mod devices;
-pub mod emulator;
 pub mod executor;
 #[doc(hidden)]
 pub mod failpoint;

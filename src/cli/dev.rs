@@ -14,12 +14,12 @@ use anyhow::Context;
 use clap::Args;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
+use trainyard_emulator::{Broker, Emulator, Options};
 use uuid::Uuid;
 
 use super::{Shared, table};
 use crate::app;
 use crate::config::{Config, Subscription, Task};
-use crate::emulator::{Broker, Emulator, Options};
 use crate::pubsub::{Connection, Outgoing};
 use crate::record::Job;
 use crate::registry::Registry;

@@ -3,8 +3,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use anyhow::Context;
 use clap::Args;
+use trainyard_emulator::{Faults, Options};
 
-use crate::emulator::{self, Faults, Options};
 use crate::pubsub::Connection;
 use crate::shutdown::Shutdown;
 
@@ -64,7 +64,7 @@ impl Emulator {
             },
             ..Options::default()
         };
-        let emulator = emulator::Emulator::bind(address, options)
+        let emulator = trainyard_emulator::Emulator::bind(address, options)
             .await
             .with_context(|| format!("cannot listen on {address}; --port chooses another"))?;
         let address = emulator.address();

@@ -6,8 +6,8 @@ use google_cloud_auth::credentials::anonymous;
 use google_cloud_pubsub::client::{Publisher, SubscriptionAdmin};
 use google_cloud_pubsub::model::{self, Message};
 use tokio_util::sync::{CancellationToken, DropGuard};
-use trainyard::emulator::{self, Emulator, Options};
 use trainyard::pubsub::{Connection, Outgoing, Pulling, Subscription};
+use trainyard_emulator::{Emulator, Options};
 use uuid::Uuid;
 
 use super::{PATIENCE, not_tested};
@@ -18,7 +18,7 @@ pub struct Broker {
     pub project: String,
     pub connection: Connection,
     /// The built-in emulator's own door, for what no client can ask for.
-    pub builtin: Option<emulator::Broker>,
+    pub builtin: Option<trainyard_emulator::Broker>,
     _stop: Option<DropGuard>,
 }
 

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use google_cloud_pubsub::model::Subscription;
-use trainyard::emulator::Faults;
 use trainyard::job::{Job, JobFilter, JobState};
 use trainyard::store::Store;
+use trainyard_emulator::Faults;
 
 use super::broker::Broker;
 use super::database::Database;
