@@ -16,7 +16,7 @@ const MISCONFIGURED: u8 = 2;
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
-    trainyard::keep_if_asked();
+    trainyard::run_as_keeper_if_asked();
     let runtime = match Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
