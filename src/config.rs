@@ -1,7 +1,9 @@
 //! The configuration, in typed sections. Each part of the program receives
 //! only its own section.
 
+mod error;
 mod load;
+mod nearest;
 mod problems;
 mod size;
 mod timeline;
@@ -16,7 +18,8 @@ use crate::dedupe::DedupeKey;
 use crate::devices::Gpus;
 use crate::retry::RetryPolicy;
 
-pub use load::{ConfigError, load};
+pub use error::ConfigError;
+pub use load::load;
 pub use size::Size;
 pub use timeline::timeline;
 
@@ -369,32 +372,4 @@ pub fn mask_password(url: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_variables_of_a_command_are_masked() {
-        let text = "[tasks.t]\ncommand = ['sh']\nenv = { API_KEY = 'secret' }";
-        let config = load::from_toml(text).unwrap();
-        assert_eq!(config.tasks["t"].env["API_KEY"], "secret");
-        let shown = toml::to_string(&config.masked()).unwrap();
-        assert!(shown.contains("API_KEY = \"***\""), "{shown}");
-        assert!(!shown.contains("secret"), "{shown}");
-    }
-
-    #[test]
-    fn a_password_in_a_database_url_is_masked_wherever_it_stands() {
-        for (url, masked) in [
-            ("postgres://u:pw@h/db", "postgres://u:***@h/db"),
-            ("postgres://u@h/db", "postgres://u@h/db"),
-            (
-                "postgres://h/db?user=u&password=pw",
-                "postgres://h/db?user=u&password=***",
-            ),
-            ("sqlite://.trainyard/a.db", "sqlite://.trainyard/a.db"),
-            ("nonsense with pw", "***"),
-        ] {
-            assert_eq!(mask_password(url), masked);
-        }
-    }
-}
+mod tests;

@@ -4,7 +4,8 @@ mod tasks;
 
 use std::time::Duration;
 
-use super::{Config, ConfigError, Subscription};
+use super::error::{ConfigError, bad_value};
+use super::{Config, Subscription};
 
 /// Pub/Sub's own limits of a stream's ack deadline.
 /// <https://cloud.google.com/pubsub/docs/reference/rpc/google.pubsub.v1#streamingpullrequest>
@@ -33,13 +34,13 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     check_database(config)?;
     check_worker(config)?;
     if config.guard.retention < SHORTEST_RETENTION {
-        return bad(
+        return bad_value(
             "guard.retention",
             "it must be at least 1h: a message that comes again after it would run a second time",
         );
     }
     if config.guard.max_crashes == 0 {
-        return bad("guard.max_crashes", "at least 1 is needed");
+        return bad_value("guard.max_crashes", "at least 1 is needed");
     }
     for (name, subscription) in &config.subscriptions {
         check_subscription(name, subscription)?;
@@ -53,25 +54,25 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
 fn check_subscription(name: &str, subscription: &Subscription) -> Result<(), ConfigError> {
     let key = |key: &str| format!("subscriptions.{name}.{key}");
     if !ACK_DEADLINES.contains(&subscription.ack_deadline) {
-        return bad(&key("ack_deadline"), "Pub/Sub takes 10s to 10m");
+        return bad_value(&key("ack_deadline"), "Pub/Sub takes 10s to 10m");
     }
     if subscription.prefetch > MOST_PREFETCHED {
-        return bad(&key("prefetch"), "it must be at most 10000");
+        return bad_value(&key("prefetch"), "it must be at most 10000");
     }
     if subscription.concurrency == Some(0) {
-        return bad(
+        return bad_value(
             &key("concurrency"),
             "at least 1 is needed; leave it out for no limit",
         );
     }
     if subscription.quiet_limit < SHORTEST_QUIET_LIMIT {
-        return bad(
+        return bad_value(
             &key("quiet_limit"),
             "it must be at least 10s: a new connection costs more than an idle stream",
         );
     }
     if subscription.dead_letter_topic.as_deref() == Some("") {
-        return bad(
+        return bad_value(
             &key("dead_letter_topic"),
             "it is empty; leave it out for none",
         );
@@ -83,13 +84,13 @@ fn check_database(config: &Config) -> Result<(), ConfigError> {
     let url = &config.database.url;
     let known = ["postgres://", "postgresql://", "sqlite:"];
     if !known.iter().any(|scheme| url.starts_with(scheme)) {
-        return bad(
+        return bad_value(
             "database.url",
             "it must begin with postgres:// or sqlite://",
         );
     }
     if config.database.max_connections == 0 {
-        return bad("database.max_connections", "at least 1 is needed");
+        return bad_value("database.max_connections", "at least 1 is needed");
     }
     Ok(())
 }
@@ -97,104 +98,28 @@ fn check_database(config: &Config) -> Result<(), ConfigError> {
 fn check_worker(config: &Config) -> Result<(), ConfigError> {
     let worker = &config.worker;
     if !(1..=10_000).contains(&worker.slots) {
-        return bad("worker.slots", "it must be between 1 and 10000");
+        return bad_value("worker.slots", "it must be between 1 and 10000");
     }
     if worker.lease < SHORTEST_LEASE {
-        return bad("worker.lease", "it must be at least 2s");
+        return bad_value("worker.lease", "it must be at least 2s");
     }
     if worker.lease > LONGEST_LEASE {
-        return bad(
+        return bad_value(
             "worker.lease",
             "it must be at most 1d: so long would a dead worker's job wait",
         );
     }
     if worker.lease < worker.stop_grace.saturating_mul(3) {
-        return bad(
+        return bad_value(
             "worker.lease",
             "it must be at least three times worker.stop_grace, so that a run whose lease is lost has ended before another begins",
         );
     }
     if worker.stop_grace > worker.shutdown_grace {
-        return bad(
+        return bad_value(
             "worker.stop_grace",
             "it is a part of worker.shutdown_grace and cannot be longer than that",
         );
     }
     Ok(())
-}
-
-fn bad(key: &str, reason: &str) -> Result<(), ConfigError> {
-    Err(ConfigError::BadValue {
-        key: key.to_owned(),
-        reason: reason.to_owned(),
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::load::from_toml;
-
-    #[test]
-    fn each_impossible_value_is_named_by_its_key() {
-        for (text, key) in [
-            ("[database]\nurl = 'mysql://h/d'", "database.url"),
-            (
-                "[database]\nmax_connections = 0",
-                "database.max_connections",
-            ),
-            ("[worker]\nslots = 0", "worker.slots"),
-            ("[worker]\nlease = '1s'", "worker.lease"),
-            ("[worker]\nlease = '20s'", "worker.lease"),
-            ("[worker]\nlease = '100years'", "worker.lease"),
-            ("[worker]\nlease = 120", "worker.lease"),
-            ("[tasks.t]\ntimeout = '0s'", "tasks.t.timeout"),
-            ("[tasks.t]\nack = 'afterrun'", "tasks.t.ack"),
-            ("[tasks.t]\nmax_attempts = 0", "tasks.t.max_attempts"),
-            ("[tasks.t]\nconcurrency = 0", "tasks.t.concurrency"),
-            ("[tasks.t]\nbackoff.max = '1s'", "tasks.t.backoff.max"),
-            (
-                "[tasks.t]\nbackoff.multiplier = 0.5",
-                "tasks.t.backoff.multiplier",
-            ),
-            (
-                "[subscriptions.s]\nprefetch = 100000",
-                "subscriptions.s.prefetch",
-            ),
-            (
-                "[subscriptions.s]\nconcurrency = 0",
-                "subscriptions.s.concurrency",
-            ),
-            (
-                "[subscriptions.s]\nquiet_limit = '1s'",
-                "subscriptions.s.quiet_limit",
-            ),
-            (
-                "[subscriptions.s]\ndead_letter_topic = ''",
-                "subscriptions.s.dead_letter_topic",
-            ),
-            ("[guard]\nmax_crashes = 0", "guard.max_crashes"),
-            ("[guard]\nretention = '0s'", "guard.retention"),
-            (
-                "[subscriptions.s]\ndedupe_key = 'attribut:id'",
-                "subscriptions.s.dedupe_key",
-            ),
-            (
-                "[worker]\nstop_grace = '1m'\nlease = '5m'",
-                "worker.stop_grace",
-            ),
-            (
-                "[subscriptions.s]\nack_deadline = '1s'",
-                "subscriptions.s.ack_deadline",
-            ),
-            ("[tasks.t]\nbuiltin = 'train-clasifier'", "tasks.t.builtin"),
-        ] {
-            let error = from_toml(text).unwrap_err().to_string();
-            assert!(error.contains(&format!("`{key}`")), "{error}");
-        }
-    }
-
-    #[test]
-    fn the_defaults_have_no_problems() {
-        from_toml("").unwrap();
-    }
 }
