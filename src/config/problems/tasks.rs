@@ -1,4 +1,4 @@
-//! What a task's section can get wrong.
+//! Checks for invalid values in a task's section.
 
 use std::time::Duration;
 
@@ -7,10 +7,10 @@ use super::super::nearest::nearest;
 use super::super::{Task, Worker};
 use crate::tasks::BUILTIN_NAMES;
 
-/// Fewer leave no room for a program's own libraries, nor for its keeper.
-const FEWEST_OPEN_FILES: u64 = 32;
+/// A program's libraries and the launcher need this many.
+const MIN_OPEN_FILES: u64 = 32;
 
-/// Those that the system takes.
+/// The system's limits.
 const NICE: std::ops::RangeInclusive<i32> = -20..=19;
 
 pub(super) fn check(name: &str, task: &Task, worker: &Worker) -> Result<(), ConfigError> {
@@ -22,7 +22,7 @@ pub(super) fn check(name: &str, task: &Task, worker: &Worker) -> Result<(), Conf
         if time.is_some_and(|time| time.is_zero()) {
             return bad_value(
                 &key(limit),
-                "it must be longer than nothing; leave it out for no limit",
+                "it must be more than zero; remove it for no limit",
             );
         }
     }
@@ -38,9 +38,10 @@ pub(super) fn check(name: &str, task: &Task, worker: &Worker) -> Result<(), Conf
         );
     }
     match &task.command {
-        Some(_) if task.builtin.is_some() => {
-            bad_value(&key("command"), "a task has either this or `builtin`")
-        }
+        Some(_) if task.builtin.is_some() => bad_value(
+            &key("command"),
+            "a task cannot have both this and `builtin`",
+        ),
         Some(command) => check_command(command, task, &key),
         None => check_no_command(task, &key),
     }
@@ -48,22 +49,22 @@ pub(super) fn check(name: &str, task: &Task, worker: &Worker) -> Result<(), Conf
 
 fn check_attempts(task: &Task, key: &impl Fn(&str) -> String) -> Result<(), ConfigError> {
     if task.max_attempts == 0 {
-        return bad_value(&key("max_attempts"), "at least 1 is needed");
+        return bad_value(&key("max_attempts"), "it must be at least 1");
     }
     if task.concurrency == Some(0) {
         return bad_value(
             &key("concurrency"),
-            "at least 1 is needed; leave it out for no limit",
+            "it must be at least 1; remove it for no limit",
         );
     }
     let backoff = &task.backoff;
     if backoff.max < backoff.initial {
-        return bad_value(&key("backoff.max"), "it is shorter than backoff.initial");
+        return bad_value(&key("backoff.max"), "it must be at least backoff.initial");
     }
     if !(1.0..=1000.0).contains(&backoff.multiplier) {
         return bad_value(
             &key("backoff.multiplier"),
-            "it must be between 1 and 1000; 1 keeps the waits the same",
+            "it must be between 1 and 1000; with 1 the waits do not grow",
         );
     }
     Ok(())
@@ -74,13 +75,13 @@ fn check_stop_grace(key: &str, task: &Task, worker: &Worker) -> Result<(), Confi
     if worker.lease < grace.saturating_mul(3) {
         return bad_value(
             key,
-            "worker.lease must be at least three times as long, so that a run whose lease is lost has ended before another begins",
+            "worker.lease must be at least three times this, so that a run that loses its lease ends before another starts",
         );
     }
     if grace > worker.shutdown_grace {
         return bad_value(
             key,
-            "it is a part of worker.shutdown_grace and cannot be longer than that",
+            "it must be at most worker.shutdown_grace, which includes it",
         );
     }
     Ok(())
@@ -92,10 +93,10 @@ fn check_command(
     key: &impl Fn(&str) -> String,
 ) -> Result<(), ConfigError> {
     if command.first().is_none_or(String::is_empty) {
-        return bad_value(&key("command"), "it must begin with a program");
+        return bad_value(&key("command"), "it must start with a program");
     }
     if command.iter().any(|argument| argument.contains('\0')) {
-        return bad_value(&key("command"), "no argument can have a NUL in it");
+        return bad_value(&key("command"), "an argument cannot contain a NUL");
     }
     let set = task.env.iter().map(|(name, value)| ("env", name, &**value));
     let passed = task.pass_env.iter().map(|name| ("pass_env", name, ""));
@@ -107,18 +108,15 @@ fn check_command(
         return bad_value(&key("permanent_exit_codes"), "0 is success; write 1 to 255");
     }
     if task.memory.is_some_and(|memory| memory.0 == 0) {
-        return bad_value(&key("memory"), "no program runs in no memory");
+        return bad_value(&key("memory"), "it must be more than zero");
     }
     if task.nice.is_some_and(|nice| !NICE.contains(&nice)) {
         return bad_value(&key("nice"), "it must be between -20 and 19");
     }
-    if task
-        .open_files
-        .is_some_and(|files| files < FEWEST_OPEN_FILES)
-    {
+    if task.open_files.is_some_and(|files| files < MIN_OPEN_FILES) {
         return bad_value(
             &key("open_files"),
-            &format!("at least {FEWEST_OPEN_FILES} are needed"),
+            &format!("it must be at least {MIN_OPEN_FILES}"),
         );
     }
     Ok(())
@@ -127,16 +125,16 @@ fn check_command(
 fn check_variable(key: &str, name: &str, value: &str) -> Result<(), ConfigError> {
     if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
         let name = name.escape_debug();
-        return bad_value(key, &format!("`{name}` cannot be a variable"));
+        return bad_value(key, &format!("`{name}` cannot be set as a variable"));
     }
-    // The worker's own may hold its database's password.
+    // The worker's variables may hold the password of its database.
     if name.starts_with("TRAINYARD_") || name == "CUDA_VISIBLE_DEVICES" {
-        return bad_value(key, &format!("`{name}` is trainyard's own to set"));
+        return bad_value(key, &format!("`{name}` is reserved for trainyard"));
     }
     Ok(())
 }
 
-/// A limit that nobody keeps is worse than none.
+/// Refuses limits that would not be enforced.
 fn check_no_command(task: &Task, key: &impl Fn(&str) -> String) -> Result<(), ConfigError> {
     let given = [
         ("stall_timeout", task.stall_timeout.is_some()),
@@ -151,7 +149,7 @@ fn check_no_command(task: &Task, key: &impl Fn(&str) -> String) -> Result<(), Co
         ("pass_env", !task.pass_env.is_empty()),
     ];
     match given.iter().find(|(_, given)| *given) {
-        Some((name, _)) => bad_value(&key(name), "only a task with a `command` can have it"),
+        Some((name, _)) => bad_value(&key(name), "only a task with a `command` can have this"),
         None => Ok(()),
     }
 }
