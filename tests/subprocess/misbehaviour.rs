@@ -51,7 +51,7 @@ fn config_check_warns_of_a_command_that_cannot_run() {
         .output()
         .unwrap();
     let printed = String::from_utf8(checked.stdout).unwrap();
-    let warning = "# warning: task bad cannot be run here: its program `no-such-program`";
+    let warning = "# warning: task bad cannot run on this machine: its program `no-such-program`";
     assert!(printed.contains(warning), "{printed}");
     assert!(!printed.contains("task good cannot"), "{printed}");
     assert!(printed.contains("good (command: sh)"), "{printed}");
@@ -74,7 +74,7 @@ fn config_check_warns_of_unset_secrets_and_refuses_an_unusable_work_dir() {
         "[tasks.t]\ncommand = ['sh']\npass_env = ['NO_SUCH_TOKEN']\nmemory = '1GiB'\ngpus = 1";
     let printed = String::from_utf8(check(task).stdout).unwrap();
     assert!(
-        printed.contains("# warning: task t is to be passed NO_SUCH_TOKEN"),
+        printed.contains("# warning: `pass_env` of task t names NO_SUCH_TOKEN"),
         "{printed}"
     );
     assert!(
