@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::config::{self, Config, ConfigError};
 use crate::devices::Devices;
-use crate::executor::subprocess::{keep_if_asked, tidy_work_dir};
+use crate::executor::subprocess::{run_as_keeper_if_asked, tidy_work_dir};
 use crate::guard::Guard;
 use crate::nvidia;
 use crate::pubsub::{Connection, Publishers, PubsubError, Pulling, Subscription};
@@ -23,13 +23,13 @@ use crate::worker::{Source, Worker};
 ///
 /// For each job of a task with a `command` the program is started again, as the
 /// job's keeper. Where its `main` does more than call this, it calls
-/// [`crate::keep_if_asked`] before.
+/// [`crate::run_as_keeper_if_asked`] before.
 ///
 /// # Errors
 /// [`ConfigError`] for a configuration that cannot be used; any other error
 /// when the database or Pub/Sub cannot be reached at the start.
 pub async fn run(config_file: Option<&Path>, registry: Registry) -> anyhow::Result<()> {
-    keep_if_asked();
+    run_as_keeper_if_asked();
     let config = config::load(config_file)?;
     run_worker(config, registry, false).await
 }

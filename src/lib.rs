@@ -35,7 +35,7 @@ pub mod telemetry;
 pub mod worker;
 
 pub use app::run;
-pub use executor::subprocess::keep_if_asked;
+pub use executor::subprocess::run_as_keeper_if_asked;
 pub use registry::Registry;
 pub use task::{Progress, Run, Task, TaskError};
 pub use worker::Worker;

@@ -113,7 +113,7 @@ async fn what_cannot_be_cancelled_or_run_again_is_told(database: Database) {
         (["jobs", "cancel", &*done], "it is succeeded"),
         (["jobs", "cancel", nobody], "there is no job"),
         (["jobs", "retry", nobody], "there is no job"),
-        (["jobs", "retry", &*bad], "names no task that can be read"),
+        (["jobs", "retry", &*bad], "names no task"),
         (["jobs", "retry", &*running], "is running"),
     ] {
         let output = scene.command(&arguments).await;

@@ -209,7 +209,9 @@ async fn config_check_warns_where_the_guard_forgets_before_pubsub_does() {
     broker.subscribe("training").await;
     let output = yard.output(&["config", "check"]).await;
     assert!(
-        output.stdout.contains("training keeps messages for 7days"),
+        output
+            .stdout
+            .contains("training retains messages for 7days"),
         "{}",
         output.stdout
     );

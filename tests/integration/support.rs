@@ -25,12 +25,21 @@ pub fn not_tested(what: &str) {
     // Not println!, which a passing test keeps to itself.
     let _ = writeln!(
         std::io::stderr(),
-        "NOT TESTED: {what}; `make test` starts it"
+        "NOT TESTED: {what}; `make test` provides it"
     );
     assert!(
         std::env::var("CI").as_deref() != Ok("true"),
         "{what} is missing and CI=true"
     );
+}
+
+/// Whether a worker can abort at a failpoint. If not, says so.
+pub fn has_failpoints() -> bool {
+    let built_in = cfg!(feature = "failpoints");
+    if !built_in {
+        not_tested("the feature `failpoints`");
+    }
+    built_in
 }
 
 /// A generator of chances, with its seed printed. TRAINYARD_TEST_SEED repeats

@@ -1,5 +1,5 @@
-//! The processes of a run whose keeper is gone, found by the fence in their
-//! environment.
+//! Finds and kills the processes of a run whose keeper is gone, by the fence in
+//! their environment.
 
 use std::time::Duration;
 
@@ -10,12 +10,11 @@ use tracing::warn;
 
 use super::super::environment::FENCE;
 
-/// A process that forks all the time may take some.
+/// A process that forks all the time may need several.
 const QUICK_ROUNDS: u32 = 50;
 
-/// Kills them, and looks again until there are none: one that hangs in a driver
-/// has its GPU for as long as it is there. Does nothing where there is no
-/// /proc.
+/// Kills the processes until none is left. A process that hangs in a driver
+/// holds its GPU until it is gone. Does nothing on a system without /proc.
 pub(super) async fn kill(fence: &str) {
     let mut rounds = 0_u32;
     loop {
@@ -25,7 +24,7 @@ pub(super) async fn kill(fence: &str) {
         }
         rounds = rounds.saturating_add(1);
         if rounds == QUICK_ROUNDS {
-            warn!(pids = ?found, "processes of a run do not end; it keeps its GPUs until they do");
+            warn!(pids = ?found, "processes of a run do not end; its GPUs stay in use until they do");
         }
         sleep(match rounds < QUICK_ROUNDS {
             true => Duration::from_millis(10),
@@ -35,11 +34,11 @@ pub(super) async fn kill(fence: &str) {
     }
 }
 
-/// Kills those that there are now, and tells which.
+/// Kills the processes that exist now, and returns their ids.
 pub(super) async fn kill_once(fence: &str) -> Vec<i32> {
-    let mark = format!("{FENCE}={fence}");
+    let variable = format!("{FENCE}={fence}");
     let killed = spawn_blocking(move || {
-        let found = marked(&mark);
+        let found = processes_with(&variable);
         for process in &found {
             let _ = kill_process(*process, Signal::KILL);
         }
@@ -48,17 +47,17 @@ pub(super) async fn kill_once(fence: &str) -> Vec<i32> {
     killed.await.unwrap_or_default()
 }
 
-fn marked(mark: &str) -> Vec<Pid> {
+fn processes_with(variable: &str) -> Vec<Pid> {
     let Ok(entries) = std::fs::read_dir("/proc") else {
         return Vec::new();
     };
     let processes = entries.flatten().filter_map(|entry| {
         let pid = entry.file_name().to_str()?.parse().ok()?;
         let environment = std::fs::read(entry.path().join("environ")).ok()?;
-        let is_marked = environment
+        let has_variable = environment
             .split(|byte| *byte == 0)
-            .any(|variable| variable == mark.as_bytes());
-        is_marked.then(|| Pid::from_raw(pid))?
+            .any(|found| found == variable.as_bytes());
+        has_variable.then(|| Pid::from_raw(pid))?
     });
     processes.collect()
 }

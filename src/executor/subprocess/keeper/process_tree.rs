@@ -1,5 +1,5 @@
-//! The processes of a job: the command, its process group, and whatever they
-//! have left behind.
+//! The processes of a job: the command, its process group, and the processes
+//! that they leave behind.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,25 +13,25 @@ use rustix::process::{
     wait, waitid, waitpid,
 };
 
-use super::super::lifeline::Exit;
+use super::super::lifeline::ExitStatus;
 
-/// A process that the kernel cannot end (it hangs in a driver) must not keep
+/// A process that the kernel cannot end (it hangs in a driver) must not hold
 /// its job's slot forever.
-const SWEEP_LIMIT: Duration = Duration::from_secs(10);
+const KILL_LIMIT: Duration = Duration::from_secs(10);
 
-/// The command's process group, for as long as its id is surely its own.
-pub(super) struct Group {
+/// The command's process group. It is closed before its id can be reused.
+pub(super) struct ProcessGroup {
     leader: Pid,
-    /// The leader has ended, and its id may go to another process soon.
-    over: Mutex<bool>,
+    /// The leader has ended, so its id may be reused soon.
+    closed: Mutex<bool>,
     expired: AtomicBool,
 }
 
-impl Group {
+impl ProcessGroup {
     pub(super) fn new(leader: Pid) -> Self {
         Self {
             leader,
-            over: Mutex::new(false),
+            closed: Mutex::new(false),
             expired: AtomicBool::new(false),
         }
     }
@@ -41,28 +41,28 @@ impl Group {
     }
 
     pub(super) fn signal(&self, signal: Signal) {
-        let over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
-        if !*over {
-            // It fails only if the group is gone, or not ours to signal.
+        let closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*closed {
+            // This fails only if the group is gone or belongs to another user.
             let _ = kill_process_group(self.leader, signal);
         }
     }
 
-    /// The word of the daemon has run out.
+    /// `ValidUntil` has passed.
     pub(super) fn expire(&self) {
         self.expired.store(true, Ordering::Relaxed);
     }
 
-    /// From here on nothing is signalled. Whether the word had run out.
+    /// Sends no more signals. Returns whether `ValidUntil` had passed.
     pub(super) fn close(&self) -> bool {
-        *self.over.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *self.closed.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.expired.load(Ordering::Relaxed)
     }
 }
 
-/// Processes that lose their parent come to this one instead of to init.
+/// Makes this process the parent of its orphaned descendants, instead of init.
 #[cfg(target_os = "linux")]
-pub(super) fn adopt_orphans() -> io::Result<()> {
+pub(super) fn become_subreaper() -> io::Result<()> {
     Ok(rustix::process::set_child_subreaper(Some(
         rustix::process::getpid(),
     ))?)
@@ -70,14 +70,14 @@ pub(super) fn adopt_orphans() -> io::Result<()> {
 
 #[cfg(not(target_os = "linux"))]
 #[expect(clippy::unnecessary_wraps, reason = "it can fail on Linux")]
-pub(super) fn adopt_orphans() -> io::Result<()> {
+pub(super) fn become_subreaper() -> io::Result<()> {
     Ok(())
 }
 
-/// Waits for the command's end and leaves it unreaped, so that its id stays
-/// its own. Adopted processes that end meanwhile are reaped; the leader never,
-/// as its exit status would be gone with it.
-pub(super) fn wait_for(leader: Pid) {
+/// Waits until the command has exited, and leaves it unreaped, so that its id
+/// is not reused and its exit status stays readable. Reaps orphans that exit
+/// meanwhile.
+pub(super) fn wait_for_exit(leader: Pid) {
     let ended = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
     loop {
         match waitid(WaitId::All, ended) {
@@ -88,7 +88,7 @@ pub(super) fn wait_for(leader: Pid) {
             Ok(None) => {}
             Ok(Some(_)) | Err(_) => return,
         }
-        // The leader may have become one since it was looked at.
+        // The leader may be a zombie too by now.
         let zombies = children()
             .into_iter()
             .filter(|child| child.zombie && child.pid != leader);
@@ -101,23 +101,22 @@ pub(super) fn wait_for(leader: Pid) {
     }
 }
 
-/// Kills what is left of the job and reaps it, the ended leader included. Says
-/// how the leader ended, if that can be known, and which of the others do not
-/// end.
-pub(super) fn sweep(leader: Pid) -> (Exit, Vec<i32>) {
-    // The unreaped leader keeps the group's id from being anybody else's.
+/// Kills and reaps the job's processes, and reaps the leader. Returns the
+/// leader's exit status, and the processes that do not end.
+pub(super) fn kill_all(leader: Pid) -> (ExitStatus, Vec<i32>) {
+    // The leader is not reaped yet, so the group's id cannot be reused.
     let _ = kill_process_group(leader, Signal::KILL);
-    // Whatever comes of it, the rest of the family must not outlive this.
-    let exit = status_of(leader).map(exit_of).unwrap_or_default();
+    // An error here must not save the other processes.
+    let exit = wait_status(leader).map(exit_status).unwrap_or_default();
     let started = Instant::now();
     let mut pause = Duration::from_millis(1);
-    while started.elapsed() < SWEEP_LIMIT {
+    while started.elapsed() < KILL_LIMIT {
         match wait(WaitOptions::NOHANG) {
             Ok(Some(_)) | Err(Errno::INTR) => continue,
             Ok(None) => {}
             Err(_) => return (exit, Vec::new()),
         }
-        // Those of theirs come here when they are dead, for the next round.
+        // Their children become this process's, and die in the next round.
         for child in children() {
             let _ = kill_process(child.pid, Signal::KILL);
         }
@@ -128,7 +127,7 @@ pub(super) fn sweep(leader: Pid) -> (Exit, Vec<i32>) {
     (exit, left.map(|child| child.pid.as_raw_pid()).collect())
 }
 
-fn status_of(leader: Pid) -> Option<WaitStatus> {
+fn wait_status(leader: Pid) -> Option<WaitStatus> {
     loop {
         match waitpid(Some(leader), WaitOptions::empty()) {
             Ok(ended) => return ended.map(|(_, status)| status),
@@ -138,8 +137,8 @@ fn status_of(leader: Pid) -> Option<WaitStatus> {
     }
 }
 
-fn exit_of(status: WaitStatus) -> Exit {
-    Exit {
+fn exit_status(status: WaitStatus) -> ExitStatus {
+    ExitStatus {
         code: status.exit_status(),
         signal: status.terminating_signal(),
         expired: false,
@@ -151,7 +150,7 @@ struct ChildProcess {
     zombie: bool,
 }
 
-/// This process's children. Empty where there is no /proc.
+/// This process's children. Empty on a system without /proc.
 fn children() -> Vec<ChildProcess> {
     let me = std::process::id().to_string();
     let Ok(entries) = std::fs::read_dir("/proc") else {
@@ -171,7 +170,7 @@ fn children() -> Vec<ChildProcess> {
         .collect()
 }
 
-/// Out of `PID (NAME) STATE PARENT …`, where the name may hold anything.
+/// Parses `PID (NAME) STATE PARENT …`. The name may contain anything.
 fn state_and_parent(stat: &[u8]) -> Option<(&str, &str)> {
     let name_ends = stat.iter().rposition(|byte| *byte == b')')?;
     let mut fields = std::str::from_utf8(&stat[name_ends + 1..])

@@ -1,14 +1,14 @@
-//! How much of a run's output the log takes.
+//! Limits how much of a run's output is logged.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 const LINES_PER_SECOND: u32 = 100;
-/// Of one run in all: the log's disk is everybody's.
-const MOST_BYTES: usize = 64 << 20;
+/// For a whole run, as all runs share the log's disk.
+const MAX_BYTES: usize = 64 << 20;
 
-pub(super) struct Gate {
+pub(super) struct LogLimiter {
     second: Instant,
     shown: u32,
     hidden: u64,
@@ -16,42 +16,42 @@ pub(super) struct Gate {
 }
 
 #[derive(Debug, PartialEq)]
-pub(super) enum Passage {
-    Shown {
-        /// Lines that were not, and of which nothing has been told yet.
+pub(super) enum Decision {
+    Show {
+        /// Lines that were hidden since the last one that was shown.
         hidden_before: u64,
     },
-    Hidden,
+    Hide,
 }
 
-impl Gate {
+impl LogLimiter {
     pub(super) fn new(now: Instant) -> Self {
         Self {
             second: now,
             shown: 0,
             hidden: 0,
-            bytes_left: MOST_BYTES,
+            bytes_left: MAX_BYTES,
         }
     }
 
-    pub(super) fn pass(&mut self, now: Instant, bytes: usize) -> Passage {
+    pub(super) fn admit(&mut self, now: Instant, bytes: usize) -> Decision {
         if now.duration_since(self.second) >= Duration::from_secs(1) {
             self.second = now;
             self.shown = 0;
         }
         if self.shown == LINES_PER_SECOND || self.bytes_left < bytes {
             self.hidden += 1;
-            return Passage::Hidden;
+            return Decision::Hide;
         }
         self.shown += 1;
         self.bytes_left -= bytes;
-        Passage::Shown {
-            hidden_before: self.close(),
+        Decision::Show {
+            hidden_before: self.take_hidden(),
         }
     }
 
-    /// The lines hidden since this was last told.
-    pub(super) fn close(&mut self) -> u64 {
+    /// Returns the number of hidden lines, and resets it.
+    pub(super) fn take_hidden(&mut self) -> u64 {
         std::mem::take(&mut self.hidden)
     }
 }
@@ -60,35 +60,35 @@ impl Gate {
 mod tests {
     use super::*;
 
-    fn shown(hidden_before: u64) -> Passage {
-        Passage::Shown { hidden_before }
+    fn shown(hidden_before: u64) -> Decision {
+        Decision::Show { hidden_before }
     }
 
     #[test]
-    fn what_comes_too_fast_is_counted_and_told_later() {
+    fn lines_beyond_the_rate_are_counted() {
         let start = Instant::now();
-        let mut gate = Gate::new(start);
+        let mut limiter = LogLimiter::new(start);
         let passed = (0..1000)
-            .filter(|_| gate.pass(start, 10) == shown(0))
+            .filter(|_| limiter.admit(start, 10) == shown(0))
             .count();
         assert_eq!(passed, 100);
         let later = start + Duration::from_secs(1);
-        assert_eq!(gate.pass(later, 10), shown(900));
-        assert_eq!(gate.pass(later, 10), shown(0));
+        assert_eq!(limiter.admit(later, 10), shown(900));
+        assert_eq!(limiter.admit(later, 10), shown(0));
     }
 
     #[test]
-    fn a_run_may_fill_only_so_much_of_the_log() {
+    fn the_bytes_of_a_run_are_limited() {
         let mut now = Instant::now();
-        let mut gate = Gate::new(now);
+        let mut limiter = LogLimiter::new(now);
         let mut bytes = 0;
         for _ in 0..10_000 {
             now += Duration::from_millis(20);
-            if let Passage::Shown { .. } = gate.pass(now, 16 << 10) {
+            if let Decision::Show { .. } = limiter.admit(now, 16 << 10) {
                 bytes += 16 << 10;
             }
         }
         assert_eq!(bytes, 64 << 20);
-        assert_eq!(gate.close(), 10_000 - 4096);
+        assert_eq!(limiter.take_hidden(), 10_000 - 4096);
     }
 }

@@ -1,4 +1,4 @@
-//! What the end of a command means for its job.
+//! Maps a command's exit to the outcome of its run.
 
 use std::time::Duration;
 
@@ -6,13 +6,13 @@ use serde_json::Value;
 use signal_hook::consts::{SIGKILL, SIGTERM};
 use signal_hook::low_level::signal_name;
 
-use super::lifeline::Exit;
+use super::lifeline::ExitStatus;
 use crate::outcome::Outcome;
 
-/// Of stderr, in an error.
+/// How many of the last lines of stderr an error quotes.
 const QUOTED_LINES: usize = 3;
 
-/// What programs say when they get no more memory.
+/// What programs print when an allocation fails.
 const OUT_OF_MEMORY: &[&str] = &[
     "out of memory",
     "memory exhausted",
@@ -25,33 +25,33 @@ const OUT_OF_MEMORY: &[&str] = &[
     "alloc failed",
 ];
 
-/// Everything about a run that decides its outcome.
-pub(super) struct Ending<'a> {
-    pub(super) exit: Exit,
-    /// It was asked to stop, by whoever.
+/// A command's exit, with everything that decides the outcome.
+pub(super) struct CommandExit<'a> {
+    pub(super) status: ExitStatus,
+    /// It was asked to stop.
     pub(super) stopped: bool,
-    /// It was asked to stop for not having told anything for so long.
+    /// It was asked to stop because it reported nothing for this long.
     pub(super) stalled: Option<Duration>,
     pub(super) result: Option<Value>,
-    /// The end of stderr.
+    /// The last lines of stderr.
     pub(super) errors: &'a [String],
     pub(super) permanent_exit_codes: &'a [u8],
     pub(super) memory: Option<u64>,
 }
 
-impl Ending<'_> {
+impl CommandExit<'_> {
     pub(super) fn outcome(self) -> Outcome {
-        if self.exit.code == Some(0) {
-            // A program that saves its work and goes when asked to says 0 as
-            // well. Only a result tells that it was done.
-            if !(self.stopped || self.exit.expired) || self.result.is_some() {
+        if self.status.code == Some(0) {
+            // A program that saves its work on SIGTERM may exit with 0 too.
+            // Then only a result shows that it was done.
+            if !(self.stopped || self.status.expired) || self.result.is_some() {
                 return Outcome::Succeeded(self.result.unwrap_or_default());
             }
         }
-        // What a program says when it is interrupted is not about its request.
-        let by_itself = !self.stopped && !self.exit.expired && self.stalled.is_none();
+        // The exit code of a program that was stopped does not judge the request.
+        let by_itself = !self.stopped && !self.status.expired && self.stalled.is_none();
         let permanent = by_itself
-            && self.exit.code.is_some_and(|code| {
+            && self.status.code.is_some_and(|code| {
                 self.permanent_exit_codes
                     .iter()
                     .any(|permanent| i32::from(*permanent) == code)
@@ -78,14 +78,14 @@ impl Ending<'_> {
             let limit = humantime::format_duration(limit);
             return format!("no progress for {limit}, stopped as stuck ({end})");
         }
-        if self.exit.expired {
-            return format!("stopped since its lease was not known to be renewed ({end})");
+        if self.status.expired {
+            return format!("stopped because its lease was not renewed in time ({end})");
         }
         if self.stopped {
             return format!("stopped before it was done ({end})");
         }
         match self.memory {
-            Some(memory) if !permanent && self.tells_of_memory() => {
+            Some(memory) if !permanent && self.ran_out_of_memory() => {
                 format!("out of memory, with a limit of {memory} bytes ({end})")
             }
             _ => end,
@@ -93,21 +93,21 @@ impl Ending<'_> {
     }
 
     fn end(&self) -> String {
-        match (self.exit.code, self.exit.signal) {
+        match (self.status.code, self.status.signal) {
             (Some(code), _) => match shell_signal(code) {
-                // As a shell tells of a command that a signal ended.
+                // A shell returns 128 + the signal that ended its command.
                 Some(signal) => format!("exit code {code}, as after {}", name(signal)),
                 None => format!("exit code {code}"),
             },
-            (None, Some(SIGKILL)) if !(self.stopped || self.exit.expired) => {
+            (None, Some(SIGKILL)) if !(self.stopped || self.status.expired) => {
                 "killed by SIGKILL, possibly by the kernel's out-of-memory killer".to_owned()
             }
             (None, Some(signal)) => format!("killed by {}", name(signal)),
-            (None, None) => "its end is not known".to_owned(),
+            (None, None) => "its exit status is unknown".to_owned(),
         }
     }
 
-    fn tells_of_memory(&self) -> bool {
+    fn ran_out_of_memory(&self) -> bool {
         self.errors.iter().any(|line| {
             let line = line.to_lowercase();
             OUT_OF_MEMORY.iter().any(|words| line.contains(words))
@@ -134,9 +134,9 @@ mod tests {
 
     use super::*;
 
-    fn ending(code: Option<i32>, signal: Option<i32>) -> Ending<'static> {
-        Ending {
-            exit: Exit {
+    fn exit_with(code: Option<i32>, signal: Option<i32>) -> CommandExit<'static> {
+        CommandExit {
+            status: ExitStatus {
                 code,
                 signal,
                 expired: false,
@@ -150,8 +150,8 @@ mod tests {
         }
     }
 
-    fn failure(ending: Ending<'_>) -> (String, bool) {
-        match ending.outcome() {
+    fn failure(exit: CommandExit<'_>) -> (String, bool) {
+        match exit.outcome() {
             Outcome::Failed { error, permanent } => (error, permanent),
             other => panic!("{other:?}"),
         }
@@ -159,40 +159,43 @@ mod tests {
 
     #[test]
     fn the_exit_code_decides() {
-        let done = ending(Some(0), None).outcome();
+        let done = exit_with(Some(0), None).outcome();
         assert_eq!(done, Outcome::Succeeded(Value::Null));
-        let with_result = Ending {
+        let with_result = CommandExit {
             result: Some(json!({"a": 1})),
-            ..ending(Some(0), None)
+            ..exit_with(Some(0), None)
         };
         assert_eq!(with_result.outcome(), Outcome::Succeeded(json!({"a": 1})));
         for (code, permanent) in [(1, false), (2, false), (65, true), (78, true), (255, false)] {
-            let failed = failure(ending(Some(code), None));
+            let failed = failure(exit_with(Some(code), None));
             assert_eq!(failed, (format!("exit code {code}"), permanent));
         }
-        let own = Ending {
+        let own = CommandExit {
             permanent_exit_codes: &[2],
-            ..ending(Some(2), None)
+            ..exit_with(Some(2), None)
         };
         assert!(failure(own).1);
     }
 
     #[test]
     fn a_signal_is_named() {
-        let (error, permanent) = failure(ending(None, Some(SIGKILL)));
+        let (error, permanent) = failure(exit_with(None, Some(SIGKILL)));
         assert!(error.contains("SIGKILL") && error.contains("out-of-memory killer"));
         assert!(!permanent);
-        assert_eq!(failure(ending(None, Some(SIGSEGV))).0, "killed by SIGSEGV");
-        let of_a_shell = failure(ending(Some(137), None)).0;
+        assert_eq!(
+            failure(exit_with(None, Some(SIGSEGV))).0,
+            "killed by SIGSEGV"
+        );
+        let of_a_shell = failure(exit_with(Some(137), None)).0;
         assert_eq!(of_a_shell, "exit code 137, as after SIGKILL");
     }
 
     #[test]
-    fn going_when_asked_to_is_success_only_with_a_result() {
-        let stopped = |result| Ending {
+    fn a_stopped_run_succeeds_only_with_a_result() {
+        let stopped = |result| CommandExit {
             stopped: true,
             result,
-            ..ending(Some(0), None)
+            ..exit_with(Some(0), None)
         };
         let (error, permanent) = failure(stopped(None));
         assert_eq!(error, "stopped before it was done (exit code 0)");
@@ -204,9 +207,9 @@ mod tests {
     #[test]
     fn the_end_of_stderr_is_quoted() {
         let errors = ["a", "b", "c", "ValueError: d"].map(str::to_owned);
-        let failed = Ending {
+        let failed = CommandExit {
             errors: &errors,
-            ..ending(Some(1), None)
+            ..exit_with(Some(1), None)
         };
         assert_eq!(failure(failed).0, "exit code 1: b | c | ValueError: d");
     }
@@ -214,10 +217,10 @@ mod tests {
     #[test]
     fn a_program_that_got_no_memory_within_a_limit_is_out_of_memory() {
         let errors = ["MemoryError".to_owned()];
-        let limited = |code, memory| Ending {
+        let limited = |code, memory| CommandExit {
             errors: &errors,
             memory,
-            ..ending(Some(code), None)
+            ..exit_with(Some(code), None)
         };
         let (error, permanent) = failure(limited(1, Some(1000)));
         assert!(error.starts_with("out of memory"), "{error}");
@@ -232,10 +235,10 @@ mod tests {
             (None, Some(SIGTERM), "killed by SIGTERM"),
             (Some(65), None, "exit code 65"),
         ] {
-            let stuck = Ending {
+            let stuck = CommandExit {
                 stopped: true,
                 stalled: Some(Duration::from_secs(600)),
-                ..ending(code, signal)
+                ..exit_with(code, signal)
             };
             let expected = format!("no progress for 10m, stopped as stuck ({end})");
             assert_eq!(failure(stuck), (expected, false));
@@ -245,13 +248,13 @@ mod tests {
     #[test]
     fn a_run_that_was_stopped_or_has_expired_fails_transiently_whatever_its_code() {
         for code in [65, 78] {
-            let stopped = Ending {
+            let stopped = CommandExit {
                 stopped: true,
-                ..ending(Some(code), None)
+                ..exit_with(Some(code), None)
             };
             assert!(!failure(stopped).1);
-            let mut expired = ending(Some(code), None);
-            expired.exit.expired = true;
+            let mut expired = exit_with(Some(code), None);
+            expired.status.expired = true;
             assert!(!failure(expired).1);
         }
     }

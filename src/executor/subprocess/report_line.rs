@@ -1,5 +1,4 @@
-//! The lines that a command says to trainyard: `@trainyard ` and one JSON
-//! object, on its stdout.
+//! Report lines: `@trainyard ` and one JSON object, on the command's stdout.
 
 use std::collections::BTreeMap;
 
@@ -9,26 +8,26 @@ use crate::report::Progress;
 
 pub(super) const PREFIX: &str = "@trainyard ";
 
-/// More of them on one line are dropped: reports are kept.
-const MOST_METRICS: usize = 64;
-const LONGEST_METRIC_NAME: usize = 200;
-/// It goes into the environment of the next attempt.
-const LONGEST_CHECKPOINT: usize = 8 << 10;
+/// More metrics on one line are dropped, as reports stay in memory.
+const MAX_METRICS: usize = 64;
+const MAX_METRIC_NAME: usize = 200;
+/// A checkpoint becomes an environment variable of the next attempt.
+const MAX_CHECKPOINT: usize = 8 << 10;
 
 const NOT_NUMBERS: &[&str] = &["NaN", "Infinity", "-Infinity"];
 
-/// What one such line says.
+/// The content of one report line.
 #[derive(Debug, Default, PartialEq)]
-pub(super) struct Said {
+pub(super) struct ReportLine {
     pub(super) progress: Option<Progress>,
     pub(super) checkpoint: Option<String>,
     pub(super) result: Option<Value>,
-    /// What of it cannot be taken, and why. It does not cost the rest.
-    pub(super) wrong: Vec<String>,
+    /// The invalid fields, with the reasons. The other fields count.
+    pub(super) errors: Vec<String>,
 }
 
-impl Said {
-    /// `None` for a line that is not meant for trainyard.
+impl ReportLine {
+    /// `None` if the line is not a report line.
     pub(super) fn read(line: &[u8]) -> Option<Result<Self, String>> {
         line.strip_prefix(PREFIX.as_bytes()).map(Self::parse)
     }
@@ -40,59 +39,59 @@ impl Said {
                 None => Err(error),
             })
             .map_err(|error| error.to_string())?;
-        let mut wrong = Vec::new();
-        let checkpoint = field(&mut object, "checkpoint", &mut wrong, checkpoint);
+        let mut errors = Vec::new();
+        let checkpoint = field(&mut object, "checkpoint", &mut errors, checkpoint);
         let progress = Progress {
-            fraction: field(&mut object, "progress", &mut wrong, fraction),
-            step: field(&mut object, "step", &mut wrong, whole_number),
-            metrics: metrics(&mut object, &mut wrong),
+            fraction: field(&mut object, "progress", &mut errors, fraction),
+            step: field(&mut object, "step", &mut errors, non_negative_integer),
+            metrics: metrics(&mut object, &mut errors),
         };
-        let said = Self {
+        let line = Self {
             progress: (progress != Progress::default()).then_some(progress),
             checkpoint,
             result: object.remove("result"),
-            wrong,
+            errors,
         };
-        match said == Self::default() {
+        match line == Self::default() {
             true => Err("it has none of progress, step, metrics, checkpoint, result".to_owned()),
-            false => Ok(said),
+            false => Ok(line),
         }
     }
 }
 
-/// A field's value, or nothing if it is null or cannot be taken.
+/// A field's value, or `None` if it is missing, null or invalid.
 fn field<T>(
     object: &mut Map<String, Value>,
     name: &str,
-    wrong: &mut Vec<String>,
+    errors: &mut Vec<String>,
     read: impl FnOnce(Value) -> Result<T, String>,
 ) -> Option<T> {
     let value = object.remove(name).filter(|value| !value.is_null())?;
     read(value)
-        .map_err(|reason| wrong.push(format!("`{name}` {reason}")))
+        .map_err(|reason| errors.push(format!("`{name}` {reason}")))
         .ok()
 }
 
 fn checkpoint(value: Value) -> Result<String, String> {
     match value {
-        Value::String(text) if text.len() > LONGEST_CHECKPOINT => {
-            Err(format!("is longer than {LONGEST_CHECKPOINT} bytes"))
+        Value::String(text) if text.len() > MAX_CHECKPOINT => {
+            Err(format!("is longer than {MAX_CHECKPOINT} bytes"))
         }
         Value::String(text) if text.is_empty() || text.contains('\0') => {
-            Err("is empty, or has a NUL in it".to_owned())
+            Err("is empty or contains a NUL".to_owned())
         }
         Value::String(text) => Ok(text),
-        _ => Err("is no text".to_owned()),
+        _ => Err("is not a string".to_owned()),
     }
 }
 
 fn fraction(value: Value) -> Result<f64, String> {
-    let number = value.as_f64().ok_or("is no number")?;
+    let number = value.as_f64().ok_or("is not a number")?;
     Ok(number.clamp(0.0, 1.0))
 }
 
-/// Many programs count in floating point.
-fn whole_number(value: Value) -> Result<u64, String> {
+/// Accepts `120.0` too, as some programs count in floating point.
+fn non_negative_integer(value: Value) -> Result<u64, String> {
     const FIRST_BEYOND: f64 = 9_007_199_254_740_992.0;
     let as_float = value
         .as_f64()
@@ -100,33 +99,33 @@ fn whole_number(value: Value) -> Result<u64, String> {
     let number = value
         .as_u64()
         .or_else(|| format!("{:.0}", as_float?).parse().ok());
-    number.ok_or_else(|| "is no whole number from 0 on".to_owned())
+    number.ok_or_else(|| "is not a non-negative integer".to_owned())
 }
 
-fn metrics(object: &mut Map<String, Value>, wrong: &mut Vec<String>) -> BTreeMap<String, f64> {
-    let given = field(object, "metrics", wrong, |value| match value {
+fn metrics(object: &mut Map<String, Value>, errors: &mut Vec<String>) -> BTreeMap<String, f64> {
+    let given = field(object, "metrics", errors, |value| match value {
         Value::Object(metrics) => Ok(metrics),
-        _ => Err("is no object".to_owned()),
+        _ => Err("is not an object".to_owned()),
     });
     given
         .unwrap_or_default()
         .into_iter()
-        .filter(|(name, _)| name.len() <= LONGEST_METRIC_NAME && !name.contains('\0'))
-        // Null is a figure that is not a number, which JSON cannot write.
+        .filter(|(name, _)| name.len() <= MAX_METRIC_NAME && !name.contains('\0'))
+        // Null stands for NaN or an infinity, which JSON lacks.
         .filter(|(_, value)| !value.is_null())
         .filter_map(|(name, value)| match value.as_f64() {
             Some(number) => Some((name, number)),
             None => {
-                wrong.push(format!("metric `{}` is no number", name.escape_debug()));
+                errors.push(format!("metric `{}` is not a number", name.escape_debug()));
                 None
             }
         })
-        .take(MOST_METRICS)
+        .take(MAX_METRICS)
         .collect()
 }
 
-/// The line with null for the figures that are not numbers, as Python's `json`
-/// and others write them. `None` if it has none.
+/// Replaces NaN and infinities, which Python's `json` and others write, with
+/// null. `None` if there are none.
 fn without_non_numbers(json: &[u8]) -> Option<Vec<u8>> {
     let mut written = Vec::with_capacity(json.len());
     let mut rest = json;
@@ -149,7 +148,7 @@ fn without_non_numbers(json: &[u8]) -> Option<Vec<u8>> {
         rest = after;
         match (byte, after.split_first()) {
             (b'"', _) => in_string = !in_string,
-            // What is escaped does not end the string.
+            // An escaped quote does not end the string.
             (b'\\', Some((&escaped, after))) if in_string => {
                 written.push(escaped);
                 rest = after;
@@ -166,28 +165,28 @@ mod tests {
 
     use super::*;
 
-    fn parse(json: &str) -> Result<Said, String> {
-        Said::read(format!("@trainyard {json}").as_bytes()).unwrap()
+    fn parse(json: &str) -> Result<ReportLine, String> {
+        ReportLine::read(format!("@trainyard {json}").as_bytes()).unwrap()
     }
 
     #[test]
-    fn a_line_may_say_several_things() {
-        let said = parse(
+    fn a_line_may_have_several_fields() {
+        let line = parse(
             r#"{"progress":0.4,"step":120,"metrics":{"loss":0.31,"nan":null},"checkpoint":"gs://b/c","result":{"a":1},"later":true}"#,
         )
         .unwrap();
-        let progress = said.progress.unwrap();
+        let progress = line.progress.unwrap();
         assert_eq!((progress.fraction, progress.step), (Some(0.4), Some(120)));
         assert_eq!(
             progress.metrics,
             BTreeMap::from([("loss".to_owned(), 0.31)])
         );
-        assert_eq!(said.checkpoint.as_deref(), Some("gs://b/c"));
-        assert_eq!(said.result, Some(json!({"a": 1})));
+        assert_eq!(line.checkpoint.as_deref(), Some("gs://b/c"));
+        assert_eq!(line.result, Some(json!({"a": 1})));
     }
 
     #[test]
-    fn malformed_lines_are_told_apart_from_lines_for_others() {
+    fn malformed_report_lines_differ_from_other_lines() {
         for malformed in [
             "",
             "{",
@@ -199,16 +198,16 @@ mod tests {
         ] {
             assert!(parse(malformed).is_err(), "{malformed}");
         }
-        assert_eq!(Said::read(b"epoch 1"), None);
-        assert_eq!(Said::read(b" @trainyard {}"), None);
-        assert_eq!(Said::read(b"@trainyards {}"), None);
+        assert_eq!(ReportLine::read(b"epoch 1"), None);
+        assert_eq!(ReportLine::read(b" @trainyard {}"), None);
+        assert_eq!(ReportLine::read(b"@trainyards {}"), None);
     }
 
     #[test]
-    fn what_is_kept_of_a_line_is_bounded() {
+    fn the_fields_of_a_line_are_bounded() {
         let many: BTreeMap<String, f64> = (0..1000).map(|n| (format!("m{n}"), 1.0)).collect();
-        let said = parse(&json!({"progress": 40.0, "metrics": many}).to_string()).unwrap();
-        let progress = said.progress.unwrap();
+        let line = parse(&json!({"progress": 40.0, "metrics": many}).to_string()).unwrap();
+        let progress = line.progress.unwrap();
         assert_eq!(progress.fraction, Some(1.0));
         assert_eq!(progress.metrics.len(), 64);
         let long = json!({"checkpoint": "x".repeat(100_000)}).to_string();
@@ -216,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_field_that_cannot_be_taken_does_not_cost_the_others() {
+    fn an_invalid_field_does_not_affect_the_others() {
         for field in [
             r#""step":-1"#,
             r#""step":1.5"#,
@@ -224,40 +223,40 @@ mod tests {
             r#""metrics":7"#,
             r#""metrics":{"loss":"low"}"#,
         ] {
-            let said = parse(&format!("{{{field},\"checkpoint\":\"c\",\"result\":1}}"));
-            let expected = Said {
+            let line = parse(&format!("{{{field},\"checkpoint\":\"c\",\"result\":1}}"));
+            let expected = ReportLine {
                 checkpoint: Some("c".to_owned()),
                 result: Some(json!(1)),
-                ..Said::default()
+                ..ReportLine::default()
             };
-            let said = said.unwrap();
-            assert_eq!(said.wrong.len(), 1, "{field}");
-            let wrong = Vec::new();
-            assert_eq!(Said { wrong, ..said }, expected);
+            let line = line.unwrap();
+            assert_eq!(line.errors.len(), 1, "{field}");
+            let errors = Vec::new();
+            assert_eq!(ReportLine { errors, ..line }, expected);
         }
         for checkpoint in [r#""a\u0000b""#, "\"\"", "7"] {
-            let said = parse(&format!(r#"{{"step":3,"checkpoint":{checkpoint}}}"#)).unwrap();
-            assert_eq!((said.checkpoint, said.wrong.len()), (None, 1));
-            assert_eq!(said.progress.unwrap().step, Some(3));
+            let line = parse(&format!(r#"{{"step":3,"checkpoint":{checkpoint}}}"#)).unwrap();
+            assert_eq!((line.checkpoint, line.errors.len()), (None, 1));
+            assert_eq!(line.progress.unwrap().step, Some(3));
         }
-        let said = parse(r#"{"step":120.0}"#).unwrap();
-        assert_eq!(said.progress.unwrap().step, Some(120));
-        let said = parse(r#"{"step":18446744073709551615}"#).unwrap();
-        assert_eq!(said.progress.unwrap().step, Some(u64::MAX));
+        let line = parse(r#"{"step":120.0}"#).unwrap();
+        assert_eq!(line.progress.unwrap().step, Some(120));
+        let line = parse(r#"{"step":18446744073709551615}"#).unwrap();
+        assert_eq!(line.progress.unwrap().step, Some(u64::MAX));
     }
 
     #[test]
-    fn figures_that_are_not_numbers_are_null() {
-        let said = parse(
+    fn nan_and_infinities_are_null() {
+        let line = parse(
             r#"{"metrics":{"a":NaN,"b":-Infinity,"c":1.5},"checkpoint":"NaN \" -Infinity","result":[NaN,Infinity,"NaN\\",-1]}"#,
         )
         .unwrap();
         assert_eq!(
-            said.progress.unwrap().metrics,
+            line.progress.unwrap().metrics,
             BTreeMap::from([("c".to_owned(), 1.5)])
         );
-        assert_eq!(said.checkpoint.as_deref(), Some("NaN \" -Infinity"));
-        assert_eq!(said.result, Some(json!([null, null, "NaN\\", -1])));
-        assert_eq!(said.wrong, [""; 0]);
+        assert_eq!(line.checkpoint.as_deref(), Some("NaN \" -Infinity"));
+        assert_eq!(line.result, Some(json!([null, null, "NaN\\", -1])));
+        assert_eq!(line.errors, [""; 0]);
     }
 }
