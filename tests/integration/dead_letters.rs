@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde_json::json;
-use trainyard::job::JobState;
+use trainyard::record::JobState;
 use trainyard::message::Message;
 use trainyard::pubsub::Outgoing;
 

@@ -1,7 +1,7 @@
 //! Runs that fail, and messages that nobody can run.
 
 use serde_json::json;
-use trainyard::job::JobState;
+use trainyard::record::JobState;
 
 use crate::on_both_databases;
 use crate::support::database::Database;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use google_cloud_pubsub::model::{DeadLetterPolicy, Subscription};
 use serde_json::{Value, json};
-use trainyard::job::Job;
+use trainyard::record::Job;
 use trainyard::pubsub::Outgoing;
 use uuid::Uuid;
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde_json::json;
-use trainyard::job::JobState;
+use trainyard::record::JobState;
 use trainyard::pubsub::Outgoing;
 
 use crate::on_both_databases;

@@ -21,7 +21,8 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use futures::future::join_all;
 use serde_json::json;
-use trainyard::job::{Acquired, Claim, Fence, FinalState, JobFilter, JobKey, JobState};
+use trainyard::job::{Acquired, Claim, Fence, FinalState, JobKey};
+use trainyard::record::{JobFilter, JobState};
 use trainyard::outcome::Ending;
 use trainyard::store::{Refusal, Refused, SchemaError, Standing};
 use uuid::Uuid;
@@ -63,13 +64,13 @@ async fn a_new_database_has_no_schema_until_it_is_migrated(database: Database) {
         store.check_schema().await,
         Err(SchemaError::Missing)
     ));
-    assert!(store.migrate().await.unwrap() >= 1);
+    assert!(store.migrate(|_| {}).await.unwrap() >= 1);
     store.check_schema().await.unwrap();
 }
 
 async fn migrating_again_changes_nothing(database: Database) {
     let store = database.open_migrated().await;
-    assert_eq!(store.migrate().await.unwrap(), 0);
+    assert_eq!(store.migrate(|_| {}).await.unwrap(), 0);
 }
 
 async fn a_new_key_is_acquired_at_attempt_one(database: Database) {

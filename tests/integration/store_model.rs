@@ -11,10 +11,8 @@ use std::time::Duration;
 use proptest::collection::vec;
 use proptest::test_runner::{Config, TestRunner};
 use tokio::runtime::Runtime;
-use trainyard::job::{
-    Acquired, Can, Cancelling, Claim, ClaimRequest, Fence, FinalState, Job, JobKey, Limits,
-    Retrying,
-};
+use trainyard::job::{Acquired, Can, Claim, ClaimRequest, Fence, FinalState, JobKey, Limits};
+use trainyard::record::{Cancelling, Job, Retrying};
 use trainyard::outcome::Ending;
 use trainyard::store::{ClaimTerms, Finish, Reach, Store};
 use uuid::Uuid;

@@ -103,7 +103,7 @@ async fn a_run_whose_future_is_dropped_ends_at_once() {
     wait_until("the run's processes are gone", || {
         !lives(shell) && !lives(grandchild)
     });
-    // Reaped, so it is not even a zombie.
+    // Taken, so it is not even a zombie.
     tokio::task::spawn_blocking(move || {
         wait_until("the keeper is reaped", || stat(keeper).is_none());
     })

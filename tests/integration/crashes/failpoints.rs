@@ -11,7 +11,7 @@ use serde_json::json;
 use tokio::sync::Semaphore;
 use tokio::time::sleep;
 use trainyard::failpoint::Step;
-use trainyard::job::Job;
+use trainyard::record::Job;
 use uuid::Uuid;
 
 use super::checker::violations;

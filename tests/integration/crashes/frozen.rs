@@ -1,7 +1,7 @@
 //! A worker that stands still for longer than its lease, and then goes on.
 
 use nix::sys::signal::Signal;
-use trainyard::job::JobState;
+use trainyard::record::JobState;
 
 use super::{FAST, Scene, Settings};
 use crate::support::eventually;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use serde_json::json;
-use trainyard::job::Job;
+use trainyard::record::Job;
 use uuid::Uuid;
 
 use super::{Scene, Settings};

@@ -1,6 +1,6 @@
 //! When two deliveries are the same job, and when one message is two.
 
-use trainyard::job::JobState;
+use trainyard::record::JobState;
 use trainyard::pubsub::Outgoing;
 
 use crate::on_both_databases;

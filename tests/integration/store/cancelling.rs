@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use trainyard::job::{Acquired, Can, Cancelling, Claim, FinalState, JobState};
+use trainyard::job::{Acquired, Can, Claim, FinalState};
+use trainyard::record::{Cancelling, JobState};
 use trainyard::outcome::Ending;
 use trainyard::store::{ClaimTerms, Store};
 use uuid::Uuid;

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use trainyard::job::{Acquired, Cancelling, Claim, Fence, JobState, Retrying};
+use trainyard::job::{Acquired, Claim, Fence};
+use trainyard::record::{Cancelling, JobState, Retrying};
 use trainyard::report::Checkpoint;
 use trainyard::store::{Finish, Release, Released, Standing, Store};
 

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use trainyard::job::{Claim, FinalState, JobState};
+use trainyard::job::{Claim, FinalState};
+use trainyard::record::{JobState};
 use trainyard::store::{Standing, Store};
 
 use crate::on_both_databases;

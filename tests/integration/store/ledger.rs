@@ -1,6 +1,6 @@
 //! The story of a message, in order.
 
-use trainyard::job::{Note, NoteKind};
+use trainyard::record::{Note, NoteKind};
 use trainyard::store::{ClaimTerms, Refusal};
 use uuid::Uuid;
 

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use trainyard::job::{Acquired, Claim, ClaimRequest, FinalState, JobState, Limits, Retrying};
+use trainyard::job::{Acquired, Claim, ClaimRequest, FinalState, Limits};
+use trainyard::record::{JobState, Retrying};
 use trainyard::store::{ClaimTerms, Reach, Store};
 
 use crate::on_both_databases;

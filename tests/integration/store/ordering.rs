@@ -5,7 +5,8 @@ mod races;
 use std::sync::Arc;
 use std::time::Duration;
 
-use trainyard::job::{Acquired, Can, Claim, FinalState, JobKey, JobState};
+use trainyard::job::{Acquired, Can, Claim, FinalState, JobKey};
+use trainyard::record::{JobState};
 use trainyard::outcome::{DeadReason, Ending};
 use trainyard::store::{GivenUp, Refused, Standing, Store};
 

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::join_all;
-use trainyard::job::{Claim, JobKey, JobState, Reaped};
+use trainyard::job::{Claim, JobKey, Taken};
+use trainyard::record::{JobState};
 
 use crate::on_both_databases;
 use crate::support::database::Database;
@@ -40,7 +41,7 @@ async fn an_orphan_comes_with_its_payload_and_a_larger_fence(database: Database)
     pass_the_lease().await;
     let orphans = reap(&store, 10).await;
     assert_eq!(orphans.len(), 1);
-    let Reaped {
+    let Taken {
         acquired,
         task,
         message_id,

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use futures::future::join_all;
-use trainyard::job::{Acquired, Can, Claim, FinalState, JobState, Retrying};
+use trainyard::job::{Acquired, Can, Claim, FinalState};
+use trainyard::record::{JobState, Retrying};
 use trainyard::outcome::{DeadReason, Ending};
 use trainyard::store::{GivenUp, Refusal, Standing, Store};
 use uuid::Uuid;

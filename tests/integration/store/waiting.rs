@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use tokio::time::Instant;
-use trainyard::job::{Acquired, Can, Claim, ClaimRequest, JobState};
+use trainyard::job::{Acquired, Can, Claim, ClaimRequest};
+use trainyard::record::{JobState};
 use trainyard::store::{Standing, Store};
 
 use crate::on_both_databases;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use google_cloud_pubsub::model::Subscription;
-use trainyard::job::{Job, JobFilter, JobState};
+use trainyard::record::{Job, JobFilter, JobState};
 use trainyard::store::Store;
 use trainyard_emulator::Faults;
 

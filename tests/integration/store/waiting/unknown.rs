@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use trainyard::job::{Can, Claim, ClaimRequest, FinalState, JobKey, JobState};
+use trainyard::job::{Can, Claim, ClaimRequest, FinalState, JobKey};
+use trainyard::record::{JobState};
 use trainyard::store::{GivenUp, Store};
 
 use crate::on_both_databases;
