@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use serde_json::json;
-use trainyard::record::JobState;
 use trainyard::message::Message;
 use trainyard::pubsub::Outgoing;
+use trainyard::record::JobState;
 
 use crate::on_both_databases;
 use crate::support::broker::Broker;

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use google_cloud_pubsub::model::{DeadLetterPolicy, Subscription};
 use serde_json::{Value, json};
-use trainyard::record::Job;
 use trainyard::pubsub::Outgoing;
+use trainyard::record::Job;
 use uuid::Uuid;
 
 use crate::support::broker::Broker;

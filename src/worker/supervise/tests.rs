@@ -180,15 +180,10 @@ async fn a_renewed_lease_keeps_the_run_going() {
 async fn renewals_that_get_no_answer_are_tried_again_in_time() {
     let scene = Scene {
         runs_for: LEASE * 2,
-        renewals: [
-            None,
-            None,
-            Some(Renewal::Renewed),
-            None,
-        ]
-        .into_iter()
-        .chain(std::iter::repeat_with(|| Some(Renewal::Renewed)).take(20))
-        .collect(),
+        renewals: [None, None, Some(Renewal::Renewed), None]
+            .into_iter()
+            .chain(std::iter::repeat_with(|| Some(Renewal::Renewed)).take(20))
+            .collect(),
         ..Scene::default()
     };
     assert_eq!(play(scene).await.0, done());

@@ -1,7 +1,7 @@
 //! When two deliveries are the same job, and when one message is two.
 
-use trainyard::record::JobState;
 use trainyard::pubsub::Outgoing;
+use trainyard::record::JobState;
 
 use crate::on_both_databases;
 use crate::support::broker::Broker;

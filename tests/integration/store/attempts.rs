@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use trainyard::job::{Acquired};
+use trainyard::job::Acquired;
 use trainyard::record::{AttemptRecord, AttemptReport};
 use trainyard::report::Progress;
 use trainyard::store::Store;

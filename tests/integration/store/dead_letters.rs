@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use trainyard::job::{Acquired, Can, Claim, DeadLetter};
-use trainyard::record::{Retrying};
 use trainyard::outcome::Ending;
+use trainyard::record::Retrying;
 use trainyard::store::{DeadLettersDue, Finish, GivenUp, Refusal, Store};
 use uuid::Uuid;
 

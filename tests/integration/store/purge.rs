@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use trainyard::job::{Acquired, Claim};
-use trainyard::record::{AttemptReport};
+use trainyard::record::AttemptReport;
 use trainyard::store::Store;
 use uuid::{NoContext, Timestamp, Uuid};
 

@@ -110,16 +110,14 @@ impl Broker {
             ack_deadline: Duration::from_secs(10),
             slots: 1,
             prefetch: 0,
-            held: 0,
             quiet_limit: Duration::from_secs(600),
         };
         let path = self.connection.subscription_path(name);
-        let mut subscription = Subscription::new(self.connection.clone(), path, pulling);
-        let never = CancellationToken::new();
+        let mut subscription = Subscription::new(self.connection.clients(1), path, pulling);
         let mut received = Vec::new();
         while received.len() < how_many {
-            let next = subscription.next(&never);
-            let next = tokio::time::timeout(PATIENCE, next).await.unwrap();
+            subscription.listen(1).await.unwrap();
+            let next = tokio::time::timeout(PATIENCE, subscription.next()).await;
             let (message, receipt) = next.unwrap().unwrap().into_parts();
             receipt.ack();
             received.push(message);

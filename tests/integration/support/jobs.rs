@@ -7,12 +7,16 @@ use std::time::Duration;
 use bytes::Bytes;
 use chrono::{SubsecRound, Utc};
 use serde_json::json;
-use trainyard::job::{Acquired, AckTerms, Can, Claim, ClaimRequest, DeadLetter, Fence, JobKey, Limits, Pick, Renewal, Taken};
+use trainyard::job::{
+    AckTerms, Acquired, Can, Claim, ClaimRequest, DeadLetter, Fence, JobKey, Limits, Pick, Renewal,
+    Taken,
+};
 use trainyard::message::Message;
-use trainyard::record::{Job, Story};
 use trainyard::outcome::{DeadReason, Ending};
+use trainyard::record::{Job, Story};
 use trainyard::store::{
-    ClaimTerms, DeadLettersDue, Finish, Reach, Refusal, Release, Released, Store, TaskTerms,
+    ClaimTerms, DeadLettersDue, Finish, Reach, Refusal, Release, Released, Standing, Store,
+    TaskTerms,
 };
 use uuid::Uuid;
 
@@ -173,6 +177,11 @@ pub async fn reap_within(
     store.take(&picks, terms).await.unwrap()
 }
 
+pub async fn look(store: &Arc<dyn Store>, key: &JobKey) -> Standing {
+    let standings = store.look(std::slice::from_ref(key)).await.unwrap();
+    standings[0]
+}
+
 pub fn reaped_keys(reaped: &[Taken]) -> Vec<&str> {
     let fences = reaped.iter().map(|reaped| &reaped.acquired.fence);
     fences.map(|fence| &*fence.key.key).collect()
@@ -219,10 +228,7 @@ pub async fn job_at(store: &Arc<dyn Store>, id: Uuid) -> Job {
 /// Tries every write of a run under a fence that is no longer the job's.
 pub async fn assert_is_stale(store: &Arc<dyn Store>, fence: &Fence) {
     let fences = std::slice::from_ref(fence);
-    assert_eq!(
-        store.renew(fences, LONG).await.unwrap(),
-        [Renewal::Lost]
-    );
+    assert_eq!(store.renew(fences, LONG).await.unwrap(), [Renewal::Lost]);
     assert!(!store.save_checkpoint(fence, "stale", true).await.unwrap());
     assert!(!store.release(&interrupted(fence)).await.unwrap());
     let failed = failed(fence, "stale", LONG);
