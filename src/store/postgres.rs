@@ -4,6 +4,7 @@ mod claims;
 mod dead_letters;
 mod endings;
 mod ledger;
+mod ordering;
 mod queue;
 mod requests;
 mod running;

@@ -3,7 +3,7 @@
 use sqlx::{PgPool, Row};
 use uuid::Uuid;
 
-use super::claims::lock_places_in;
+use super::ordering::lock_places_in;
 use crate::record::{Cancelling, Retrying};
 use crate::store::StoreError;
 use crate::store::values::final_state;
@@ -162,8 +162,13 @@ pub(super) async fn retry(
         )
         .await?;
     }
-    // The queue's row before the job's, as everywhere.
-    for (statement, answer) in [(HURRY, Retrying::Hurried), (REOPEN, Retrying::Queued)] {
+    // The queue's row before the job's, as everywhere; and once more, for a job
+    // that somebody else has just put there.
+    for (statement, answer) in [
+        (HURRY, Retrying::Hurried),
+        (REOPEN, Retrying::Queued),
+        (HURRY, Retrying::Hurried),
+    ] {
         let changed = sqlx::query(statement)
             .bind(id)
             .bind(by)

@@ -58,7 +58,7 @@ async fn the_second_of_an_ordering_key_waits(database: Database) {
     let second = ordered("2");
     let waiting = send(&store, &second, &terms(LONG)).await;
     assert!(
-        matches!(waiting, Claim::Waiting { acked: true, .. }),
+        matches!(waiting, Claim::Waiting { acked: false, .. }),
         "{waiting:?}"
     );
     let job = job_at(&store, second.job_id).await;
