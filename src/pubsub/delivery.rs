@@ -87,8 +87,11 @@ impl Origin {
 
 impl Delivery {
     pub(super) fn new(message: Message, handler: Handler, origin: Arc<Origin>) -> Self {
-        origin.unsettled.fetch_add(1, Ordering::AcqRel);
+        let unsettled = origin.unsettled.fetch_add(1, Ordering::AcqRel);
         origin.counters.deliveries.add_one();
+        if unsettled >= origin.capacity {
+            origin.counters.surplus.add_one();
+        }
         Self {
             message,
             attempt: handler.delivery_attempt(),
@@ -145,9 +148,12 @@ impl Receipt {
     /// As [`Receipt::ack`], but no other message may come in its place: its job
     /// still runs, or older ones wait for the room.
     pub fn ack_without_a_successor(self) {
-        match self.unsettled.origin.capacity {
-            1 => self.settle_without_a_successor(tell_ack),
-            // A stream of many brings what it may hold in any case.
+        let origin = &self.unsettled.origin;
+        let is_over_full = origin.unsettled.load(Ordering::Acquire) > origin.capacity;
+        match origin.capacity {
+            1 if !is_over_full => self.settle_without_a_successor(tell_ack),
+            // A stream of many brings what it may hold in any case. One that has
+            // brought more than it was asked for has no room yet.
             _ => self.ack(),
         }
     }

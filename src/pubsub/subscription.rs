@@ -238,7 +238,10 @@ impl Subscription {
     /// Asks for nothing more until [`Subscription::listen`]. What is on its way
     /// still comes.
     pub fn rest(&mut self) {
-        if self.prefetches() {
+        // A broker that ignores limits sends what it has in any case, and closing
+        // streams costs it more than it saves.
+        let ignores_limits = self.counters.surplus.get() > 0;
+        if self.prefetches() || ignores_limits {
             return;
         }
         for stream in self.streams.iter().filter(|stream| stream.listens()) {
