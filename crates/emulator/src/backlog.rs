@@ -70,6 +70,7 @@ pub struct Backlog {
     dead_letters: Vec<DeadLetter>,
     copies: u64,
     deliveries: u64,
+    failed_deliveries: u64,
 }
 
 impl Backlog {
@@ -91,6 +92,7 @@ impl Backlog {
             dead_letters: Vec::new(),
             copies: 0,
             deliveries: 0,
+            failed_deliveries: 0,
         }
     }
 
@@ -112,6 +114,10 @@ impl Backlog {
     pub fn outstanding(&self) -> usize {
         let is_out = |entry: &&Entry| matches!(entry.state, State::Outstanding { .. });
         self.entries.values().filter(is_out).count()
+    }
+
+    pub fn failed_deliveries(&self) -> u64 {
+        self.failed_deliveries
     }
 
     pub fn has_ready(&self) -> bool {
@@ -348,6 +354,7 @@ impl Backlog {
         let Some(entry) = self.entries.get_mut(&position) else {
             return;
         };
+        self.failed_deliveries += 1;
         let too_often = self
             .max_attempts
             .is_some_and(|most| entry.deliveries >= most);

@@ -108,6 +108,15 @@ impl Broker {
         self.with(|engine, _| engine.outstanding(subscription))
     }
 
+    /// How many deliveries of a subscription came to nothing since it was made:
+    /// nacked, or not acknowledged within the ack deadline.
+    ///
+    /// # Errors
+    /// [`BrokerError::NotFound`] if there is no such subscription.
+    pub fn failed_deliveries(&self, subscription: &str) -> Result<u64, BrokerError> {
+        self.with(|engine, _| engine.failed_deliveries(subscription))
+    }
+
     pub(super) fn options(&self) -> &Options {
         &self.shared.options
     }

@@ -268,17 +268,23 @@ impl Engine {
 
     /// The unacknowledged messages of a subscription, outstanding or not.
     pub fn backlog_len(&self, subscription: &str) -> Result<usize, BrokerError> {
-        let feed = self.feeds.get(subscription);
-        let feed = feed.ok_or_else(|| BrokerError::not_found(subscription))?;
-        Ok(feed.backlog_len())
+        Ok(self.look_at(subscription)?.backlog_len())
     }
 
     /// Those of them that are delivered and neither acknowledged nor past
     /// their ack deadline.
     pub fn outstanding(&self, subscription: &str) -> Result<usize, BrokerError> {
-        let feed = self.feeds.get(subscription);
-        let feed = feed.ok_or_else(|| BrokerError::not_found(subscription))?;
-        Ok(feed.outstanding())
+        Ok(self.look_at(subscription)?.outstanding())
+    }
+
+    /// How many deliveries were nacked or not acknowledged in time, ever.
+    pub fn failed_deliveries(&self, subscription: &str) -> Result<u64, BrokerError> {
+        Ok(self.look_at(subscription)?.failed_deliveries())
+    }
+
+    fn look_at(&self, name: &str) -> Result<&Feed, BrokerError> {
+        let feed = self.feeds.get(name);
+        feed.ok_or_else(|| BrokerError::not_found(name))
     }
 
     /// Does something with a subscription, as it is now.

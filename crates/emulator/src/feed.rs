@@ -89,6 +89,10 @@ impl Feed {
         self.backlog.outstanding()
     }
 
+    pub fn failed_deliveries(&self) -> u64 {
+        self.backlog.failed_deliveries()
+    }
+
     pub fn has_ready(&self) -> bool {
         self.backlog.has_ready()
     }

@@ -203,7 +203,7 @@ async fn play(plan: Plan, broker: Broker, database: &Database) {
     let _narrator = Narrator(plan);
     // Its own, since others may play on the same database.
     let subscription = format!("rehearsals-{}", Uuid::new_v4().simple());
-    broker.subscribe(&subscription).await;
+    broker.subscribe_with_policy(&subscription).await;
     let settings = Settings {
         slots: plan.slots,
         ack: plan.ack,

@@ -47,6 +47,19 @@ impl Fixture {
 }
 
 #[test]
+fn failed_deliveries_are_counted_and_good_ones_are_not() {
+    let mut fixture = Fixture::new();
+    fixture.publish("a");
+    fixture.fail(2);
+    let late = fixture.pull().remove(0);
+    fixture.pass(10);
+    fixture.acknowledge(&late);
+    let good = fixture.pull().remove(0);
+    fixture.acknowledge(&good);
+    assert_eq!(fixture.engine.failed_deliveries(SUBSCRIPTION), Ok(3));
+}
+
+#[test]
 fn backoff_doubles_from_the_minimum_to_the_maximum() {
     let mut fixture = Fixture::with_retry(2, 9);
     fixture.publish("a");
