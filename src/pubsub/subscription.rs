@@ -145,21 +145,14 @@ impl Subscription {
         }
     }
 
-    /// Sees to it that at least one stream listens, and at most `most` do.
+    /// Sees to it that a stream listens.
     ///
     /// # Errors
     /// No client can be built.
-    pub async fn listen(&mut self, most: usize) -> Result<(), PubsubError> {
+    pub async fn listen(&mut self) -> Result<(), PubsubError> {
         self.streams.retain(|stream| !stream.closed.is_cancelled());
         self.close_clogged();
-        let listening = self.streams.iter().filter(|stream| self.listens(stream));
-        let listening: Vec<Arc<Origin>> = listening.cloned().collect();
-        if let Some(surplus) = listening.get(most.max(1)..) {
-            for stream in surplus {
-                stream.close.cancel();
-            }
-        }
-        if !listening.is_empty() {
+        if self.streams.iter().any(|stream| self.listens(stream)) {
             return Ok(());
         }
         self.open().await
@@ -235,8 +228,9 @@ impl Subscription {
         }
     }
 
-    /// Asks for nothing more until [`Subscription::listen`]. What is on its way
-    /// still comes.
+    /// Asks for nothing more until [`Subscription::listen`]. A message that the
+    /// broker sends just then may be lost until its ack deadline, so this is not
+    /// for moments when one is likely to be on its way.
     pub fn rest(&mut self) {
         // A broker that ignores limits sends what it has in any case, and closing
         // streams costs it more than it saves.

@@ -90,12 +90,12 @@ impl Admission {
         Some(room)
     }
 
-    /// How many messages of the subscription could be begun now, whichever tasks
-    /// they name. None while older jobs are looked for, or while the places for
-    /// held deliveries are taken.
-    pub(super) fn could_begin(&self, subscription: &str) -> usize {
+    /// Whether a message of the subscription could be begun now, whichever task it
+    /// names. Not while older jobs are looked for, or while the places for held
+    /// deliveries are taken.
+    pub(super) fn could_begin(&self, subscription: &str) -> bool {
         let free = self.inner.devices.free();
-        self.lock().could_begin(subscription, free, Instant::now())
+        self.lock().could_begin(subscription, free, Instant::now()) > 0
     }
 
     /// Whether another delivery of the subscription could be held.
@@ -105,13 +105,13 @@ impl Admission {
 
     /// A place for a delivery that is held. There always is one for what has
     /// arrived; what is asked for next depends on it.
-    pub(super) fn hold(&self, subscription: &Arc<str>, waits_for_room: bool) -> Place {
-        self.lock().hold(subscription, waits_for_room);
+    pub(super) fn hold(&self, subscription: &Arc<str>) -> Place {
+        self.lock().hold(subscription, false);
         self.inner.changed.send_replace(());
         Place {
             admission: self.clone(),
             subscription: Arc::clone(subscription),
-            waits_for_room,
+            waits_for_room: false,
         }
     }
 
@@ -195,6 +195,16 @@ impl Drop for Room {
         self.devices = None;
         self.admission.lock().leave(self.id, Instant::now());
         self.admission.inner.changed.send_replace(());
+    }
+}
+
+impl Place {
+    /// The delivery's job could run here if there were room.
+    pub(super) fn wait_for_room(&mut self) {
+        let mut rooms = self.admission.lock();
+        rooms.let_go(&self.subscription, self.waits_for_room);
+        rooms.hold(&self.subscription, true);
+        self.waits_for_room = true;
     }
 }
 

@@ -341,10 +341,9 @@ impl Attempt {
             Settling::HoldUntil(until) => held.hold(
                 delivery,
                 Holding {
-                    intake: Arc::clone(&self.job.intake),
                     key: self.fence().key.clone(),
+                    place: admission.hold(&self.job.intake.name),
                     until,
-                    waits_for_room: false,
                     unknown: None,
                 },
             ),

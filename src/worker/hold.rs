@@ -17,7 +17,6 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use super::admission::{Admission, Place};
-use super::intake::Intake;
 use crate::guard::Guard;
 use crate::job::JobKey;
 use crate::pubsub::Receipt;
@@ -62,12 +61,10 @@ struct Held {
 
 /// What is known about a delivery that is to be held.
 pub(super) struct Holding {
-    pub(super) intake: Arc<Intake>,
     pub(super) key: JobKey,
+    pub(super) place: Place,
     /// When its job may run again, or its lease may expire.
     pub(super) until: Instant,
-    /// Its job could run here, if there were room.
-    pub(super) waits_for_room: bool,
     pub(super) unknown: Option<Unknown>,
 }
 
@@ -107,12 +104,8 @@ impl HeldDeliveries {
     pub(super) fn hold(&self, mut delivery: Receipt, holding: Holding) {
         delivery.mark_held();
         let Shared {
-            admission,
-            changed,
-            draining,
-            ..
+            changed, draining, ..
         } = &*self.shared;
-        let place = admission.hold(&holding.intake.name, holding.waits_for_room);
         let mut held = self.lock();
         if draining.is_cancelled() {
             return delivery.nack();
@@ -128,7 +121,7 @@ impl HeldDeliveries {
             .min(look_at)
             .min(Instant::now() + jittered(LONGEST_LOOK));
         entry.unknown = holding.unknown;
-        entry.deliveries.push((delivery, place));
+        entry.deliveries.push((delivery, holding.place));
         drop(held);
         changed.notify_one();
     }

@@ -9,7 +9,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{Instrument, error, error_span, info, warn};
 use uuid::Uuid;
 
-use super::admission::Room;
+use super::admission::{Place, Room};
 use super::attempt::{Assignment, Attempt, Context};
 use super::events::EventKind;
 use super::hold::{Holding, Unknown};
@@ -40,8 +40,13 @@ struct Arrival {
     delivery: Receipt,
     turn: Option<Turn>,
     wish: Result<Wish, Reason>,
-    /// None where there is nothing to run, or no room for it.
-    room: Option<Room>,
+    /// Room to run it, or a place to hold it.
+    space: Space,
+}
+
+enum Space {
+    Room(Room),
+    Place(Place),
 }
 
 /// What is needed to claim a job.
@@ -77,13 +82,17 @@ impl Processor {
             }) => self.context.admission.admit(key, &task.name),
             _ => None,
         };
+        let space = room.map_or_else(
+            || Space::Place(self.context.admission.hold(&intake.name)),
+            Space::Room,
+        );
         let arrival = Arrival {
             intake: Arc::clone(intake),
             message,
             delivery,
             turn,
             wish,
-            room,
+            space,
         };
         let processor = Arc::clone(self);
         self.running
@@ -127,7 +136,7 @@ impl Processor {
             delivery,
             mut turn,
             wish,
-            room,
+            space,
         } = arrival;
         if let Some(turn) = &mut turn
             && !turn.comes().await
@@ -138,14 +147,16 @@ impl Processor {
         let wish = match wish {
             Ok(wish) => wish,
             Err(reason) => {
-                let is_recorded = self.refuse(&intake, message, reason, delivery).await;
+                let place = space.into_place(&self.context, &intake);
+                let refusing = self.refuse(&intake, message, reason, delivery, place);
+                let is_recorded = refusing.await;
                 if let (true, Some(turn)) = (is_recorded, turn) {
                     turn.recorded();
                 }
                 return;
             }
         };
-        let request = self.claim_request(&intake, &wish, message.clone(), room.is_some());
+        let request = self.claim_request(&intake, &wish, message.clone(), &space);
         let can = request.can;
         let claim = match self.context.guard.claim(request).await {
             Ok(claim) => claim,
@@ -164,8 +175,8 @@ impl Processor {
         }
         let id: Arc<str> = message.id.as_str().into();
         let events = &self.context.events;
-        match (claim, wish.task, room) {
-            (Claim::Acquired(acquired), Some(task), Some(room)) => {
+        match (claim, wish.task, space) {
+            (Claim::Acquired(acquired), Some(task), Space::Room(room)) => {
                 let job = Assignment {
                     intake,
                     task,
@@ -184,16 +195,30 @@ impl Processor {
                 events.tell(&id, EventKind::Suppressed);
                 delivery.ack();
             }
-            (Claim::HeldUntil { until, acked }, _, _) => {
+            (Claim::HeldUntil { acked: true, .. }, _, _) => {
                 info!("duplicate of a message that is running");
                 events.tell(&id, EventKind::Suppressed);
-                self.hold_or_ack(&intake, wish.key, until, acked, delivery);
+                // The queue brings the job back, so no delivery is needed.
+                delivery.ack();
+            }
+            (Claim::HeldUntil { until, .. }, _, space) => {
+                info!("duplicate of a message that is running");
+                events.tell(&id, EventKind::Suppressed);
+                // An ack of any delivery settles the message while its job can
+                // still be lost.
+                let holding = Holding {
+                    key: wish.key,
+                    place: space.into_place(&self.context, &intake),
+                    until,
+                    unknown: None,
+                };
+                self.context.held.hold(delivery, holding);
             }
             (Claim::Waiting { acked: true, .. }, _, _) => {
                 info!("duplicate of a message whose job waits in the queue");
                 delivery.ack();
             }
-            (Claim::Waiting { until, .. }, task, _) => {
+            (Claim::Waiting { until, .. }, task, space) => {
                 info!("its job waits in the queue");
                 events.tell(&id, EventKind::Queued);
                 let unknown = task.is_none().then(|| Unknown {
@@ -201,11 +226,14 @@ impl Processor {
                     error: self.unknown_task(&wish.request.task),
                     dead_letter_topic: intake.dead_letter_topic.clone(),
                 });
+                let mut place = space.into_place(&self.context, &intake);
+                if can == Can::Record {
+                    place.wait_for_room();
+                }
                 let holding = Holding {
-                    intake,
                     key: wish.key,
+                    place,
                     until,
-                    waits_for_room: can == Can::Record,
                     unknown,
                 };
                 self.context.held.hold(delivery, holding);
@@ -248,7 +276,7 @@ impl Processor {
         intake: &Intake,
         wish: &Wish,
         message: Message,
-        has_room: bool,
+        space: &Space,
     ) -> ClaimRequest {
         let task = wish.task.as_ref();
         // An attempt here that could not renew for a while renews first.
@@ -260,9 +288,9 @@ impl Processor {
             token: Uuid::new_v4(),
             task: wish.request.task.clone(),
             message,
-            can: match (task, has_room) {
+            can: match (task, space) {
                 (None, _) => Can::RecordUnknown,
-                (_, false) => Can::Record,
+                (_, Space::Place(_)) => Can::Record,
                 _ if may_take_over => Can::Run,
                 _ => Can::RunUnlessLost,
             },
@@ -283,30 +311,6 @@ impl Processor {
         format!("no task `{name}` is known here; known: {known}")
     }
 
-    /// If the queue brings the job back, a delivery of it is not needed any more.
-    /// Otherwise an ack of any delivery settles the message while its job can
-    /// still be lost.
-    fn hold_or_ack(
-        &self,
-        intake: &Arc<Intake>,
-        key: JobKey,
-        until: Instant,
-        acked: bool,
-        delivery: Receipt,
-    ) {
-        if acked {
-            return delivery.ack();
-        }
-        let holding = Holding {
-            intake: Arc::clone(intake),
-            key,
-            until,
-            waits_for_room: false,
-            unknown: None,
-        };
-        self.context.held.hold(delivery, holding);
-    }
-
     /// A message that will never run is put on record; only then is it acked.
     /// False where it could not be.
     async fn refuse(
@@ -315,6 +319,7 @@ impl Processor {
         message: Message,
         reason: Reason,
         delivery: Receipt,
+        place: Place,
     ) -> bool {
         let Context {
             guard,
@@ -352,16 +357,13 @@ impl Processor {
                 info!("the message's job is claimed by a worker that knows its task");
                 events.tell(&id, EventKind::Suppressed);
                 // Held like any other duplicate of a job that is not over.
-                held.hold(
-                    delivery,
-                    Holding {
-                        intake: Arc::clone(&self.intakes[&*intake.name]),
-                        key: refusal.key,
-                        until: Instant::now(),
-                        waits_for_room: false,
-                        unknown: None,
-                    },
-                );
+                let holding = Holding {
+                    key: refusal.key,
+                    place,
+                    until: Instant::now(),
+                    unknown: None,
+                };
+                held.hold(delivery, holding);
             }
             Err(error) => {
                 error!(%error, "the delivery is handed back after a pause");
@@ -413,6 +415,16 @@ impl Processor {
         } = &*self.context;
         if guard.release(&release, &shutdown.giving_up).await.is_none() {
             warn!(job = %fence.key, "the claim could not be given back; its lease will expire");
+        }
+    }
+}
+
+impl Space {
+    /// A place to hold the delivery; room for its job is given back.
+    fn into_place(self, context: &Context, intake: &Intake) -> Place {
+        match self {
+            Self::Place(place) => place,
+            Self::Room(_) => context.admission.hold(&intake.name),
         }
     }
 }

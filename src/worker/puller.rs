@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
@@ -18,6 +18,12 @@ use crate::retry::{Backoff, jittered};
 const REOPEN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 /// The same for what only a person can mend: loud and slow.
 const REOPEN_UNCONFIGURED: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
+
+/// A stream that listens goes on for this long when room ends. A message may be
+/// on its way; closing the stream would lose it until its ack deadline.
+const REST_AFTER: Duration = Duration::from_millis(200);
+/// A stream may begin to listen later: when a message that was held is settled.
+const REST_AGAIN: Duration = Duration::from_secs(1);
 
 pub(super) struct Puller {
     pub(super) subscription: Subscription,
@@ -43,20 +49,20 @@ impl Puller {
             passing: Backoff::new(REOPEN.0, REOPEN.1),
             unconfigured: Backoff::new(REOPEN_UNCONFIGURED.0, REOPEN_UNCONFIGURED.1),
         };
+        // When to stop listening, since there is no room.
+        let mut rest_at = None;
         while !self.draining.is_cancelled() {
-            let most = self.could_begin();
-            let asked = match most {
-                0 => {
-                    self.subscription.rest();
-                    Ok(())
+            let asks = self.could_begin_one();
+            if asks {
+                rest_at = None;
+                if let Err(failure) = self.subscription.listen().await {
+                    self.pause(&failure, &mut pauses).await;
+                    continue;
                 }
-                most => self.subscription.listen(most).await,
-            };
-            if let Err(failure) = asked {
-                self.pause(&failure, &mut pauses).await;
-                continue;
+            } else {
+                rest_at.get_or_insert_with(|| Instant::now() + REST_AFTER);
             }
-            let takes = most > 0 || self.takes_without_room();
+            let takes = asks || self.takes_without_room();
             tokio::select! {
                 // What has arrived is begun before it is seen that less may be
                 // asked for; a stop goes before both.
@@ -72,6 +78,10 @@ impl Puller {
                 },
                 () = changes.next() => {}
                 _ = self.database_is_up.changed() => {}
+                () = until(rest_at) => {
+                    self.subscription.rest();
+                    rest_at = Some(Instant::now() + REST_AGAIN);
+                }
             }
         }
         self.subscription.stop_pulling();
@@ -80,11 +90,9 @@ impl Puller {
         self.subscription
     }
 
-    fn could_begin(&mut self) -> usize {
-        match *self.database_is_up.borrow_and_update() {
-            true => self.admission.could_begin(&self.intake.name),
-            false => 0,
-        }
+    fn could_begin_one(&mut self) -> bool {
+        let is_up = *self.database_is_up.borrow_and_update();
+        is_up && self.admission.could_begin(&self.intake.name)
     }
 
     /// What comes without being asked for, because it was on its way, goes on
@@ -111,6 +119,13 @@ impl Puller {
             () = self.draining.cancelled() => {}
             () = sleep(delay) => {}
         }
+    }
+}
+
+async fn until(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -37,7 +37,7 @@ async fn a_lease_that_somebody_has_locked_stops_no_other_run() {
     let mut somebody = PgConnection::connect(&database.url).await.unwrap();
     let mut transaction = somebody.begin().await.unwrap();
     let lock = "SELECT FROM leases JOIN processed_messages USING (subscription, key)
-                WHERE job_id = $1 FOR UPDATE OF leases";
+                WHERE leases.job_id = $1 FOR UPDATE OF leases";
     let lock = sqlx::query(lock).bind(locked);
     lock.execute(&mut *transaction).await.unwrap();
     go_on_for_a_lease_or_are_stopped(&scene, &mut transaction, others).await;
@@ -118,7 +118,7 @@ async fn go_on_for_a_lease_or_are_stopped(
     eventually("the leases are renewed, or lost", async || {
         let renewed: i64 = sqlx::query_scalar(
             "SELECT count(*) FROM leases JOIN processed_messages USING (subscription, key)
-             WHERE job_id = ANY ($1) AND token IS NOT NULL AND lease_until > to_timestamp($2)",
+             WHERE leases.job_id = ANY ($1) AND token IS NOT NULL AND lease_until > to_timestamp($2)",
         )
         .bind(jobs)
         .bind(began + 2.0 * LEASE_SECONDS)

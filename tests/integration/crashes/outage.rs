@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use sqlx::{Connection, PgConnection};
-use trainyard::job::{Job, JobState};
+use trainyard::record::{Job, JobState};
 
 use super::{FAST, Scene, Settings};
 use crate::support::database::Database;

@@ -134,7 +134,7 @@ impl Broker {
         let mut subscription = Subscription::new(self.connection.clients(1), path, pulling);
         let mut received = Vec::new();
         while received.len() < how_many {
-            subscription.listen(1).await.unwrap();
+            subscription.listen().await.unwrap();
             let next = tokio::time::timeout(PATIENCE, subscription.next()).await;
             let (message, receipt) = next.unwrap().unwrap().into_parts();
             receipt.ack();
