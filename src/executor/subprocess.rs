@@ -125,7 +125,7 @@ impl Executor for Subprocess {
                 return Outcome::failed(format!("cannot create the work directory: {error}"));
             }
         };
-        self.run(attempt, &folder).await
+        self.run(attempt, &folder.path).await
     }
 
     async fn forget(&self, job_id: Uuid) {

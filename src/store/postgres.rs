@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{PgPool, Postgres};
-use tokio::time::sleep;
+use sqlx::{Connection, PgPool, Postgres};
+use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use super::reading::Pooled;
@@ -32,17 +32,21 @@ use crate::retry::Backoff;
 /// unavailable.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// A connection that does not answer this long after a statement was given up is
+/// dead: a failover may leave no sign but silence. It gives its place in the pool
+/// back, which it would otherwise occupy until TCP gives up.
+const SILENCE: Duration = Duration::from_secs(5);
+
 /// No statement or lock wait may occupy a worker for long, and no transaction
-/// may stay open behind a worker that is gone. A connection whose other end has
-/// vanished ends within half a minute.
-const LIMITS: [(&str, &str); 7] = [
+/// may stay open behind a worker that is gone. The server ends the session of a
+/// worker whose machine has vanished within half a minute.
+const LIMITS: [(&str, &str); 6] = [
     ("statement_timeout", "15s"),
     ("lock_timeout", "5s"),
     ("idle_in_transaction_session_timeout", "15s"),
     ("tcp_keepalives_idle", "15"),
     ("tcp_keepalives_interval", "5"),
     ("tcp_keepalives_count", "3"),
-    ("tcp_user_timeout", "30000"),
 ];
 
 /// More than one: a connection that has gone silent stays taken.
@@ -72,14 +76,10 @@ impl PostgresStore {
         let options = PgConnectOptions::from_str(url)?
             .application_name("trainyard")
             .options(LIMITS);
-        let pool = PgPoolOptions::new()
-            .max_connections(max_connections)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
+        let pool = pool_of(max_connections)
             .connect_with(options.clone())
             .await?;
-        let renewals = PgPoolOptions::new()
-            .max_connections(RENEWAL_CONNECTIONS)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
+        let renewals = pool_of(RENEWAL_CONNECTIONS)
             .connect_lazy_with(options.clone().options([("synchronous_commit", "off")]));
         Ok(Self {
             pool,
@@ -87,6 +87,19 @@ impl PostgresStore {
             url: url.to_owned(),
         })
     }
+}
+
+fn pool_of(connections: u32) -> PgPoolOptions {
+    PgPoolOptions::new()
+        .max_connections(connections)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .after_release(|connection, _| {
+            Box::pin(async move {
+                let answer = timeout(SILENCE, connection.ping()).await;
+                answer.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
+                Ok(true)
+            })
+        })
 }
 
 impl Pooled for PostgresStore {

@@ -169,7 +169,9 @@ impl Processor {
                 };
             }
         };
-        failpoint::reach(Step::AfterClaim);
+        if matches!(claim, Claim::Acquired(_)) {
+            failpoint::reach(Step::AfterClaim);
+        }
         if let Some(turn) = turn {
             turn.recorded();
         }

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 use std::process::Stdio;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process_group};
@@ -38,10 +38,28 @@ const EXIT_LIMIT: Duration = Duration::from_secs(3);
 pub(super) struct KeeperHandle {
     notices: Lines<BufReader<OwnedReadHalf>>,
     orders: OwnedWriteHalf,
-    group: Arc<OnceLock<Pid>>,
+    group: Group,
     cleanup: JoinHandle<()>,
     /// When dropped, the cleanup stops waiting for the keeper to exit.
     hurry: DropGuard,
+}
+
+/// The command's process group, while its leader is not reaped: after that the
+/// kernel may give its id to somebody else's group.
+#[derive(Clone, Default)]
+struct Group(Arc<Mutex<Option<Pid>>>);
+
+impl Group {
+    fn set(&self, leader: Option<Pid>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = leader;
+    }
+
+    fn kill(&self) {
+        let leader = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(leader) = leader {
+            let _ = kill_process_group(leader, Signal::KILL);
+        }
+    }
 }
 
 impl KeeperHandle {
@@ -63,9 +81,9 @@ impl KeeperHandle {
         let mut keeper = spawn(program, theirs)?;
         let streams = keeper.stdout.take().zip(keeper.stderr.take());
         let (stdout, stderr) = streams.ok_or(io::ErrorKind::BrokenPipe)?;
-        let group = Arc::new(OnceLock::new());
+        let group = Group::default();
         let hurry = CancellationToken::new();
-        let cleanup = clean_up(keeper, hurry.clone(), Arc::clone(&group), fence);
+        let cleanup = clean_up(keeper, hurry.clone(), group.clone(), fence);
         let cleanup = async move {
             cleanup.await;
             drop(devices);
@@ -95,10 +113,8 @@ impl KeeperHandle {
                 "it did not answer; a program that embeds trainyard must call `trainyard::run_as_keeper_if_asked` first in its `main`",
             )
         })??;
-        if let Notice::Started(leader) = notice
-            && let Some(leader) = Pid::from_raw(leader)
-        {
-            let _ = self.group.set(leader);
+        if let Notice::Started(leader) = notice {
+            self.group.set(Pid::from_raw(leader));
         }
         Ok(notice)
     }
@@ -106,7 +122,14 @@ impl KeeperHandle {
     /// Cancel safe: no notice is lost.
     pub(super) async fn next_notice(&mut self) -> io::Result<Notice> {
         match self.notices.next_line().await? {
-            Some(notice) => Ok(serde_json::from_str(&notice)?),
+            Some(notice) => {
+                let notice = serde_json::from_str(&notice)?;
+                // The keeper reaps the leader before it tells of either.
+                if matches!(notice, Notice::Left(_) | Notice::Ended(_)) {
+                    self.group.set(None);
+                }
+                Ok(notice)
+            }
             None => Err(io::Error::other("it was killed")),
         }
     }
@@ -169,12 +192,7 @@ fn spawn(program: Option<&Path>, lifeline: StdUnixStream) -> io::Result<Child> {
 
 /// Waits for the keeper to exit. If it fails, or is too slow, this kills the
 /// job's processes instead, however long that takes.
-async fn clean_up(
-    mut keeper: Child,
-    hurry: CancellationToken,
-    group: Arc<OnceLock<Pid>>,
-    fence: String,
-) {
+async fn clean_up(mut keeper: Child, hurry: CancellationToken, group: Group, fence: String) {
     let status = tokio::select! {
         biased;
         status = keeper.wait() => status.ok(),
@@ -186,9 +204,7 @@ async fn clean_up(
     if let Some(status) = status {
         warn!(%status, "a keeper failed; its job's processes are killed");
     }
-    if let Some(group) = group.get() {
-        let _ = kill_process_group(*group, Signal::KILL);
-    }
+    group.kill();
     if status.is_none() {
         leftovers::kill_once(&fence).await;
         // The keeper sees its lifeline closed, and also kills processes that

@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use rustix::fs::{FlockOperation, flock};
 use tracing::{info, warn};
 use uuid::Uuid;
 
@@ -19,12 +20,22 @@ const OLD: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// Accessible to this user only.
 const PRIVATE: u32 = 0o700;
 
+/// A job's directory in use. Nobody tidies it up while this exists, in whichever
+/// process, however long it does not change.
+#[derive(Debug)]
+pub(super) struct WorkDir {
+    pub(super) path: PathBuf,
+    /// A shared lock, which the kernel takes back from a process that dies. None
+    /// where the file system has no locks.
+    _lock: Option<fs::File>,
+}
+
 /// Creates the job's directory, unless it exists.
 ///
 /// # Errors
 /// It cannot be created, or it belongs to another user: in a world-writable
 /// folder anybody can create it first.
-pub(super) async fn create(root: &Path, job_id: Uuid) -> io::Result<PathBuf> {
+pub(super) async fn create(root: &Path, job_id: Uuid) -> io::Result<WorkDir> {
     let root = std::path::absolute(root)?;
     blocking(move || {
         let mut builder = DirBuilder::new();
@@ -34,7 +45,7 @@ pub(super) async fn create(root: &Path, job_id: Uuid) -> io::Result<PathBuf> {
         let folder = root.join(job_id.to_string());
         match builder.recursive(false).create(&folder) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            created => return created.map(|()| folder),
+            created => return created.map(|()| WorkDir::of(folder)),
         }
         let found = fs::symlink_metadata(&folder)?;
         match found.is_dir() && [me(), owner].contains(&found.uid()) {
@@ -42,12 +53,27 @@ pub(super) async fn create(root: &Path, job_id: Uuid) -> io::Result<PathBuf> {
                 // Marks it as in use. A network file system may refuse.
                 let _ = fs::File::open(&folder)
                     .and_then(|folder| folder.set_modified(SystemTime::now()));
-                Ok(folder)
+                Ok(WorkDir::of(folder))
             }
             false => Err(not_ours(&folder)),
         }
     })
     .await
+}
+
+impl WorkDir {
+    fn of(path: PathBuf) -> Self {
+        let lock = fs::File::open(&path).ok();
+        let lock = lock.filter(|folder| flock(folder, FlockOperation::LockShared).is_ok());
+        Self { path, _lock: lock }
+    }
+}
+
+/// Locks the directory against use; None if some process uses it now.
+fn lock_unless_in_use(path: &Path) -> Option<fs::File> {
+    let folder = fs::File::open(path).ok()?;
+    let lock = flock(&folder, FlockOperation::NonBlockingLockExclusive);
+    (lock != Err(rustix::io::Errno::WOULDBLOCK)).then_some(folder)
 }
 
 /// Removes the directory. A failure is only logged.
@@ -90,13 +116,13 @@ fn make_accessible(folder: &Path) {
 pub async fn probe(root: &Path) -> io::Result<()> {
     let probe = Uuid::now_v7();
     let folder = create(root, probe).await?;
-    blocking(move || fs::remove_dir(folder)).await
+    blocking(move || fs::remove_dir(&folder.path)).await
 }
 
-/// Removes directories that have not changed for a week.
+/// Removes directories that have not changed for a week and that no run uses.
 pub async fn tidy(root: PathBuf) {
     let tidied = blocking(move || {
-        for folder in old_ones(&root)? {
+        for (folder, _lock) in old_ones(&root)? {
             let path = folder.display();
             match remove_all(&folder) {
                 Ok(()) => info!(%path, "removed an old work directory"),
@@ -110,7 +136,8 @@ pub async fn tidy(root: PathBuf) {
     }
 }
 
-fn old_ones(root: &Path) -> io::Result<Vec<PathBuf>> {
+/// Each with a lock that keeps runs from beginning in it.
+fn old_ones(root: &Path) -> io::Result<Vec<(PathBuf, fs::File)>> {
     let Some(limit) = SystemTime::now().checked_sub(OLD) else {
         return Ok(Vec::new());
     };
@@ -122,7 +149,9 @@ fn old_ones(root: &Path) -> io::Result<Vec<PathBuf>> {
         is_jobs && entry.file_type().is_ok_and(|kind| kind.is_dir())
     });
     let paths = jobs.map(|entry| entry.path());
-    Ok(paths.filter(|path| is_old(path, limit)).collect())
+    let unused = paths.filter_map(|path| Some((lock_unless_in_use(&path)?, path)));
+    let old = unused.filter(|(_, path)| is_old(path, limit));
+    Ok(old.map(|(lock, path)| (path, lock)).collect())
 }
 
 /// Checks every file, as a folder's own time covers its direct entries only.
@@ -181,19 +210,20 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let root = root.path().join("a/b");
         let folder = create(&root, Uuid::nil()).await.unwrap();
-        let mode = fs::metadata(&folder).unwrap().permissions().mode();
+        let path = folder.path.clone();
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700);
-        fs::write(folder.join("weights"), "w").unwrap();
-        assert_eq!(create(&root, Uuid::nil()).await.unwrap(), folder);
-        assert!(folder.join("weights").exists());
-        remove(folder.clone()).await;
-        assert!(!folder.exists());
+        fs::write(path.join("weights"), "w").unwrap();
+        assert_eq!(create(&root, Uuid::nil()).await.unwrap().path, path);
+        assert!(path.join("weights").exists());
+        remove(path.clone()).await;
+        assert!(!path.exists());
     }
 
     #[tokio::test]
     async fn a_directory_without_write_permission_is_removed() {
         let root = tempfile::tempdir().unwrap();
-        let folder = create(root.path(), Uuid::nil()).await.unwrap();
+        let folder = create(root.path(), Uuid::nil()).await.unwrap().path;
         let inner = folder.join("a/b");
         fs::create_dir_all(&inner).unwrap();
         fs::write(inner.join("weights"), "w").unwrap();
@@ -229,6 +259,24 @@ mod tests {
         tidy(root.path().to_owned()).await;
         let there: Vec<bool> = folders.iter().map(|folder| folder.exists()).collect();
         assert_eq!(there, [false, true, true, true]);
+    }
+
+    #[tokio::test]
+    async fn an_old_directory_in_which_a_job_runs_is_not_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let used = create(root.path(), Uuid::nil()).await.unwrap();
+        let eight_days_ago = SystemTime::now() - Duration::from_secs(8 * 24 * 60 * 60);
+        let age = || {
+            let folder = fs::File::open(&used.path).unwrap();
+            folder.set_modified(eight_days_ago).unwrap();
+        };
+        age();
+        tidy(root.path().to_owned()).await;
+        assert!(used.path.exists());
+        let path = used.path.clone();
+        drop(used);
+        tidy(root.path().to_owned()).await;
+        assert!(!path.exists());
     }
 
     #[tokio::test]
