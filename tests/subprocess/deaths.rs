@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::support::{
-    Other, Place, attempt, begin, failure, lives, outcome_of, parent_of, report_step,
+    Other, Place, attempt, begin, failure, freeze, lives, outcome_of, parent_of, report_step,
     reported_step, run, send, settings_in, stat, wait_until,
 };
 
@@ -68,7 +68,7 @@ fn a_command_dies_with_its_keeper_when_the_daemon_dies_too() {
     let command: i32 = place.written().trim().parse().unwrap();
     let keeper = parent_of(command);
     // Frozen, so that it cannot act between the two deaths.
-    send(keeper, Signal::SIGSTOP);
+    freeze(keeper);
     send(daemon.pid(), Signal::SIGKILL);
     assert!(lives(command));
     send(keeper, Signal::SIGKILL);

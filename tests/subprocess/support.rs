@@ -146,9 +146,24 @@ pub fn parent_of(pid: i32) -> i32 {
         .unwrap()
 }
 
+/// Stops the process, and returns when each of its threads has stopped.
+pub fn freeze(pid: i32) {
+    send(pid, Signal::SIGSTOP);
+    wait_until("it is frozen", || {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+        threads.flatten().all(|thread| {
+            stat_in(&thread.path().join("stat")).is_some_and(|stat| stat.starts_with('T'))
+        })
+    });
+}
+
 /// The fields of `/proc/PID/stat` from the state on.
 pub fn stat(pid: i32) -> Option<String> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat_in(Path::new(&format!("/proc/{pid}/stat")))
+}
+
+fn stat_in(path: &Path) -> Option<String> {
+    let stat = std::fs::read_to_string(path).ok()?;
     Some(stat.rsplit_once(')')?.1.trim_start().to_owned())
 }
 
