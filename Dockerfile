@@ -3,19 +3,22 @@
 FROM rust:1-bookworm AS build
 WORKDIR /src
 
-# The dependencies are built from the manifests alone and an empty crate, so that
-# this layer stays cached until Cargo.toml or Cargo.lock changes.
+# The dependencies are built from the manifests alone and empty crates, so that
+# this layer stays cached until a Cargo.toml or Cargo.lock changes. A target that a
+# manifest names must be there, also one that is not built.
 COPY Cargo.toml Cargo.lock ./
-RUN mkdir src \
+COPY crates/emulator/Cargo.toml crates/emulator/
+COPY crates/train-classifier/Cargo.toml crates/train-classifier/
+RUN for member in . crates/*; do mkdir $member/src && touch $member/src/lib.rs; done \
  && echo 'fn main() {}' > src/main.rs \
- && touch src/lib.rs \
+ && mkdir benches && touch benches/guard.rs \
  && cargo build --release --locked \
- && rm -r src
+ && rm -r src benches crates/*/src
 
 # The copied sources keep their old times, by which cargo would take the empty
-# crate for the newer one: hence the touch.
+# crates for the newer ones: hence the touch.
 COPY . .
-RUN find src -name '*.rs' -exec touch {} + \
+RUN find src crates -name '*.rs' -exec touch {} + \
  && cargo build --release --locked --bin trainyard
 
 # Debian and not a shell-less image: an image for a command task is made by

@@ -2,6 +2,8 @@
 #   make test ARGS='--test integration'
 CARGO ?= cargo
 ARGS ?=
+# So that tests can make a worker abort at a given step.
+FAILPOINTS := --features failpoints
 
 .DEFAULT_GOAL := help
 .PHONY: help build check fmt test dev
@@ -14,7 +16,8 @@ build: ## Build the debug binary
 
 check: ## Check the format and the lints, as CI does
 	$(CARGO) fmt --check
-	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --locked --workspace --all-targets $(FAILPOINTS) -- -D warnings
 
 fmt: ## Format the sources
 	$(CARGO) fmt
@@ -22,10 +25,10 @@ fmt: ## Format the sources
 # Everything is compiled first, so that a mistake shows before services start
 # and no service idles while the compiler runs.
 test: ## Run all tests, with PostgreSQL and Google's emulator started for them
-	$(CARGO) build --locked
-	$(CARGO) test --locked --all-targets --no-run $(ARGS)
-	tests/services/run.sh $(CARGO) test --locked --all-targets $(ARGS)
-	$(CARGO) test --locked --doc
+	$(CARGO) build --locked $(FAILPOINTS)
+	$(CARGO) test --locked --workspace --all-targets $(FAILPOINTS) --no-run $(ARGS)
+	tests/services/run.sh $(CARGO) test --locked --workspace --all-targets $(FAILPOINTS) $(ARGS)
+	$(CARGO) test --locked --workspace --doc $(FAILPOINTS)
 	tests/services/python-client.sh
 	tests/python/examples.sh
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use chrono::Utc;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
-use trainyard::job::{Can, Claim, ClaimRequest, Fence, JobKey, Limits};
+use trainyard::job::{AckTerms, Can, Claim, ClaimRequest, Fence, JobKey, Limits};
 use trainyard::message::Message;
 use trainyard::store::{self, ClaimTerms, Missing, Store};
 use url::Url;
@@ -175,7 +175,7 @@ impl Bench {
         url.set_path(&name);
         let url = url.to_string();
         let store = store::open(&url, 1, Missing::Create).await?;
-        store.migrate().await?;
+        store.migrate(|_| {}).await?;
         let mut connection = PgConnection::connect(&url).await?;
         for fill in [FILL, FILL_LEDGER] {
             let rows = i64::try_from(rows)?;
@@ -255,8 +255,11 @@ fn request() -> ClaimRequest {
         token: Uuid::new_v4(),
         task: "train".to_owned(),
         message,
-        reap_delay: Duration::ZERO,
         can: Can::Run,
+        ack: AckTerms {
+            with_claim: true,
+            deadline: Duration::from_secs(30),
+        },
         limits: Limits {
             max_attempts: 3,
             dead_letter_topic: None,

@@ -1,5 +1,5 @@
-//! A worker with a task of your own. Configure a project and a subscription
-//! (`config/example.toml` shows how), then `cargo run --example embed -- FILE`.
+//! A worker with its own task. Configure a project and a subscription as in
+//! `config/example.toml`, then run `cargo run --example embed -- FILE`.
 
 use std::path::PathBuf;
 

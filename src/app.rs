@@ -9,27 +9,27 @@ use uuid::Uuid;
 
 use crate::config::{self, Config, ConfigError};
 use crate::devices::Devices;
-use crate::executor::subprocess::{keep_if_asked, tidy_work_dir};
+use crate::executor::subprocess::{run_as_keeper_if_asked, tidy_work_dir};
 use crate::guard::Guard;
 use crate::nvidia;
 use crate::pubsub::{Connection, Publishers, PubsubError, Pulling, Subscription};
 use crate::registry::{ConfiguredTasks, Registry, work_dir_of_commands};
 use crate::shutdown::Shutdown;
 use crate::store::{self, ClaimTerms, Missing, Store};
-use crate::worker::{MAX_KEPT, Source, Worker};
+use crate::worker::{Source, Worker};
 
 /// Loads the configuration and runs a worker with the given tasks until
 /// SIGTERM or SIGINT: the whole `main` of a program that embeds trainyard.
 ///
 /// For each job of a task with a `command` the program is started again, as the
 /// job's keeper. Where its `main` does more than call this, it calls
-/// [`crate::keep_if_asked`] before.
+/// [`crate::run_as_keeper_if_asked`] before.
 ///
 /// # Errors
 /// [`ConfigError`] for a configuration that cannot be used; any other error
 /// when the database or Pub/Sub cannot be reached at the start.
 pub async fn run(config_file: Option<&Path>, registry: Registry) -> anyhow::Result<()> {
-    keep_if_asked();
+    run_as_keeper_if_asked();
     let config = config::load(config_file)?;
     run_worker(config, registry, false).await
 }
@@ -44,7 +44,7 @@ pub async fn run_worker(config: Config, registry: Registry, migrate: bool) -> an
     let store = match migrate {
         true => {
             let store = open_store(&config, Missing::Create).await?;
-            store.migrate().await?;
+            store.migrate(tell_who_is_in_the_way).await?;
             store
         }
         false => {
@@ -57,6 +57,14 @@ pub async fn run_worker(config: Config, registry: Registry, migrate: bool) -> an
     let worker = build_worker(&config, registry, store, &connection).await?;
     worker.run(shutdown).await;
     Ok(())
+}
+
+/// A migration waits for somebody's lock.
+pub fn tell_who_is_in_the_way(holders: &str) {
+    warn!(
+        holders,
+        "the migration waits for a lock on the tables, and tries again; workers go on meanwhile"
+    );
 }
 
 /// Opens the database that the configuration names.
@@ -120,26 +128,30 @@ pub async fn build_worker(
             "no subscription is configured: add a section [subscriptions.NAME]",
         ));
     }
-    let mut subscriptions = Vec::new();
+    let mut pulled = Vec::new();
     for (name, settings) in &config.subscriptions {
         check_subscription(connection, name).await?;
         if let Some(topic) = &settings.dead_letter_topic {
             check_dead_letter_topic(connection, name, topic).await?;
         }
-        let path = connection.subscription_path(name);
         let pulling = Pulling {
             ack_deadline: settings.ack_deadline,
             slots: config.worker.slots,
             prefetch: settings.prefetch,
-            held: MAX_KEPT,
             quiet_limit: settings.quiet_limit,
         };
-        subscriptions.push(Source {
+        pulled.push((name, settings, pulling));
+    }
+    let streams = pulled.iter().map(|(_, _, pulling)| pulling.streams());
+    let clients = connection.clients(streams.sum());
+    let subscriptions = pulled.into_iter().map(|(name, settings, pulling)| {
+        let path = connection.subscription_path(name);
+        Source {
             name: connection.short_name(name).to_owned(),
             settings: settings.clone(),
-            subscription: Subscription::new(connection.clone(), path, pulling),
-        });
-    }
+            subscription: Subscription::new(clients.clone(), path, pulling),
+        }
+    });
     let terms = ClaimTerms {
         worker: worker_name().into(),
         lease: config.worker.lease,
@@ -163,7 +175,7 @@ pub async fn build_worker(
         config.worker.clone(),
         guard,
         tasks,
-        subscriptions,
+        subscriptions.collect(),
         Publishers::new(connection.clone()),
         devices,
         config.guard.retention,

@@ -20,10 +20,10 @@ use crate::config::{self, Config, ConfigError};
 use crate::telemetry::{self, LogFormat};
 
 const AFTER_HELP: &str = "\
-First time here? `trainyard dev` runs everything on this machine, with sample jobs.
+To try it, `trainyard dev` runs everything on this machine, with sample jobs.
 
-Exit codes: 0 done, 2 the configuration must be mended, 1 any other failure.
-Logs go to stderr; RUST_LOG=debug shows more.";
+Exit codes: 0 success, 2 invalid configuration or command line, 1 any other failure.
+Logs go to stderr. RUST_LOG=debug shows more.";
 
 /// Runs machine-learning training requests from Google Cloud Pub/Sub, each once.
 #[derive(Debug, Parser)]
@@ -38,11 +38,11 @@ struct Cli {
 /// Options that every command takes.
 #[derive(Debug, Args)]
 struct Shared {
-    /// A TOML configuration file; settings in it win over config/default.toml,
-    /// and TRAINYARD__SECTION__KEY variables win over both.
+    /// A TOML configuration file. It overrides config/default.toml, and
+    /// TRAINYARD__SECTION__KEY variables override both
     #[arg(long, global = true, value_name = "FILE", env = "TRAINYARD_CONFIG")]
     config: Option<PathBuf>,
-    /// How log lines look: text or json.
+    /// The format of log lines: text or json
     #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
     log_format: LogFormat,
 }
@@ -54,17 +54,17 @@ impl Shared {
 }
 
 #[derive(Debug, Subcommand)]
-// What a command says of itself stands at its own type.
+// The help text of a command is at its type.
 enum Command {
     Dev(dev::Dev),
     Run(run::Run),
     Migrate(migrate::Migrate),
     Publish(publish::Publish),
-    /// Look at jobs, cancel them, run them again
+    /// List, show, cancel and retry jobs
     #[command(subcommand)]
     Jobs(jobs::Jobs),
     Explain(explain::Explain),
-    /// Look at the configuration
+    /// Check the configuration
     #[command(subcommand)]
     Config(config_check::ConfigCommand),
     Emulator(emulator::Emulator),
@@ -73,12 +73,12 @@ enum Command {
 /// Parses the arguments and runs the command.
 ///
 /// # Errors
-/// What the command could not do, in words for whoever typed it.
+/// Why the command failed, for the user.
 pub async fn main() -> anyhow::Result<ExitCode> {
     let Cli { shared, command } = Cli::parse();
     let default_level = match &command {
         Command::Run(_) | Command::Emulator(_) => "info",
-        // Their own output tells what happens.
+        // Their output is enough.
         _ => "warn",
     };
     let _logs = telemetry::install(shared.log_format, default_level);
@@ -95,8 +95,9 @@ pub async fn main() -> anyhow::Result<ExitCode> {
     done.map(|()| ExitCode::SUCCESS)
 }
 
-/// Prints a line. Whoever closes the pipe, as `head` does, has read enough.
-fn say(line: &str) -> anyhow::Result<()> {
+/// Prints a line. If the reader has closed the pipe, as `head` does, the process
+/// exits.
+fn print(line: &str) -> anyhow::Result<()> {
     match writeln!(std::io::stdout(), "{line}") {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
         written => Ok(written?),

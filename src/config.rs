@@ -1,7 +1,9 @@
-//! The configuration, in typed sections. Each part of the program receives
-//! only its own section.
+//! The configuration, in typed sections. Each part of the program gets only its
+//! own section.
 
+mod error;
 mod load;
+mod nearest;
 mod problems;
 mod size;
 mod timeline;
@@ -16,7 +18,8 @@ use crate::dedupe::DedupeKey;
 use crate::devices::Gpus;
 use crate::retry::RetryPolicy;
 
-pub use load::{ConfigError, load};
+pub use error::ConfigError;
+pub use load::load;
 pub use size::Size;
 pub use timeline::timeline;
 
@@ -29,7 +32,7 @@ pub struct Config {
     pub guard: Guard,
     /// By the subscription's short name, as in `projects/P/subscriptions/NAME`.
     pub subscriptions: BTreeMap<String, Subscription>,
-    /// By the `name` that a request's payload carries.
+    /// By the `name` in a request's payload.
     pub tasks: BTreeMap<String, Task>,
 }
 
@@ -38,8 +41,8 @@ pub struct Config {
 pub struct Pubsub {
     /// The Google Cloud project. Unset: `GOOGLE_CLOUD_PROJECT`.
     pub project: Option<String>,
-    /// `host:port` of an emulator. Unset: `PUBSUB_EMULATOR_HOST`, and without
-    /// that Google Cloud itself, with Application Default Credentials.
+    /// `host:port` of an emulator. Unset: `PUBSUB_EMULATOR_HOST`, or else Google
+    /// Cloud with Application Default Credentials.
     pub emulator_host: Option<String>,
 }
 
@@ -48,7 +51,7 @@ pub struct Pubsub {
 pub struct Database {
     /// `postgres://…` or `sqlite://PATH`.
     pub url: String,
-    /// To Postgres; SQLite has few of its own.
+    /// PostgreSQL only.
     pub max_connections: u32,
 }
 
@@ -64,28 +67,31 @@ impl Default for Database {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Worker {
-    /// How many jobs run side by side in this process.
+    /// How many jobs run concurrently in this process.
     pub slots: usize,
-    /// How long a claim lasts without renewal: the time after which another
-    /// worker may take over from one that died. At least three times
-    /// `stop_grace`.
+    /// How long a claim lasts without renewal. If a worker dies, another one can
+    /// take over its jobs after this time. At least three times `stop_grace`.
     #[serde(with = "humantime_serde")]
     pub lease: Duration,
-    /// How long runs may go on after SIGTERM, their stop included. Keep a pod's
-    /// termination grace period some twenty seconds longer.
+    /// How long runs may go on after SIGTERM, including `stop_grace`. Set a pod's
+    /// termination grace period about twenty seconds longer.
     #[serde(with = "humantime_serde")]
     pub shutdown_grace: Duration,
-    /// How long a run may take to end once it is asked to stop; the last part
-    /// of `shutdown_grace` is kept for it.
+    /// How long a run may take to end when it is asked to stop. At a shutdown
+    /// this is the last part of `shutdown_grace`.
     #[serde(with = "humantime_serde")]
     pub stop_grace: Duration,
-    /// How long a message may wait for a worker that knows its task, before it
-    /// is refused. Nothing: it is refused at once.
+    /// How long a message waits for a worker that knows its task before it is
+    /// refused. Zero: it is refused at once.
     #[serde(with = "humantime_serde")]
     pub unknown_task_patience: Duration,
-    /// The GPUs that its jobs share: "auto", 0 for none, or a list.
+    /// The GPUs for jobs: "auto", 0 for none, or a list.
     pub gpus: Gpus,
-    /// Where jobs that run a command have their directories. Unset: a folder
+    /// When the oldest job that waits for GPUs has waited this long, what comes
+    /// free is reserved for it.
+    #[serde(with = "humantime_serde")]
+    pub reserve_after: Duration,
+    /// The folder for the directories of jobs that run a command. Unset:
     /// `trainyard` in the system's folder for temporary files.
     pub work_dir: Option<PathBuf>,
 }
@@ -99,6 +105,7 @@ impl Default for Worker {
             stop_grace: Duration::from_secs(10),
             unknown_task_patience: Duration::from_secs(300),
             gpus: Gpus::default(),
+            reserve_after: Duration::from_secs(30),
             work_dir: None,
         }
     }
@@ -107,11 +114,11 @@ impl Default for Worker {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Guard {
-    /// How long an ended job stays on record, and with it the knowledge that
-    /// its message has been processed. Longer than Pub/Sub keeps messages.
+    /// How long the row of an ended job is retained. While it exists, its message
+    /// is recognized as processed. Must exceed Pub/Sub's message retention.
     #[serde(with = "humantime_serde")]
     pub retention: Duration,
-    /// A job whose worker was lost so many times while running it is dead.
+    /// A job is dead when its worker has crashed this many times while running it.
     pub max_crashes: u32,
 }
 
@@ -127,26 +134,29 @@ impl Default for Guard {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Subscription {
-    /// The ack deadline asked for, and extended while a message is held:
-    /// how soon Pub/Sub sends it again after this worker died. 10 s to 10 min.
+    /// The ack deadline, which is extended while a message is held. If this
+    /// worker dies, Pub/Sub redelivers after this time. 10 s to 10 min.
     #[serde(with = "humantime_serde")]
     pub ack_deadline: Duration,
-    /// What makes two messages the same job: `message_id`, `attribute:NAME`,
+    /// Messages with the same key are one job: `message_id`, `attribute:NAME`,
     /// `json:/pointer` or `content`.
     pub dedupe_key: DedupeKey,
-    /// What becomes of a message without that attribute or field.
+    /// What happens to a message without that attribute or field.
     pub without_dedupe_key: WithoutDedupeKey,
-    /// The topic to which the messages of dead jobs are published, by its short
-    /// name. Unset: they stay in the database only.
+    /// The topic for the messages of dead jobs, by its short name. Unset: dead
+    /// jobs stay in the database only.
     pub dead_letter_topic: Option<String>,
-    /// How many messages a worker may hold beyond those that it can start now.
-    /// 0: none, so that an idle worker elsewhere gets them.
+    /// How many messages a worker holds beyond those that it can start now.
+    /// 0: none, so that they go to workers with a free slot.
     pub prefetch: usize,
-    /// How many jobs of the subscription run side by side in one worker.
-    /// Unset: as many as it has slots.
+    /// How many jobs of the subscription run concurrently in one worker.
+    /// Unset: no limit but the slots.
     pub concurrency: Option<usize>,
-    /// A stream that has brought nothing for so long is replaced, over a new
-    /// connection: it may be dead without a sign.
+    /// How many messages a worker holds whose job waits in the queue: for room,
+    /// for its turn, for its next attempt. With so many, no more is pulled.
+    pub max_waiting: usize,
+    /// A stream that delivers nothing for this long is reopened over a new
+    /// connection, as it may be dead.
     #[serde(with = "humantime_serde")]
     pub quiet_limit: Duration,
 }
@@ -160,6 +170,7 @@ impl Default for Subscription {
             dead_letter_topic: None,
             prefetch: 0,
             concurrency: None,
+            max_waiting: 500,
             quiet_limit: Duration::from_secs(300),
         }
     }
@@ -168,58 +179,57 @@ impl Default for Subscription {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WithoutDedupeKey {
-    /// It is deduplicated by its message id.
+    /// The message is deduplicated by its message id.
     #[default]
     MessageId,
-    /// It is refused.
+    /// The message is refused.
     DeadLetter,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Task {
-    /// One of the tasks that come with trainyard.
+    /// The name of a built-in task.
     pub builtin: Option<String>,
     /// The program to run and its arguments; no shell. With neither this nor
-    /// `builtin` the task is one that the program embedding trainyard registers
-    /// under this name.
+    /// `builtin`, the embedding program registers a task of this name.
     pub command: Option<Vec<String>>,
     pub ack: AckTiming,
     /// A run longer than this is stopped. Unset: no limit.
     #[serde(with = "humantime_serde")]
     pub timeout: Option<Duration>,
-    /// How many attempts a job gets in all, unless an error is permanent.
+    /// How many attempts a job has in all. A permanent error ends it earlier.
     pub max_attempts: u32,
     pub backoff: Backoff,
-    /// How many jobs of the task run side by side in one worker. Unset: as many
-    /// as it has slots.
+    /// How many jobs of the task run concurrently in one worker. Unset: no limit
+    /// but the slots.
     pub concurrency: Option<usize>,
-    /// How long a run that is asked to stop may take to end. Unset: the
-    /// worker's.
+    /// How long a run may take to end when it is asked to stop. Unset: the
+    /// worker's value.
     #[serde(with = "humantime_serde")]
     pub stop_grace: Option<Duration>,
-    /// A run that tells nothing for so long is stopped as stuck. Unset: never.
+    /// A run that reports nothing for this long is stopped as stuck. Unset: never.
     #[serde(with = "humantime_serde")]
     pub stall_timeout: Option<Duration>,
-    /// The command's working directory. Unset: the worker's own.
+    /// The command's working directory. Unset: the worker's.
     pub cwd: Option<PathBuf>,
-    /// With these exit codes a request can never succeed. Unset: 65 and 78.
+    /// Exit codes that are not retried. Unset: 65 and 78.
     pub permanent_exit_codes: Option<Vec<u8>>,
-    /// Address space of each of the command's processes.
+    /// The address space of each of the command's processes.
     pub memory: Option<Size>,
-    /// Added to the niceness of the worker.
+    /// Added to the worker's niceness.
     pub nice: Option<i32>,
-    /// File descriptors of each of the command's processes.
+    /// How many files each of the command's processes may have open.
     pub open_files: Option<u64>,
-    /// How many GPUs each of its jobs has to itself.
+    /// How many GPUs each job has to itself.
     pub gpus: usize,
-    /// Keep a job's directory after it has ended.
+    /// Keep a job's directory after the job has ended.
     pub keep_work_dir: bool,
-    /// Names of variables that the command gets as the worker has them: for
-    /// secrets, which are not to stand here.
+    /// Names of variables that are passed on from the worker's environment, for
+    /// secrets that should not be in this file.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub pass_env: Vec<String>,
-    /// Variables for the command, besides those that every command gets.
+    /// Additional variables for the command.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
 }
@@ -261,8 +271,8 @@ impl Task {
     }
 }
 
-/// How long a job waits before its next attempt: anything from nothing to a
-/// ceiling that grows from `initial` by `multiplier` up to `max`.
+/// How long a job waits before its next attempt: a random time up to a ceiling,
+/// which grows from `initial` by `multiplier` up to `max`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Backoff {
@@ -288,11 +298,11 @@ impl Default for Backoff {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", try_from = "String")]
 pub enum AckTiming {
-    /// Once the claim, payload included, has committed. For long jobs: Pub/Sub
-    /// need not hold the message while they run.
+    /// Once the claim, with the payload, has committed. For long jobs: Pub/Sub
+    /// does not hold the message while they run.
     BeforeRun,
-    /// Once the run's first checkpoint has committed; its outcome, if it has
-    /// none. For long jobs that can go on from where they left off.
+    /// Once the run's first checkpoint has committed, or its outcome if there is
+    /// none. For long jobs that can resume.
     AfterCheckpoint,
     /// Once the outcome has committed.
     #[default]
@@ -319,19 +329,19 @@ impl TryFrom<String> for AckTiming {
             "after_checkpoint" => Ok(Self::AfterCheckpoint),
             "after_run" => Ok(Self::AfterRun),
             _ => Err(format!(
-                "`{name}` is no ack timing: write before_run, after_checkpoint or after_run"
+                "`{name}` is not an ack timing: write before_run, after_checkpoint or after_run"
             )),
         }
     }
 }
 
 impl Config {
-    /// The configuration with passwords masked, for people to read.
+    /// A copy without secrets, for display.
     #[must_use]
     pub fn masked(&self) -> Self {
         let mut masked = self.clone();
         masked.database.url = mask_password(&self.database.url);
-        // Any of them may be a key to something.
+        // Any variable may hold a secret.
         for task in masked.tasks.values_mut() {
             for value in task.env.values_mut() {
                 "***".clone_into(value);
@@ -341,11 +351,11 @@ impl Config {
     }
 }
 
-/// `postgres://user:secret@host/db?password=x` without what must not be seen.
+/// Masks the passwords in `postgres://user:secret@host/db?password=x`.
 #[must_use]
 pub fn mask_password(url: &str) -> String {
     let Ok(mut parsed) = url::Url::parse(url) else {
-        // Not a URL that can be taken apart, so nothing of it is safe to show.
+        // The URL cannot be parsed, so no part of it is safe to show.
         return match url.split_once("://") {
             Some((scheme, rest)) if !rest.contains(['@', '?']) => format!("{scheme}://{rest}"),
             Some((scheme, _)) => format!("{scheme}://***"),
@@ -369,32 +379,4 @@ pub fn mask_password(url: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_variables_of_a_command_are_masked() {
-        let text = "[tasks.t]\ncommand = ['sh']\nenv = { API_KEY = 'secret' }";
-        let config = load::from_toml(text).unwrap();
-        assert_eq!(config.tasks["t"].env["API_KEY"], "secret");
-        let shown = toml::to_string(&config.masked()).unwrap();
-        assert!(shown.contains("API_KEY = \"***\""), "{shown}");
-        assert!(!shown.contains("secret"), "{shown}");
-    }
-
-    #[test]
-    fn a_password_in_a_database_url_is_masked_wherever_it_stands() {
-        for (url, masked) in [
-            ("postgres://u:pw@h/db", "postgres://u:***@h/db"),
-            ("postgres://u@h/db", "postgres://u@h/db"),
-            (
-                "postgres://h/db?user=u&password=pw",
-                "postgres://h/db?user=u&password=***",
-            ),
-            ("sqlite://.trainyard/a.db", "sqlite://.trainyard/a.db"),
-            ("nonsense with pw", "***"),
-        ] {
-            assert_eq!(mask_password(url), masked);
-        }
-    }
-}
+mod tests;

@@ -1,4 +1,4 @@
-//! What the guard deduplicates on.
+//! The deduplication key of a message.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -7,11 +7,11 @@ use sha2::{Digest, Sha256};
 use crate::job::JobKey;
 use crate::message::{Message, Payload};
 
-/// Longer values are replaced by their hash, so that keys stay small.
+/// A longer value is replaced by its hash, so that keys stay small.
 const MAX_VALUE_LENGTH: usize = 200;
 
-/// Which part of a message makes it the same job as another one. Written
-/// `message_id`, `attribute:NAME`, `json:/pointer` (RFC 6901) or `content`.
+/// The part of a message that is its key. Written as `message_id`,
+/// `attribute:NAME`, `json:/pointer` (RFC 6901) or `content`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum DedupeKey {
@@ -23,10 +23,10 @@ pub enum DedupeKey {
     Content,
 }
 
-/// What a message lacks that its subscription deduplicates on.
+/// The message lacks the attribute or field of its subscription's `dedupe_key`.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
-#[error("the message has no {0}, which its subscription deduplicates on")]
-pub struct Missing(String);
+#[error("the message has no {0}, the subscription's dedupe_key")]
+pub struct MissingKey(String);
 
 impl TryFrom<String> for DedupeKey {
     type Error = String;
@@ -40,7 +40,7 @@ impl TryFrom<String> for DedupeKey {
                 Ok(Self::Json(pointer.to_owned()))
             }
             _ => Err(format!(
-                "`{text}` is no dedupe key: write message_id, attribute:NAME, json:/pointer or content"
+                "`{text}` is not a dedupe key: write message_id, attribute:NAME, json:/pointer or content"
             )),
         }
     }
@@ -67,13 +67,13 @@ impl DedupeKey {
         subscription: &str,
         message: &Message,
         payload: &Payload,
-    ) -> Result<JobKey, Missing> {
+    ) -> Result<JobKey, MissingKey> {
         let (name, value) = match self {
             Self::MessageId => return Ok(JobKey::of_message_id(subscription, message)),
             Self::Content => ("sha256", hex(&message.data)),
             Self::Attribute(name) => {
                 let value = message.attributes.get(name);
-                let value = value.ok_or_else(|| Missing(format!("attribute `{name}`")))?;
+                let value = value.ok_or_else(|| MissingKey(format!("attribute `{name}`")))?;
                 (name.as_str(), value.clone())
             }
             Self::Json(pointer) => (pointer.as_str(), json_value(payload, pointer)?),
@@ -86,8 +86,8 @@ impl DedupeKey {
     }
 }
 
-fn json_value(payload: &Payload, pointer: &str) -> Result<String, Missing> {
-    let missing = || Missing(format!("field `{pointer}`"));
+fn json_value(payload: &Payload, pointer: &str) -> Result<String, MissingKey> {
+    let missing = || MissingKey(format!("field `{pointer}`"));
     let (first, rest) = match pointer[1..].split_once('/') {
         Some((first, rest)) => (first, format!("/{rest}")),
         None => (&pointer[1..], String::new()),
@@ -96,7 +96,7 @@ fn json_value(payload: &Payload, pointer: &str) -> Result<String, Missing> {
     let field = payload.get(&first).ok_or_else(missing)?;
     match field.pointer(&rest) {
         None | Some(Value::Null) => Err(missing()),
-        // As JSON, quotes included: the text "3" is not the number 3.
+        // As JSON, with quotes: the string "3" differs from the number 3.
         Some(value) => Ok(value.to_string()),
     }
 }
@@ -118,7 +118,7 @@ mod tests {
 
     use super::*;
 
-    fn key(dedupe: &str, payload: Value) -> Result<String, Missing> {
+    fn key(dedupe: &str, payload: Value) -> Result<String, MissingKey> {
         let message = Message {
             id: "7".to_owned(),
             publish_time: DateTime::from_timestamp_micros(5).unwrap(),
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn each_kind_takes_its_part_of_the_message() {
+    fn each_kind_uses_its_part_of_the_message() {
         let payload = json!({"run": {"id": 3}, "a/b": "x"});
         assert_eq!(key("message_id", payload.clone()).unwrap(), "7@5");
         assert_eq!(
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_named() {
+    fn a_missing_field_is_named() {
         let missing = key("attribute:other", json!({})).unwrap_err();
         assert!(missing.to_string().contains("attribute `other`"));
         let missing = key("json:/run/id", json!({"run": {"id": null}})).unwrap_err();
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_misspelt_key_says_what_can_be_written() {
+    fn an_invalid_key_lists_the_valid_forms() {
         for text in ["", "messageid", "attribute:", "json:id", "content:x"] {
             let error = DedupeKey::try_from(text.to_owned()).unwrap_err();
             assert!(error.contains("attribute:NAME"), "{error}");

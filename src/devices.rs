@@ -1,29 +1,30 @@
-//! The GPUs of this machine that its worker hands out, and to whom.
+//! The worker's pool of GPUs.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
-/// Which GPUs a worker has, as the configuration says it.
+/// The `gpus` key of the configuration.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Written", into = "Written")]
 pub enum Gpus {
-    /// Those of `CUDA_VISIBLE_DEVICES`, or else those that `nvidia-smi` lists.
+    /// The GPUs in `CUDA_VISIBLE_DEVICES`, or else those that `nvidia-smi` lists.
     #[default]
     Auto,
-    /// These, as `CUDA_VISIBLE_DEVICES` names them: indices or UUIDs.
+    /// Indices or UUIDs, as in `CUDA_VISIBLE_DEVICES`.
     List(Vec<String>),
 }
 
-/// The forms in which it may be written.
+/// The accepted forms.
 #[derive(Serialize, Deserialize)]
 #[serde(
     untagged,
     expecting = "write \"auto\", 0 for none, or a list such as [\"0\", \"1\"]"
 )]
 enum Written {
-    Word(String),
+    Text(String),
     Number(u64),
     List(Vec<Name>),
 }
@@ -40,11 +41,11 @@ impl TryFrom<Written> for Gpus {
 
     fn try_from(written: Written) -> Result<Self, String> {
         let names = match written {
-            Written::Word(word) if word == "auto" => return Ok(Self::Auto),
-            // As it comes from the environment.
-            Written::Word(word) if word == "0" => Vec::new(),
+            Written::Text(word) if word == "auto" => return Ok(Self::Auto),
+            // From the environment.
+            Written::Text(word) if word == "0" => Vec::new(),
             Written::Number(0) => Vec::new(),
-            Written::Word(_) | Written::Number(_) => {
+            Written::Text(_) | Written::Number(_) => {
                 return Err(
                     "write \"auto\", 0 for none, or a list such as [\"0\", \"1\"]".to_owned(),
                 );
@@ -60,10 +61,10 @@ impl TryFrom<Written> for Gpus {
             .collect();
         for (nth, name) in names.iter().enumerate() {
             if name.is_empty() || name.contains([',', '\0']) {
-                return Err(format!("`{name}` names no GPU"));
+                return Err(format!("`{name}` is not a GPU's name"));
             }
             if names[..nth].contains(name) {
-                return Err(format!("`{name}` is there twice"));
+                return Err(format!("`{name}` is listed twice"));
             }
         }
         Ok(Self::List(names))
@@ -73,38 +74,40 @@ impl TryFrom<Written> for Gpus {
 impl From<Gpus> for Written {
     fn from(gpus: Gpus) -> Self {
         match gpus {
-            Gpus::Auto => Self::Word("auto".to_owned()),
+            Gpus::Auto => Self::Text("auto".to_owned()),
             Gpus::List(names) => Self::List(names.into_iter().map(Name::Text).collect()),
         }
     }
 }
 
-/// The GPUs of one worker. Clones hand out the same ones.
+/// The GPUs of one worker. Clones share the pool.
 #[derive(Debug, Clone, Default)]
 pub struct Devices {
     free: Arc<Mutex<VecDeque<String>>>,
+    freed: watch::Sender<()>,
     total: usize,
 }
 
-/// Some GPUs that are one job's own until this is dropped.
+/// The GPUs of one job. Dropping this returns them to the pool.
 #[derive(Debug)]
 pub struct DeviceSet {
     names: Vec<String>,
     free: Arc<Mutex<VecDeque<String>>>,
+    freed: watch::Sender<()>,
 }
 
 impl Devices {
-    /// Devices of these names, which must differ.
+    /// A pool of devices with these names, which must differ.
     #[must_use]
     pub fn new(names: Vec<String>) -> Self {
         Self {
             total: names.len(),
             free: Arc::new(Mutex::new(names.into())),
+            freed: watch::Sender::default(),
         }
     }
 
-    /// So many devices that nobody else has, or `None` while fewer are free.
-    /// The one that has been free the longest comes first.
+    /// Takes this many free devices, longest free first. `None` if fewer are free.
     #[must_use]
     pub fn take(&self, count: usize) -> Option<DeviceSet> {
         let mut free = lock(&self.free);
@@ -114,16 +117,23 @@ impl Devices {
         Some(DeviceSet {
             names: free.drain(..count).collect(),
             free: Arc::clone(&self.free),
+            freed: self.freed.clone(),
         })
     }
 
-    /// How many nobody has.
+    /// Changes whenever some come free.
+    #[must_use]
+    pub fn freed(&self) -> watch::Receiver<()> {
+        self.freed.subscribe()
+    }
+
+    /// How many are free.
     #[must_use]
     pub fn free(&self) -> usize {
         lock(&self.free).len()
     }
 
-    /// How many there are.
+    /// How many there are in all.
     #[must_use]
     pub fn total(&self) -> usize {
         self.total
@@ -140,6 +150,7 @@ impl DeviceSet {
 impl Drop for DeviceSet {
     fn drop(&mut self) {
         lock(&self.free).extend(self.names.drain(..));
+        self.freed.send_replace(());
     }
 }
 

@@ -1,4 +1,4 @@
-//! How a task runs: inside this process, or as a command of its own.
+//! How a task runs: in this process, or as a command.
 
 mod in_process;
 pub mod subprocess;
@@ -22,41 +22,41 @@ use crate::report::{Checkpoint, Reports};
 pub use in_process::InProcess;
 pub use subprocess::{Subprocess, check_command};
 
-/// One attempt of one job, as an executor is asked to run it.
+/// One attempt of one job.
 #[derive(Debug, Clone)]
 pub struct Attempt {
     pub job_id: Uuid,
     pub task: Arc<str>,
-    /// Its number and lease token go with everything written about the run.
+    /// The attempt number and the lease token; every write of the run carries it.
     pub fence: Fence,
-    /// The message that asked for the job first.
+    /// The first message that requested the job.
     pub message_id: Arc<str>,
     pub payload: Arc<Payload>,
-    /// The same as the publisher wrote it.
+    /// The payload's bytes as published.
     pub data: Bytes,
-    /// Where an earlier attempt left off.
+    /// The last checkpoint of an earlier attempt.
     pub checkpoint: Option<Checkpoint>,
-    /// When the task's timeout will stop the run, for the run to know.
+    /// When the task's timeout will stop the run. For information only.
     pub deadline: Option<DateTime<Utc>>,
-    /// The GPUs that are the run's own. They come free for others when the last
-    /// copy of this goes, so it is kept until nothing of the run is left.
+    /// The GPUs of the run. They come free when the last clone is dropped, so
+    /// one is held until the run's processes are gone.
     pub devices: Option<Arc<DeviceSet>>,
     pub reports: Reports,
-    /// Until when the run may go on without another word: the lease less a
-    /// margin, by this process's clock. Grows with every renewal.
+    /// When the run must stop: the lease's end minus a margin, on this process's
+    /// clock. Each renewal moves it.
     pub valid_until: watch::Receiver<Instant>,
-    /// Cancelled when the run should end soon.
+    /// Cancelled to ask the run to stop.
     pub stop: CancellationToken,
 }
 
 impl Attempt {
-    /// The run's GPUs, as `CUDA_VISIBLE_DEVICES` names them.
+    /// The run's GPUs, for `CUDA_VISIBLE_DEVICES`.
     #[must_use]
     pub fn device_names(&self) -> &[String] {
         self.devices.as_ref().map_or(&[], |set| set.names())
     }
 
-    /// An attempt with nothing special about it, for tests of executors.
+    /// An attempt with default values, for tests of executors.
     #[cfg(test)]
     pub(crate) fn of(payload: serde_json::Value) -> Self {
         let far = Instant::now() + std::time::Duration::from_secs(60 * 60 * 24 * 365);
@@ -84,12 +84,10 @@ impl Attempt {
 /// Runs attempts of one task.
 #[async_trait]
 pub trait Executor: Send + Sync + 'static {
-    /// Runs the attempt to its end: `Succeeded` or `Failed`. Why it was asked
-    /// to stop, if it was, the caller knows. Dropping the future abandons the
-    /// run at once.
+    /// Runs the attempt to its end, and returns `Succeeded` or `Failed`, also
+    /// after a stop. Dropping the future abandons the run at once.
     async fn execute(&self, attempt: Attempt) -> Outcome;
 
-    /// The job has ended: what was kept on this machine for its next attempt
-    /// can go.
+    /// Removes the job's files on this machine, as the job has ended.
     async fn forget(&self, _job_id: Uuid) {}
 }

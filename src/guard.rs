@@ -10,22 +10,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
-use uuid::Uuid;
 
-use crate::job::{Claim, ClaimRequest, DeadLetter, Fence, JobKey, Note, NoteKind, Reaped, Told};
-use crate::message::Message;
+use crate::job::{Claim, ClaimRequest, Fence};
 use crate::outcome::{DeadReason, Ending};
+use crate::record::{AttemptReport, Note, NoteKind};
 use crate::retry::Backoff;
 use crate::store::{
-    ClaimTerms, DeadLettersDue, Finish, GivenUp, Reach, Refusal, Refused, Release, Standing, Store,
-    StoreError,
+    ClaimTerms, Finish, Refusal, Refused, Release, Requests, Store, StoreError, in_time,
 };
-use batch::{Batcher, in_time};
-use health::Health;
+use batch::Batcher;
+
+pub use health::Health;
 
 /// Pauses between tries of what has to be written once the database is back.
 const TRY_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
@@ -37,34 +36,8 @@ const CLAIM_TRIES: u32 = 3;
 /// Nobody waits for long for what only people read.
 const NOTE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// After so long another worker tries to publish a dead letter.
-const TIME_TO_PUBLISH: Duration = Duration::from_secs(60);
-
 /// Notes for the ledger that may wait to be written; more are lost.
 const MAX_NOTES: usize = 1024;
-
-/// A message that will never run, and why.
-#[derive(Debug)]
-pub struct Unrunnable {
-    pub key: JobKey,
-    /// None when the message named no task that could be read.
-    pub task: Option<String>,
-    pub message: Message,
-    pub reason: DeadReason,
-    /// The reason in full, for people.
-    pub error: String,
-    pub dead_letter_topic: Option<Arc<str>>,
-}
-
-/// Which dead letters are asked for.
-#[derive(Debug, Clone, Copy)]
-pub enum Whose {
-    Mine,
-    /// Their own worker has had its time.
-    Anybodys {
-        at_least: Duration,
-    },
-}
 
 /// The guard of one worker.
 #[derive(Clone)]
@@ -100,11 +73,8 @@ impl Guard {
             )
         };
         let (notes, noted) = mpsc::channel(MAX_NOTES);
-        tokio::spawn(write_notes(
-            Arc::clone(&store),
-            Arc::clone(&terms.worker),
-            noted,
-        ));
+        let ledger: Arc<dyn Requests> = store.clone();
+        tokio::spawn(write_notes(ledger, Arc::clone(&terms.worker), noted));
         Self {
             store,
             terms,
@@ -116,20 +86,25 @@ impl Guard {
     }
 
     #[must_use]
-    pub fn lease(&self) -> Duration {
-        self.terms.lease
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
     }
 
-    /// Whether the database answers. While it does not, a worker must not pull,
-    /// and is not ready.
     #[must_use]
-    pub fn database_is_up(&self) -> watch::Receiver<bool> {
-        self.health.watch()
+    pub fn terms(&self) -> &ClaimTerms {
+        &self.terms
     }
 
-    /// Notices when the database is back. Never ends.
-    pub async fn keep_looking(&self) {
-        self.health.keep_looking(&*self.store).await;
+    #[must_use]
+    pub fn health(&self) -> &Health {
+        &self.health
+    }
+
+    /// Whether jobs may be taken over whose lease has expired. Not while the
+    /// database is away, nor just after: their workers renew first.
+    #[must_use]
+    pub fn may_take_over(&self) -> bool {
+        self.health.is_up_for(self.terms.lease / 4)
     }
 
     /// Asks to run a message's job.
@@ -141,7 +116,7 @@ impl Guard {
         let mut backoff = Backoff::new(TRY_AGAIN.0, TRY_AGAIN.1);
         let mut tries = 1;
         loop {
-            let answer = self.heard(self.claims.ask(request.clone()).await);
+            let answer = self.noted(self.claims.ask(request.clone()).await);
             match answer {
                 Err(error) if error.is_passing() && tries < CLAIM_TRIES => {
                     tries += 1;
@@ -152,87 +127,17 @@ impl Guard {
         }
     }
 
-    /// How a held delivery's job stands by now.
-    ///
-    /// # Errors
-    /// The database did not answer.
-    pub async fn look(&self, key: &JobKey) -> Result<Standing, StoreError> {
-        in_time(self.store.look(key)).await
-    }
-
-    /// Extends leases; false for each fence that no longer holds. No answer
-    /// within an eighth of a lease is none: there is time for another try.
-    ///
-    /// # Errors
-    /// The database did not answer; every lease is as it was, or longer.
-    pub async fn renew(&self, fences: &[Fence]) -> Result<Vec<bool>, StoreError> {
-        let patience = self.terms.lease / 8;
-        let renewed = timeout(patience, self.store.renew(fences, self.terms.lease))
-            .await
-            .unwrap_or(Err(StoreError::NoAnswer(patience)));
-        self.health.heard(renewed.as_ref().err());
-        renewed
-    }
-
-    /// How many jobs could be taken from the table now, counted up to `limit`.
-    ///
-    /// # Errors
-    /// The database did not answer.
-    pub async fn due(&self, reach: &Reach, limit: usize) -> Result<usize, StoreError> {
-        in_time(self.store.due(reach, limit)).await
-    }
-
-    /// Tells which tasks this worker knows.
-    ///
-    /// # Errors
-    /// The database did not answer.
-    pub async fn know(&self, reach: &Reach) -> Result<(), StoreError> {
-        in_time(self.store.know(reach)).await
-    }
-
-    /// Takes what waits in the table, and what workers have left behind. That a
-    /// sweep takes too long says nothing about claims and renewals, so pulling
-    /// goes on.
-    ///
-    /// # Errors
-    /// The database did not answer.
-    pub async fn reap(&self, reach: &Reach, limit: usize) -> Result<Vec<Reaped>, StoreError> {
-        in_time(self.store.reap(reach, &self.terms, limit)).await
-    }
-
-    /// Keeps a run's checkpoint, trying again for as long as the database is
-    /// away; `acked` as in [`Store::save_checkpoint`]. False: the run is not
-    /// the job's any more, or the database does not take the text.
+    /// Stores a run's checkpoint, trying again for as long as the database is
+    /// away; `acked` as in [`crate::store::Claims::save_checkpoint`]. False: the
+    /// run is not the job's any more, or the database does not take the text.
     pub async fn save_checkpoint(&self, fence: &Fence, checkpoint: &str, acked: bool) -> bool {
         let asking = || async {
             let saving = self.store.save_checkpoint(fence, checkpoint, acked);
-            self.heard(in_time(saving).await.map_err(Arc::new))
+            self.noted(in_time(saving).await.map_err(Arc::new))
         };
         let never = CancellationToken::new();
-        let saved = until_answered("the checkpoint is not kept yet", fence, &never, asking).await;
+        let saved = until_answered("the checkpoint is not stored yet", fence, &never, asking).await;
         saved == Some(true)
-    }
-
-    /// Keeps what an attempt has told about itself. Best effort, like a note;
-    /// an attempt that told nothing leaves no record.
-    pub async fn keep_attempt(&self, fence: &Fence, told: &Told) {
-        if told.log.is_empty() && told.series.is_empty() {
-            return;
-        }
-        let keeping = self.store.keep_attempt(fence, &self.terms.worker, told);
-        match timeout(NOTE_TIMEOUT, keeping).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => debug!(job = %fence.key, %error, "an attempt's record is lost"),
-            Err(_) => debug!(job = %fence.key, "an attempt's record is lost: no answer"),
-        }
-    }
-
-    /// The lease tokens of this worker's runs that are to be cancelled.
-    ///
-    /// # Errors
-    /// The database did not answer.
-    pub async fn cancelled_runs(&self) -> Result<Vec<Uuid>, StoreError> {
-        in_time(self.store.cancelled_runs(&self.terms.worker)).await
     }
 
     /// Writes how a job ended, trying again for as long as the database is
@@ -243,7 +148,7 @@ impl Guard {
         if finished.is_some() || give_up.is_cancelled() {
             return finished;
         }
-        // A result that cannot be stored must not keep the job from ending.
+        // A result that cannot be stored must not stop the job from ending.
         let error = "its outcome could not be stored; the worker's log says why";
         let finish = Finish {
             ending: Ending::dead(DeadReason::Permanent, error),
@@ -256,7 +161,7 @@ impl Guard {
     async fn try_to_finish(&self, finish: &Finish, give_up: &CancellationToken) -> Option<bool> {
         let asking = || async {
             let finished = self.finishes.ask(finish.clone()).await;
-            self.heard(finished)
+            self.noted(finished)
         };
         let not_yet = "the outcome is not written yet";
         until_answered(not_yet, &finish.fence, give_up, asking).await
@@ -265,7 +170,10 @@ impl Guard {
     /// Gives a claim back, trying again for as long as the database is away.
     /// Some(false): it is another worker's by now.
     pub async fn release(&self, release: &Release, give_up: &CancellationToken) -> Option<bool> {
-        let asking = || async { in_time(self.store.release(release)).await.map_err(Arc::new) };
+        let asking = || async {
+            let releasing = in_time(self.store.release(release));
+            self.noted(releasing.await.map_err(Arc::new))
+        };
         let not_yet = "the claim is not given back yet";
         until_answered(not_yet, &release.fence, give_up, asking).await
     }
@@ -274,76 +182,22 @@ impl Guard {
     ///
     /// # Errors
     /// The database did not answer; the message must stay unacknowledged.
-    pub async fn refuse(&self, refused: Unrunnable) -> Result<Refused, Arc<StoreError>> {
-        let refusal = Refusal {
-            key: refused.key,
-            job_id: Uuid::now_v7(),
-            task: refused.task,
-            message: refused.message,
-            reason: refused.reason,
-            error: refused.error,
-            worker: Arc::clone(&self.terms.worker),
-            dead_letter_topic: refused.dead_letter_topic,
-        };
-        self.heard(in_time(self.store.refuse(&refusal)).await.map_err(Arc::new))
+    pub async fn refuse(&self, refusal: &Refusal) -> Result<Refused, Arc<StoreError>> {
+        self.noted(in_time(self.store.refuse(refusal)).await.map_err(Arc::new))
     }
 
-    /// Ends a job for which no worker has known the task for `patience`;
-    /// returns whether it did.
-    ///
-    /// # Errors
-    /// The database did not answer.
-    pub async fn give_up_unknown(
-        &self,
-        key: &JobKey,
-        patience: Duration,
-        error: &str,
-        dead_letter_topic: Option<Arc<str>>,
-    ) -> Result<bool, StoreError> {
-        let given_up = GivenUp {
-            error: error.to_owned(),
-            worker: Arc::clone(&self.terms.worker),
-            dead_letter_topic,
-        };
-        in_time(self.store.give_up_unknown(key, patience, &given_up)).await
-    }
-
-    /// Dead jobs whose message is still to be published, but not to one of
-    /// these topics: this worker's own, or anybody's.
-    ///
-    /// # Errors
-    /// The database did not answer.
-    pub async fn dead_letters(
-        &self,
-        whose: Whose,
-        not_to: &[String],
-        limit: u32,
-    ) -> Result<Vec<DeadLetter>, StoreError> {
-        let (worker, at_least) = match whose {
-            Whose::Mine => (Some(Arc::clone(&self.terms.worker)), Duration::ZERO),
-            Whose::Anybodys { at_least } => (None, at_least),
-        };
-        let due = DeadLettersDue {
-            worker,
-            at_least,
-            not_to: not_to.to_vec(),
-            time_to_publish: TIME_TO_PUBLISH,
-            limit,
-        };
-        in_time(self.store.dead_letters(&due)).await
-    }
-
-    /// A dead letter needs no more publishing; `detail` goes into the ledger.
-    ///
-    /// # Errors
-    /// The database did not answer; it will be published again.
-    pub async fn dead_letter_settled(
-        &self,
-        letter: &DeadLetter,
-        detail: &str,
-    ) -> Result<(), StoreError> {
-        let worker = &self.terms.worker;
-        in_time(self.store.dead_letter_settled(letter, worker, detail)).await
+    /// Stores what an attempt has reported. Best effort, like a note; an attempt
+    /// that reported nothing leaves no record.
+    pub async fn record_attempt(&self, fence: &Fence, report: &AttemptReport) {
+        if report.log.is_empty() && report.series.is_empty() {
+            return;
+        }
+        let recording = self.store.record_attempt(fence, &self.terms.worker, report);
+        match timeout(NOTE_TIMEOUT, recording).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => debug!(job = %fence.key, %error, "an attempt's record is lost"),
+            Err(_) => debug!(job = %fence.key, "an attempt's record is lost: no answer"),
+        }
     }
 
     /// Adds to a job's ledger, some time soon. Best effort: no state is read
@@ -360,17 +214,9 @@ impl Guard {
         }
     }
 
-    /// Deletes jobs that ended more than `retention` ago, a batch at a time.
-    ///
-    /// # Errors
-    /// The database did not answer.
-    pub async fn purge(&self, retention: Duration, limit: u32) -> Result<u64, StoreError> {
-        in_time(self.store.purge(retention, limit)).await
-    }
-
-    fn heard<T>(&self, answer: Result<T, Arc<StoreError>>) -> Result<T, Arc<StoreError>> {
+    fn noted<T>(&self, answer: Result<T, Arc<StoreError>>) -> Result<T, Arc<StoreError>> {
         self.health
-            .heard(answer.as_ref().err().map(|error| &**error));
+            .note(answer.as_ref().err().map(|error| &**error));
         answer
     }
 }
@@ -402,10 +248,10 @@ async fn until_answered<F: Future<Output = Result<bool, Arc<StoreError>>>>(
 }
 
 /// Writes notes in batches that form by themselves; ends with the guard.
-async fn write_notes(store: Arc<dyn Store>, worker: Arc<str>, mut noted: mpsc::Receiver<Note>) {
+async fn write_notes(ledger: Arc<dyn Requests>, worker: Arc<str>, mut noted: mpsc::Receiver<Note>) {
     let mut notes = Vec::new();
     while noted.recv_many(&mut notes, MAX_NOTES).await > 0 {
-        if let Err(error) = in_time(store.note(&worker, &notes)).await {
+        if let Err(error) = in_time(ledger.note(&worker, &notes)).await {
             debug!(%error, lost = notes.len(), "notes for the ledger are lost");
         }
         notes.clear();

@@ -1,18 +1,16 @@
 //! One message's requested run of a task: its key, its fence, its state.
 
 use std::fmt;
-use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::message::Message;
-use crate::report::{Checkpoint, Progress};
+use crate::report::Checkpoint;
 
 /// What the guard deduplicates on: unique per subscription and message, so two
 /// subscriptions of one topic each run the message (fan-out).
@@ -70,23 +68,53 @@ pub struct ClaimRequest {
     pub token: Uuid,
     pub task: String,
     pub message: Message,
-    /// How long after the lease's end a reaper may take the job over: at once
-    /// when the message is acked with the claim, otherwise an ack deadline
-    /// later, since Pub/Sub is to bring it back before.
-    pub reap_delay: Duration,
     pub can: Can,
+    pub ack: AckTerms,
     pub limits: Limits,
+}
+
+/// When the message is acked decides who brings the job back if its worker is
+/// lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AckTerms {
+    /// The message is acked once the claim has committed, so a sweep takes a
+    /// lost job over as soon as its lease has expired.
+    pub with_claim: bool,
+    /// Otherwise Pub/Sub redelivers the message, and a sweep waits this long
+    /// after the lease before it takes the job over.
+    pub deadline: Duration,
+}
+
+impl AckTerms {
+    /// How long after a lease expires a sweep waits.
+    #[must_use]
+    pub fn reap_delay(&self, runs: bool) -> Duration {
+        match runs && self.with_claim {
+            true => Duration::ZERO,
+            false => self.deadline,
+        }
+    }
 }
 
 /// What the worker that claims can do with the job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Can {
+    /// Run it, and take it over from a worker whose lease has expired.
     Run,
-    /// It knows the task and has no room for it: the job is put on record, to
-    /// be run by whoever has room first.
+    /// Run it if nobody has begun to: the worker that holds an expired lease
+    /// may be about to renew it.
+    RunUnlessLost,
+    /// It has no room: the job goes on record, for whoever has room first.
     Record,
     /// It does not know the task.
     RecordUnknown,
+}
+
+impl Can {
+    #[must_use]
+    pub fn run(self) -> bool {
+        matches!(self, Self::Run | Self::RunUnlessLost)
+    }
 }
 
 /// What ends a job without a run, where its worker was lost once too often.
@@ -98,16 +126,47 @@ pub struct Limits {
     pub dead_letter_topic: Option<Arc<str>>,
 }
 
-/// A job taken from the table rather than from a delivery: one that waits for
-/// its turn, or an orphan whose worker is gone.
+/// A job in the queue that could be taken now.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DueJob {
+    pub key: JobKey,
+    pub task: String,
+    /// How long it could have been running, by the database's clock.
+    pub waited: Duration,
+    /// Its worker is lost, rather than that it waits.
+    pub is_lost: bool,
+}
+
+/// A due job that a worker has room for, and wants to take.
 #[derive(Debug, Clone)]
-pub struct Reaped {
+pub struct Pick {
+    pub key: JobKey,
+    /// The lease token that the run gets.
+    pub token: Uuid,
+    /// Its message is acked when the job begins to run.
+    pub acked_when_claimed: bool,
+    pub limits: Limits,
+}
+
+/// A job taken from the queue, rather than claimed by a delivery.
+#[derive(Debug, Clone)]
+pub struct Taken {
     pub acquired: Acquired,
     pub task: String,
     pub message_id: String,
     pub ordering_key: String,
     /// The message's data.
     pub payload: Bytes,
+}
+
+/// What became of a lease that was to be renewed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Renewal {
+    Renewed,
+    /// The fence no longer holds.
+    Lost,
+    /// Another transaction has the row locked: as it was, so far.
+    Unknown,
 }
 
 /// A dead job's message, which is still to be published to `topic`.
@@ -123,78 +182,6 @@ pub struct DeadLetter {
     pub attempts: u32,
 }
 
-/// What asking to cancel a job came to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cancelling {
-    /// It waited, and has ended.
-    Cancelled,
-    /// A worker runs it, and will be told within seconds.
-    Requested,
-    AlreadyEnded(FinalState),
-}
-
-/// What asking to run a job again came to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Retrying {
-    /// It had ended, and waits for a worker now.
-    Queued,
-    /// It waited for a later time, and may run at once now.
-    Hurried,
-    /// A worker runs it.
-    Running,
-    /// Its message names no task that can be read, or is no longer kept.
-    NothingToRun,
-}
-
-/// Something that happened to a message, for people.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct LedgerEntry {
-    pub at: DateTime<Utc>,
-    pub worker: String,
-    pub kind: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub attempt: Option<u32>,
-    /// Where it is another message's than the job's first.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub message_id: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub detail: Option<String>,
-}
-
-/// What a worker adds to a job's ledger by itself.
-#[derive(Debug, Clone)]
-pub struct Note {
-    pub key: JobKey,
-    pub kind: NoteKind,
-    pub attempt: Option<u32>,
-    pub detail: Option<String>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NoteKind {
-    Acked,
-    Checkpointed,
-    LeaseLost,
-}
-
-impl NoteKind {
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Acked => "acked",
-            Self::Checkpointed => "checkpointed",
-            Self::LeaseLost => "lease_lost",
-        }
-    }
-}
-
-/// A job with all that is on record about it.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Story {
-    pub job: Job,
-    pub ledger: Vec<LedgerEntry>,
-}
-
 /// The guard's answer to a delivery.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Claim {
@@ -202,12 +189,12 @@ pub enum Claim {
     Acquired(Acquired),
     /// The job has ended; the delivery is a duplicate.
     AlreadyFinished(FinalState),
-    /// Another run holds the job; by then (this process's clock) its lease
-    /// ends unless it is renewed. `acked`: the table, not Pub/Sub, is to bring
-    /// it back, so that a delivery of it is not needed any more.
+    /// Another run holds the job; its lease expires then, by this process's
+    /// clock, unless it is renewed. `acked`: the queue, not Pub/Sub, brings the
+    /// job back, so a delivery of it is not needed any more.
     HeldUntil { until: Instant, acked: bool },
     /// The job is on record and nobody runs it: it may not run before that
-    /// time, or not yet by its ordering key, or not here.
+    /// time, or not yet by its ordering key, or not here. `acked` as above.
     Waiting { until: Instant, acked: bool },
 }
 
@@ -247,132 +234,10 @@ impl FinalState {
     }
 }
 
-/// A job's state as people see it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum JobState {
-    /// A worker holds its lease.
-    Running,
-    /// Unfinished, and no worker holds its lease, or the holder let it end.
-    Waiting,
-    Succeeded,
-    Dead,
-    Cancelled,
-}
-
-impl JobState {
-    pub const NAMES: [&str; 5] = ["running", "waiting", "succeeded", "dead", "cancelled"];
-
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Running => "running",
-            Self::Waiting => "waiting",
-            Self::Succeeded => "succeeded",
-            Self::Dead => "dead",
-            Self::Cancelled => "cancelled",
-        }
-    }
-}
-
-impl fmt::Display for JobState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.as_str())
-    }
-}
-
-impl FromStr for JobState {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        match name {
-            "running" => Ok(Self::Running),
-            "waiting" => Ok(Self::Waiting),
-            "succeeded" => Ok(Self::Succeeded),
-            "dead" => Ok(Self::Dead),
-            "cancelled" => Ok(Self::Cancelled),
-            _ => Err(format!(
-                "there is no state `{name}`; the states are {}",
-                Self::NAMES.join(", ")
-            )),
-        }
-    }
-}
-
-/// A job as the store tells it.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Job {
-    pub id: Uuid,
-    pub subscription: String,
-    pub key: String,
-    pub message_id: String,
-    pub publish_time: DateTime<Utc>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ordering_key: Option<String>,
-    /// None when the message named no task that could be read.
-    pub task: Option<String>,
-    pub state: JobState,
-    /// Executions begun, less those that a worker's own shutdown interrupted.
-    pub attempts: u32,
-    /// Deliveries that the guard did not let through.
-    pub duplicates: u32,
-    /// The worker that runs it, or that ran it last.
-    pub worker: Option<String>,
-    pub received_at: DateTime<Utc>,
-    /// When its latest attempt began.
-    pub started_at: Option<DateTime<Utc>>,
-    pub finished_at: Option<DateTime<Utc>>,
-    /// Why it is dead, or why its last attempt failed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub error: Option<String>,
-    /// Why it is dead, in one word.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub checkpoint: Option<String>,
-    /// Before then a waiting job does not run.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub waits_until: Option<DateTime<Utc>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub result: Option<serde_json::Value>,
-    /// The message's data; only where one job is asked for.
-    #[serde(skip)]
-    pub payload: Option<Bytes>,
-}
-
-/// What an attempt has told about itself by its end.
-#[derive(Debug, Clone, Default)]
-pub struct Told {
-    /// The outcome's name.
-    pub outcome: &'static str,
-    /// The last lines of its output.
-    pub log: Vec<String>,
-    /// Its progress reports, thinned where there were many.
-    pub series: Vec<Progress>,
-}
-
-/// The same as it is on record.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct AttemptRecord {
-    pub attempt: u32,
-    pub worker: String,
-    pub ended_at: DateTime<Utc>,
-    pub outcome: String,
-    pub log: Vec<String>,
-    pub series: Vec<Progress>,
-}
-
-/// Which jobs to list; an unset field lets every job through.
-#[derive(Debug, Clone, Default)]
-pub struct JobFilter {
-    pub state: Option<JobState>,
-    pub task: Option<String>,
-    /// At most this many, newest first.
-    pub limit: u32,
-}
-
 #[cfg(test)]
 mod tests {
+    use chrono::DateTime;
+
     use super::*;
 
     fn message(id: &str, micros: i64) -> Message {
@@ -395,12 +260,5 @@ mod tests {
     fn a_reused_message_id_with_another_publish_time_is_a_new_key() {
         let first = JobKey::of_message_id("s", &message("1", 5));
         assert_ne!(first, JobKey::of_message_id("s", &message("1", 6)));
-    }
-
-    #[test]
-    fn every_state_reads_back_from_its_name() {
-        for name in JobState::NAMES {
-            assert_eq!(name.parse::<JobState>().unwrap().as_str(), name);
-        }
     }
 }

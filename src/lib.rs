@@ -14,7 +14,6 @@ pub mod cli;
 pub mod config;
 pub mod dedupe;
 pub mod devices;
-pub mod emulator;
 pub mod executor;
 #[doc(hidden)]
 pub mod failpoint;
@@ -24,6 +23,7 @@ pub mod message;
 pub mod nvidia;
 pub mod outcome;
 pub mod pubsub;
+pub mod record;
 pub mod registry;
 pub mod report;
 pub mod retry;
@@ -35,7 +35,7 @@ pub mod telemetry;
 pub mod worker;
 
 pub use app::run;
-pub use executor::subprocess::keep_if_asked;
+pub use executor::subprocess::run_as_keeper_if_asked;
 pub use registry::Registry;
 pub use task::{Progress, Run, Task, TaskError};
 pub use worker::Worker;

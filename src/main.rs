@@ -6,21 +6,21 @@ use std::time::Duration;
 use tokio::runtime::Runtime;
 use trainyard::config::ConfigError;
 
-/// Something went wrong while running.
+/// The exit code of a failure at run time.
 const FAILED: u8 = 1;
-/// The configuration, or what it names, has to be mended first.
+/// The exit code of an invalid configuration.
 const MISCONFIGURED: u8 = 2;
 
-/// How long the process waits at its end for threads that do not listen to a
-/// stop; a task's blocking thread could keep it forever.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long the exiting process waits for its threads, as a task's blocking
+/// thread may never end.
+const THREAD_LIMIT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
-    trainyard::keep_if_asked();
+    trainyard::run_as_keeper_if_asked();
     let runtime = match Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("trainyard: cannot start its threads: {error}");
+            eprintln!("trainyard: cannot start threads: {error}");
             return ExitCode::from(FAILED);
         }
     };
@@ -34,6 +34,6 @@ fn main() -> ExitCode {
             })
         }
     };
-    runtime.shutdown_timeout(LAST_WORDS);
+    runtime.shutdown_timeout(THREAD_LIMIT);
     code
 }

@@ -1,4 +1,4 @@
-//! What a publisher sent, and the training request decoded from it.
+//! A published message, and the training request in it.
 
 use std::collections::BTreeMap;
 
@@ -6,52 +6,52 @@ use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
 
-/// A published message, as the broker delivered it.
+/// A published message.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Message {
-    /// The broker's id: unique within its topic, the same on every redelivery.
+    /// The broker's id: unique in its topic, and the same at each redelivery.
     pub id: String,
-    /// When the broker accepted it; the same on every redelivery.
+    /// When the broker accepted it; the same at each redelivery.
     pub publish_time: DateTime<Utc>,
     pub data: Bytes,
     pub attributes: BTreeMap<String, String>,
-    /// Empty when the publisher set none.
+    /// Empty if the publisher set none.
     pub ordering_key: String,
 }
 
-/// A JSON object: the payload of a request, whole, `name` included.
+/// The payload of a request: its whole JSON object, including `name`.
 pub type Payload = Map<String, Value>;
 
-/// A message's training request: which task, with what payload.
+/// A training request: a task's name and the payload.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
     pub task: String,
     pub payload: Payload,
 }
 
-/// Longer names are no names: they would flood logs and tables.
+/// Longer names would flood logs and tables.
 const MAX_NAME_LENGTH: usize = 256;
 
-/// Why a message is not a request. Every variant is permanent: the same bytes
-/// will not decode better next time, so the message is refused at once.
+/// Why a message is not a request. Every variant is permanent, so the message is
+/// refused at once.
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum DecodeError {
     #[error("the message has no data; a JSON object with a `name` was expected")]
     Empty,
     #[error("the data is not UTF-8 text (first bad byte at offset {offset})")]
     NotUtf8 { offset: usize },
-    /// Also the answer to nesting beyond 128 levels, the parser's limit.
+    /// Also for nesting beyond 128 levels, the parser's limit.
     #[error("the data is not valid JSON: {reason}")]
     NotJson { reason: String },
     #[error("the data is a JSON {found}; an object with a `name` was expected")]
     NotAnObject { found: &'static str },
-    #[error("the payload has no `name`, so no task can be chosen")]
+    #[error("the payload has no `name`")]
     NoName,
     #[error("the payload's `name` is a JSON {found}; it must be a string")]
     NameNotAString { found: &'static str },
     #[error("the payload's `name` is empty")]
     EmptyName,
-    #[error("the payload's `name` is {length} bytes long; at most {MAX_NAME_LENGTH} are taken")]
+    #[error("the payload's `name` is {length} bytes long; the maximum is {MAX_NAME_LENGTH}")]
     NameTooLong { length: usize },
 }
 
@@ -59,8 +59,7 @@ impl Request {
     /// Decodes a message's data: UTF-8 JSON, an object, with a string `name`.
     ///
     /// # Errors
-    /// A [`DecodeError`] that says what is wrong with the bytes; it never
-    /// quotes them, since a payload may hold secrets.
+    /// A [`DecodeError`]. It never quotes the payload, which may hold secrets.
     pub fn decode(data: &[u8]) -> Result<Self, DecodeError> {
         if data.is_empty() {
             return Err(DecodeError::Empty);

@@ -9,11 +9,11 @@ use tracing::{debug, warn};
 
 use crate::devices::{Devices, Gpus};
 
-/// A driver in trouble lets it hang.
+/// A faulty driver makes it hang.
 const NVIDIA_SMI_LIMIT: Duration = Duration::from_secs(20);
 
-/// Finds those that the configuration means. A machine without GPUs, or whose
-/// GPUs cannot be listed, has none; the log tells why.
+/// Finds the GPUs that the configuration allows. If they cannot be listed, there
+/// are none, and the log says why.
 pub async fn devices(gpus: &Gpus) -> Devices {
     Devices::new(match gpus {
         Gpus::List(names) => names.clone(),
@@ -21,7 +21,7 @@ pub async fn devices(gpus: &Gpus) -> Devices {
     })
 }
 
-/// Those that `CUDA_VISIBLE_DEVICES` leaves to this process, or else all.
+/// The GPUs in `CUDA_VISIBLE_DEVICES`, or all if it is unset.
 async fn find() -> Vec<String> {
     match std::env::var("CUDA_VISIBLE_DEVICES") {
         Ok(visible) => visible_devices(&visible),
@@ -35,7 +35,7 @@ async fn find() -> Vec<String> {
     }
 }
 
-/// As CUDA reads it: what follows an invalid index is not visible either.
+/// As in CUDA, an invalid index hides the devices after it.
 fn visible_devices(visible: &str) -> Vec<String> {
     let mut devices: Vec<String> = Vec::new();
     for name in visible.split(',').map(str::trim) {
@@ -73,10 +73,9 @@ async fn list(nvidia_smi: &str) -> Vec<String> {
     }
 }
 
-/// Reads lines such as `GPU 0: NVIDIA A100 (UUID: GPU-…)`. A GPU that is
-/// partitioned is followed by its parts, `  MIG 3g.20gb Device 0: (UUID: MIG-…)`,
-/// and only these can be used then. UUIDs, since CUDA and nvidia-smi may count
-/// differently.
+/// Parses lines such as `GPU 0: NVIDIA A100 (UUID: GPU-…)`. The partitions of a
+/// GPU follow it, `  MIG 3g.20gb Device 0: (UUID: MIG-…)`, and replace it. Uses
+/// UUIDs, as the indices of CUDA and nvidia-smi may differ.
 fn devices_of(listing: &str) -> Vec<String> {
     let mut devices: Vec<String> = Vec::new();
     let mut whole = None;
@@ -125,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn the_parts_of_a_partitioned_gpu_stand_for_it() {
+    fn the_partitions_of_a_gpu_replace_it() {
         let listing = "\
 GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-aaaa)
 GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-bbbb)
@@ -148,7 +147,7 @@ GPU 2: Something without
     }
 
     #[tokio::test]
-    async fn nvidia_smi_is_asked() {
+    async fn nvidia_smi_lists_the_gpus() {
         let folder = tempfile::tempdir().unwrap();
         let program = stand_in(
             folder.path(),

@@ -1,4 +1,4 @@
-//! How a run ended, what is written about it, and what the broker is told.
+//! How a run ended, what is written about it, and how its message is settled.
 
 use std::time::Duration;
 
@@ -13,65 +13,64 @@ pub enum Outcome {
     Succeeded(Value),
     Failed {
         error: String,
-        /// It would fail again: malformed, or the task says so.
+        /// It would fail at every attempt.
         permanent: bool,
     },
     TimedOut,
     Cancelled,
-    /// The worker's own shutdown stopped it; costs no attempt.
+    /// The worker's shutdown stopped it. The attempt does not count.
     Interrupted,
-    /// Its lease ended or was taken over; what is written about it counts only
-    /// if it was not.
+    /// Its lease expired or was taken over. After a takeover its writes change
+    /// nothing.
     LeaseLost,
 }
 
-/// What the broker is told about a delivery.
+/// How a delivery is settled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Disposition {
     Ack,
     Nack,
-    /// Keep it, unsettled, and look again later.
+    /// Hold it unsettled, and check again later.
     Hold,
 }
 
-/// What an outcome makes of its job.
+/// What happens to the job after an outcome.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Verdict {
     /// The job ends.
     Finish(Ending),
-    /// The job waits in the table, and runs again after that time.
+    /// The job waits in the table, and runs again after this time.
     Retry { error: String, after: Duration },
-    /// The claim is given back for another worker.
+    /// The claim is released for another worker.
     Release,
-    /// The claim is given back, if another worker does not have it already; the
-    /// attempt counts.
+    /// The claim is released unless another worker has taken it over. The attempt
+    /// counts.
     Abandon,
 }
 
-/// The last thing written about a job.
+/// The final state of a job, as it is written.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ending {
     pub state: FinalState,
-    /// Set where the state is dead.
+    /// Set if the state is dead.
     pub reason: Option<DeadReason>,
     pub error: Option<String>,
     pub result: Option<Value>,
 }
 
-/// Why a message's job is dead, in one word: what `trainyard-reason` says on a
-/// dead letter.
+/// Why a job is dead: the `trainyard-reason` attribute of its dead letter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeadReason {
-    /// The message is no request.
+    /// The message is not a request.
     Malformed,
-    /// The message lacks what its subscription deduplicates on.
+    /// The message lacks the subscription's `dedupe_key`.
     NoDedupeKey,
-    /// No worker has known the task for as long as they may wait.
+    /// No worker knew the task within `unknown_task_patience`.
     UnknownTask,
-    /// The task says that it would fail again.
+    /// The task reported a permanent error.
     Permanent,
     AttemptsExhausted,
-    /// Its worker was lost while running it, once too often.
+    /// Too many workers crashed while running it.
     WorkerLost,
 }
 
@@ -142,8 +141,8 @@ impl Outcome {
         }
     }
 
-    /// The whole mapping from how a run ended to what becomes of its job.
-    /// `attempts` are those that count, this one included.
+    /// Maps the outcome to the job's verdict. `attempts` are those that count,
+    /// including this one.
     #[must_use]
     pub fn verdict(self, policy: &RetryPolicy, attempts: u32) -> Verdict {
         match self {
@@ -168,7 +167,7 @@ impl Outcome {
     }
 }
 
-/// What is not known to be permanent may go well another time.
+/// Retries the job unless its attempts are used up.
 fn again_or_dead(error: String, policy: &RetryPolicy, attempts: u32) -> Verdict {
     if attempts >= policy.max_attempts {
         return Verdict::Finish(Ending::dead(DeadReason::AttemptsExhausted, error));

@@ -2,6 +2,7 @@
 //! few calls that look at topics and subscriptions.
 
 mod admin;
+mod clients;
 mod counters;
 mod delivery;
 mod publishing;
@@ -11,11 +12,12 @@ use std::time::Duration;
 
 use google_cloud_auth::credentials::anonymous;
 use google_cloud_gax::error::rpc::Code;
-use google_cloud_pubsub::client::{Subscriber, SubscriptionAdmin, TopicAdmin};
+use google_cloud_pubsub::client::{SubscriptionAdmin, TopicAdmin};
 use google_cloud_pubsub::model;
 
 use crate::message::Message;
 
+pub use clients::Clients;
 pub use counters::{Counters, Figures};
 pub use delivery::{Delivery, Receipt};
 pub use publishing::{Outgoing, Publishers};
@@ -81,9 +83,6 @@ impl PubsubError {
         !matches!(self, Self::Failed { .. } | Self::Quiet { .. })
     }
 }
-
-/// An HTTP/2 connection carries a hundred streams, as a rule; acks need some.
-const STREAMS_PER_CHANNEL: usize = 80;
 
 /// Which Pub/Sub: a project of Google Cloud's, or of an emulator.
 #[derive(Debug, Clone)]
@@ -152,20 +151,10 @@ impl Connection {
         format!("projects/{}/{collection}/{name}", self.project)
     }
 
-    /// A client for streaming pull, with room for so many streams at a time;
-    /// one per process is enough.
-    ///
-    /// # Errors
-    /// [`PubsubError::NotConnected`] without usable credentials.
-    pub async fn subscriber(&self, streams: usize) -> Result<Subscriber, PubsubError> {
-        let channels = streams.div_ceil(STREAMS_PER_CHANNEL).max(1);
-        let mut builder = Subscriber::builder().with_grpc_subchannel_count(channels);
-        if let Some(endpoint) = &self.emulator {
-            builder = builder
-                .with_endpoint(endpoint)
-                .with_credentials(anonymous::Builder::new().build());
-        }
-        builder.build().await.map_err(PubsubError::not_connected)
+    /// Clients for streaming pull, for about so many streams at a time.
+    #[must_use]
+    pub fn clients(&self, streams: usize) -> Clients {
+        Clients::new(self.clone(), streams)
     }
 
     /// Publishes one message and returns the id that the broker gave it.

@@ -6,15 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::{self, Config, ConfigError};
-use crate::executor::subprocess::{self, Limits, PERMANENT_EXIT_CODES, Subprocess};
+use crate::executor::subprocess::{self, PERMANENT_EXIT_CODES, ResourceLimits, Subprocess};
 use crate::executor::{Executor, InProcess};
 use crate::task::Task;
 use crate::tasks;
 
-/// The tasks that a program brings along, by the `name` their requests carry.
+/// The tasks that a program registers, by the `name` in their requests.
 ///
-/// What the configuration says about them (ack timing, timeout) is joined on
-/// when the worker starts.
+/// Their settings (ack timing, timeout) are added from the configuration when the
+/// worker starts.
 #[derive(Default, Clone)]
 pub struct Registry {
     tasks: BTreeMap<String, Arc<dyn Task>>,
@@ -33,13 +33,11 @@ impl Registry {
         self
     }
 
-    /// Joins the tasks with their configuration. A task that the program
-    /// registered needs no section; a section needs a task, registered or
-    /// built in, or a command.
+    /// Joins the tasks with their configuration. A registered task needs no
+    /// section. A section needs a registered task, a built-in one, or a command.
     ///
     /// # Errors
-    /// A section names a task that nobody brought along, or gives a registered
-    /// one another way to run.
+    /// A section has none of these, or a command for a registered task.
     pub fn configure(
         self,
         settings: &BTreeMap<String, config::Task>,
@@ -50,7 +48,7 @@ impl Registry {
             let settings = settings.get(name).cloned().unwrap_or_default();
             if settings.command.is_some() {
                 return Err(ConfigError::Invalid(format!(
-                    "[tasks.{name}] has a `command`, but the program registers a task of that name: leave one of them out"
+                    "[tasks.{name}] has a `command`, but the program registers a task of that name: remove one of them"
                 )));
             }
             tasks.insert(
@@ -69,7 +67,7 @@ impl Registry {
             }
             let Some(task) = settings.builtin.as_deref().and_then(tasks::builtin) else {
                 return Err(ConfigError::Invalid(format!(
-                    "[tasks.{name}] does not say how to run it: set `command = [\"PROGRAM\", …]` or `builtin = \"…\"` (one of: {}), or register a task of that name in the program",
+                    "[tasks.{name}] does not say how to run the task: set `command = [\"PROGRAM\", …]` or `builtin = \"…\"` (one of: {}), or register a task of that name in the program",
                     tasks::BUILTIN_NAMES.join(", ")
                 )));
             };
@@ -89,17 +87,17 @@ pub struct ConfiguredTask {
     pub executor: Arc<dyn Executor>,
 }
 
-/// A command is killed when its stop grace is over. Its executor gives its
-/// keeper a little longer, and is to have the last word.
-const LAST_NEWS: Duration = Duration::from_secs(6);
+/// A command is killed after its stop grace, and its executor waits a little
+/// longer for the keeper's report.
+const REPORT_DELAY: Duration = Duration::from_secs(6);
 
 impl ConfiguredTask {
-    /// How long a run that is asked to stop is waited for.
+    /// How long to wait for a run that was asked to stop.
     #[must_use]
     pub fn stop_patience(&self, worker_stop_grace: Duration) -> Duration {
         let grace = self.settings.stop_grace.unwrap_or(worker_stop_grace);
         match self.settings.command {
-            Some(_) => grace + LAST_NEWS,
+            Some(_) => grace + REPORT_DELAY,
             None => grace,
         }
     }
@@ -128,14 +126,14 @@ impl ConfiguredTask {
             permanent_exit_codes: codes.unwrap_or(PERMANENT_EXIT_CODES).to_vec(),
             stop_grace: settings.stop_grace.unwrap_or(worker.stop_grace),
             stall_timeout: settings.stall_timeout,
-            limits: Limits {
+            limits: ResourceLimits {
                 memory: settings.memory.map(|size| size.0),
                 nice: settings.nice,
                 open_files: settings.open_files,
             },
             work_dir: work_dir.unwrap_or_else(subprocess::default_work_dir),
             keep_work_dir: settings.keep_work_dir,
-            keeper: None,
+            keeper_program: None,
         });
         Arc::new(Self {
             name: name.to_owned(),
@@ -145,8 +143,8 @@ impl ConfiguredTask {
     }
 }
 
-/// Where commands have their work directories, if there is any command; they
-/// can be made there.
+/// The folder of the commands' work directories, or `None` without a command.
+/// Checks that directories can be created there.
 ///
 /// # Errors
 /// They cannot.
@@ -161,7 +159,7 @@ pub async fn work_dir_of_commands(config: &Config) -> Result<Option<PathBuf>, Co
         Err(error) => Err(ConfigError::BadValue {
             key: "worker.work_dir".to_owned(),
             reason: format!(
-                "jobs cannot have their directories in {}: {error}",
+                "cannot create directories for jobs in {}: {error}",
                 work_dir.display()
             ),
         }),
@@ -185,12 +183,12 @@ impl ConfiguredTasks {
         self.tasks.is_empty()
     }
 
-    /// All, in the order of their names.
+    /// All tasks, sorted by name.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<ConfiguredTask>> {
         self.tasks.values()
     }
 
-    /// The names, in order.
+    /// The names, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tasks.keys().map(String::as_str)
     }

@@ -1,5 +1,4 @@
-//! What a run tells about itself while it goes on: progress, checkpoints, and
-//! the last lines of its output.
+//! The reports of a run: progress, checkpoints, and the last lines of its output.
 
 mod series;
 mod tail;
@@ -14,27 +13,27 @@ use series::Series;
 
 pub(crate) use tail::{Tail, readable};
 
-/// How far a run has come. Later reports replace earlier ones.
+/// The progress of a run. A later report replaces an earlier one.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Progress {
-    /// Share of the work done, from 0.0 to 1.0.
+    /// The fraction of the work done, from 0.0 to 1.0.
     #[serde(rename = "progress", skip_serializing_if = "Option::is_none")]
     pub fraction: Option<f64>,
-    /// The task's own count: an iteration, an epoch, a batch.
+    /// The number of iterations, epochs or batches, as the task counts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub step: Option<u64>,
-    /// Named figures, such as `loss`.
+    /// Named numbers, such as `loss`.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub metrics: BTreeMap<String, f64>,
 }
 
-/// Where a run's work is kept, in the task's own words (a URI, a path): what a
-/// later attempt of the same job gets to go on from.
+/// A string of the task's choice (a URI, a path) by which a later attempt of the
+/// job finds the saved work.
 pub type Checkpoint = Arc<str>;
 
-/// Where a run's reports go. Telling never blocks; who listens sees the newest.
-/// What is worth keeping of the rest is kept here, bounded.
+/// Collects a run's reports. Reporting never blocks. Watchers see the newest
+/// report; the history is stored in bounded memory.
 #[derive(Debug, Clone, Default)]
 pub struct Reports {
     progress: watch::Sender<Progress>,
@@ -49,13 +48,12 @@ impl Reports {
         self.progress.send_replace(progress);
     }
 
-    /// What the checkpoint names must be safe already: a job that dies later
-    /// goes on from it.
+    /// The checkpoint must be durable already, as the next attempt resumes from it.
     pub fn checkpoint(&self, checkpoint: &str) {
         self.checkpoint.send_replace(Some(checkpoint.into()));
     }
 
-    /// A line of the run's output, as its bytes came.
+    /// A line of the run's output.
     pub fn output(&self, line: &[u8]) {
         lock(&self.tail).push(line);
     }
@@ -70,21 +68,21 @@ impl Reports {
         self.checkpoint.subscribe()
     }
 
-    /// The progress reports so far, oldest first, for a plot: all of them, or
-    /// a few hundred at even distances when there were many, and the newest.
+    /// The progress reports so far, oldest first. If there are many, a few hundred
+    /// evenly spaced ones and the newest.
     #[must_use]
     pub fn series(&self) -> Vec<Progress> {
         lock(&self.series).points()
     }
 
-    /// The last lines of the run's output, oldest first: at most 50, each cut
-    /// to 500 bytes and with its control characters escaped.
+    /// The last lines of the run's output, oldest first: at most 50, truncated to
+    /// 500 bytes, with control characters escaped.
     #[must_use]
     pub fn tail(&self) -> Vec<String> {
         lock(&self.tail).lines()
     }
 }
 
-fn lock<T>(kept: &Mutex<T>) -> MutexGuard<'_, T> {
-    kept.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,9 +1,9 @@
-//! Delays between tries, with jitter so that many workers do not try as one.
+//! Delays between retries, with jitter so that many workers do not retry at once.
 
 use std::time::Duration;
 
-/// Exponential backoff with full jitter: each delay is drawn from nothing to
-/// a ceiling that doubles from `initial` up to `max`.
+/// Exponential backoff with full jitter: each delay is random, from zero to a
+/// ceiling that doubles from `initial` up to `max`.
 #[derive(Debug, Clone)]
 pub struct Backoff {
     initial: Duration,
@@ -21,12 +21,12 @@ impl Backoff {
         }
     }
 
-    /// The delay before the next try.
+    /// The delay before the next retry.
     pub fn next_delay(&mut self) -> Duration {
         self.next_ceiling().mul_f64(fastrand::f64())
     }
 
-    /// The longest that the delay before the next try may be.
+    /// The ceiling of the delay before the next retry.
     pub fn next_ceiling(&mut self) -> Duration {
         let ceiling = self
             .initial
@@ -36,22 +36,22 @@ impl Backoff {
         ceiling
     }
 
-    /// A try went well: the next failure starts over.
+    /// Starts over after a success.
     pub fn reset(&mut self) {
         self.failures = 0;
     }
 }
 
-/// How often a task is tried, and how long its job waits in between.
+/// How many attempts a task's job has, and how long it waits in between.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RetryPolicy {
-    /// Attempts in all, the first included.
+    /// All attempts, including the first.
     pub max_attempts: u32,
-    /// The longest that the wait after the first attempt may be.
+    /// The ceiling of the wait after the first attempt.
     pub initial: Duration,
-    /// The longest that any wait may be.
+    /// The maximum of the ceiling.
     pub max: Duration,
-    /// By how much the longest wait grows from attempt to attempt.
+    /// The growth of the ceiling from attempt to attempt.
     pub multiplier: f64,
 }
 
@@ -67,14 +67,13 @@ impl Default for RetryPolicy {
 }
 
 impl RetryPolicy {
-    /// How long to wait after so many attempts: with full jitter, so drawn
-    /// from nothing to the ceiling.
+    /// The wait after this many attempts, with full jitter.
     #[must_use]
     pub fn delay_after(&self, attempts: u32) -> Duration {
         self.ceiling_after(attempts).mul_f64(fastrand::f64())
     }
 
-    /// The longest that the wait after so many attempts may be.
+    /// The ceiling of the wait after this many attempts.
     #[must_use]
     pub fn ceiling_after(&self, attempts: u32) -> Duration {
         let growth = self.multiplier.powf(f64::from(attempts.saturating_sub(1)));
@@ -83,7 +82,7 @@ impl RetryPolicy {
     }
 }
 
-/// A delay between half of `around` and one and a half times it.
+/// A random delay from 0.5 to 1.5 times `around`.
 #[must_use]
 pub fn jittered(around: Duration) -> Duration {
     around.mul_f64(0.5 + fastrand::f64())
@@ -116,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn a_very_long_outage_does_not_overflow() {
+    fn a_long_outage_does_not_overflow() {
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(5));
         backoff.failures = u32::MAX;
         assert!(backoff.next_delay() <= Duration::from_secs(5));

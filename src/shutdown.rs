@@ -1,4 +1,4 @@
-//! Stopping: a signal becomes a token, a second one means at once.
+//! Turns signals into cancellation tokens.
 
 use std::time::Duration;
 
@@ -6,14 +6,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-/// How far a stop has come. Clones see the same stop.
+/// The phases of a shutdown. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct Shutdown {
-    /// No new work is begun.
+    /// No new work starts.
     pub draining: CancellationToken,
-    /// What still runs is asked to stop.
+    /// Runs are asked to stop.
     pub stopping: CancellationToken,
-    /// What still has to be written is given up.
+    /// Unfinished writes are given up.
     pub giving_up: CancellationToken,
 }
 
@@ -23,10 +23,10 @@ impl Shutdown {
         Self::default()
     }
 
-    /// Follows SIGTERM and SIGINT: the first drains, the second stops at once.
+    /// Handles SIGTERM and SIGINT: the first drains, the second stops at once.
     ///
     /// # Errors
-    /// The process may not install signal handlers.
+    /// The signal handlers cannot be installed.
     pub fn on_signals() -> std::io::Result<Self> {
         let shutdown = Self::new();
         let mut terminate = signal(SignalKind::terminate())?;
@@ -41,7 +41,7 @@ impl Shutdown {
                 if following.stopping.is_cancelled() {
                     warn!(
                         signal = name,
-                        "signalled again while stopping: the process ends now"
+                        "another signal while stopping: the process exits now"
                     );
                     std::process::exit(1);
                 }
@@ -57,21 +57,21 @@ impl Shutdown {
         Ok(shutdown)
     }
 
-    /// Asks for a clean stop.
+    /// Starts a graceful shutdown.
     pub fn drain(&self) {
         self.draining.cancel();
     }
 
-    /// Lets what runs run for `patience` after the drain began, then asks it
-    /// to stop; earlier when the second signal comes. `last_words` later it
-    /// gives up what could not be written.
-    pub async fn stop_after(&self, patience: Duration, last_words: Duration) {
+    /// Asks runs to stop when `grace` has passed since the drain started, or at the
+    /// second signal. Gives up unfinished writes when `write_limit` has passed after
+    /// that.
+    pub async fn stop_after(&self, grace: Duration, write_limit: Duration) {
         self.draining.cancelled().await;
         tokio::select! {
             () = self.stopping.cancelled() => {}
-            () = tokio::time::sleep(patience) => self.stopping.cancel(),
+            () = tokio::time::sleep(grace) => self.stopping.cancel(),
         }
-        tokio::time::sleep(last_words).await;
+        tokio::time::sleep(write_limit).await;
         self.giving_up.cancel();
     }
 }

@@ -1,4 +1,4 @@
-//! The trait that an in-process training job implements.
+//! The trait of an in-process task.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use crate::report::{Checkpoint, Reports};
 
 pub use crate::report::Progress;
 
-/// A named training job that runs inside the worker's process.
+/// A task that runs in the worker's process.
 ///
 /// ```
 /// use trainyard::{Run, Task, TaskError};
@@ -33,24 +33,24 @@ pub use crate::report::Progress;
 pub trait Task: Send + Sync + 'static {
     /// Runs one attempt of a job and returns its result, any JSON value.
     ///
-    /// Work that keeps a core busy belongs on [`tokio::task::spawn_blocking`].
-    /// When [`Run::stop_requested`] fires, return soon: what is still running
-    /// after the stop grace is dropped.
+    /// CPU-bound work belongs on [`tokio::task::spawn_blocking`]. When
+    /// [`Run::stop_requested`] completes, return soon: the run is dropped after the
+    /// stop grace.
     ///
     /// # Errors
-    /// [`TaskError::Permanent`] for a request that can never succeed, any
-    /// other error for one that might.
+    /// [`TaskError::Permanent`] for a request that can never succeed, any other
+    /// error for one that may succeed at a later attempt.
     async fn run(&self, run: Run) -> Result<Value, TaskError>;
 }
 
-/// How a task failed, which decides what happens to its message.
+/// How a task failed, which decides whether its job is retried.
 #[derive(Debug, thiserror::Error)]
 pub enum TaskError {
-    /// The request can never succeed (a missing column, an unknown option):
-    /// the job is dead at once.
+    /// The request can never succeed (a missing column, an unknown option). The
+    /// job is dead at once.
     #[error("{0}")]
     Permanent(String),
-    /// The request might succeed another time (a lost connection, a full disk).
+    /// A later attempt may succeed (a lost connection, a full disk).
     #[error("{0:#}")]
     Transient(#[from] anyhow::Error),
 }
@@ -67,9 +67,9 @@ impl From<std::io::Error> for TaskError {
     }
 }
 
-/// What a task is handed for one attempt of one job.
+/// The input of one attempt of one job.
 ///
-/// Cheap to clone; a clone can go to a blocking thread.
+/// It is cheap to clone, for use on a blocking thread.
 #[derive(Debug, Clone)]
 pub struct Run {
     job_id: Arc<str>,
@@ -81,7 +81,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// Builds a run by hand, as a test of a task does.
+    /// Creates a run, for tests of a task.
     #[must_use]
     pub fn new(
         job_id: &str,
@@ -100,7 +100,7 @@ impl Run {
         }
     }
 
-    /// The run goes on from where an earlier attempt of its job left off.
+    /// Sets the checkpoint of an earlier attempt.
     #[must_use]
     pub fn resuming_from(mut self, checkpoint: Option<Checkpoint>) -> Self {
         self.checkpoint = checkpoint;
@@ -112,22 +112,22 @@ impl Run {
         &self.job_id
     }
 
-    /// 1 for a job's first attempt.
+    /// The number of the attempt, from 1.
     #[must_use]
     pub fn attempt(&self) -> u32 {
         self.attempt
     }
 
-    /// The request's JSON object, whole, `name` included.
+    /// The request's whole JSON object, including `name`.
     #[must_use]
     pub fn payload(&self) -> &Payload {
         &self.payload
     }
 
-    /// The payload as a type of the task's own.
+    /// Deserializes the payload.
     ///
     /// # Errors
-    /// [`TaskError::Permanent`], naming the field, when it does not fit.
+    /// [`TaskError::Permanent`], with the field, if the payload does not match `T`.
     pub fn payload_as<T: DeserializeOwned>(&self) -> Result<T, TaskError> {
         serde_path_to_error::deserialize(Value::Object((*self.payload).clone())).map_err(|error| {
             let path = error.path().to_string();
@@ -139,33 +139,32 @@ impl Run {
         })
     }
 
-    /// Reports how far the run has come. Never blocks; a slow reader sees only
-    /// the newest report.
+    /// Reports progress. Never blocks; a slow reader sees only the newest report.
     pub fn report(&self, progress: Progress) {
         self.reports.progress(progress);
     }
 
-    /// The last checkpoint of an earlier attempt, if there was one.
+    /// The last checkpoint of an earlier attempt, if there is one.
     #[must_use]
     pub fn checkpoint(&self) -> Option<&str> {
         self.checkpoint.as_deref()
     }
 
-    /// Tells where the work so far is kept: a later attempt, on any worker,
-    /// gets it from [`Run::checkpoint`]. Call it when what it names is safe.
-    /// Never blocks; it is written to the database soon after.
+    /// Reports a checkpoint. A later attempt, on any worker, gets it from
+    /// [`Run::checkpoint`]. Call this when the saved work is durable. Never blocks;
+    /// the checkpoint is written to the database soon after.
     pub fn save_checkpoint(&self, checkpoint: &str) {
         self.reports.checkpoint(checkpoint);
     }
 
-    /// Whether the run was asked to stop; for loops on blocking threads.
+    /// Whether the run was asked to stop, for loops on blocking threads.
     #[must_use]
     pub fn should_stop(&self) -> bool {
         self.stop.is_cancelled()
     }
 
-    /// Completes when the run is asked to stop: cancelled, out of time, its
-    /// lease lost, or the worker shutting down.
+    /// Completes when the run is asked to stop: it was cancelled or timed out, its
+    /// lease is lost, or the worker shuts down.
     pub async fn stop_requested(&self) {
         self.stop.cancelled().await;
     }

@@ -7,8 +7,8 @@ use crate::task::Task;
 pub mod rehearsal;
 pub mod train_classifier;
 
+use self::train_classifier::TrainClassifier;
 use rehearsal::Rehearsal;
-use train_classifier::TrainClassifier;
 
 /// The names that [`builtin`] knows, sorted.
 pub const BUILTIN_NAMES: &[&str] = &[rehearsal::NAME, train_classifier::NAME];

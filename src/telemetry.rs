@@ -1,4 +1,4 @@
-//! Logs: levels from `RUST_LOG`, plain text on a terminal, JSON lines on request.
+//! Logs: levels from `RUST_LOG`, as text or as JSON lines.
 
 use std::io::IsTerminal;
 use std::str::FromStr;
@@ -6,7 +6,7 @@ use std::str::FromStr;
 use tracing_appender::non_blocking::WorkerGuard;
 use tracing_subscriber::EnvFilter;
 
-/// How log lines look.
+/// The format of log lines.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum LogFormat {
     /// For people.
@@ -23,16 +23,16 @@ impl FromStr for LogFormat {
         match name {
             "text" => Ok(Self::Text),
             "json" => Ok(Self::Json),
-            _ => Err("the formats are `text` and `json`".to_owned()),
+            _ => Err("write text or json".to_owned()),
         }
     }
 }
 
-/// Sends logs to stderr until the answer is dropped, which sends what is left.
-/// `default_level` holds unless `RUST_LOG` is set.
+/// Sends logs to stderr. Dropping the returned guard flushes them.
+/// `default_level` applies if `RUST_LOG` is not set.
 ///
-/// A thread of its own writes them: were nobody reading what a worker says, its
-/// leases must still be renewed. Beyond 128,000 waiting lines, more are lost.
+/// A separate thread writes them, so that a blocked stderr does not stop the
+/// renewal of leases. When 128,000 lines are waiting, further ones are lost.
 #[must_use]
 pub fn install(format: LogFormat, default_level: &str) -> Option<WorkerGuard> {
     let filter = EnvFilter::try_from_default_env()
@@ -43,7 +43,7 @@ pub fn install(format: LogFormat, default_level: &str) -> Option<WorkerGuard> {
         .with_writer(writer)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false);
-    // An error means that a subscriber is installed already, as in a test.
+    // An error means that a subscriber is already installed, as in a test.
     let installed = match format {
         LogFormat::Text => logs.try_init(),
         LogFormat::Json => logs.json().flatten_event(true).try_init(),

@@ -1,5 +1,7 @@
 //! The worker: pulls deliveries into free slots and sees each run to its end.
 
+mod admission;
+mod attempt;
 mod dead_letters;
 mod events;
 mod hold;
@@ -9,9 +11,7 @@ mod lease_keeper;
 mod process;
 mod puller;
 mod purger;
-mod reaper;
-mod run;
-mod slots;
+mod queue;
 mod supervise;
 
 use std::collections::BTreeMap;
@@ -32,17 +32,17 @@ use crate::registry::ConfiguredTasks;
 use crate::shutdown::Shutdown;
 use crate::store::{Reach, TaskTerms};
 
+use admission::{Admission, Capacity, SubscriptionCapacity, TaskCapacity};
+use attempt::Context;
 use dead_letters::DeadLetters;
 use hold::HeldDeliveries;
 use intake::Intake;
 use lease_keeper::LeaseKeeper;
 use process::Processor;
 use puller::Puller;
-use reaper::Reaper;
-use slots::{Capacity, Slots};
+use queue::Sweeper;
 
 pub use events::{Event, EventKind, Events};
-pub use hold::MAX_KEPT;
 
 /// How long writing outcomes and giving claims back may take after the last
 /// run has stopped.
@@ -104,87 +104,54 @@ impl Worker {
     /// claims back, and sends what is left to tell the broker.
     pub async fn run(self, shutdown: Shutdown) {
         let running = TaskTracker::new();
-        let slots = self.slots();
-        let reach = self.reach();
-        let intakes = self.intakes(&running, &shutdown);
         let stop_grace = self.longest_stop_grace();
-        let keeper = LeaseKeeper::new(self.guard.clone(), stop_grace);
-        let dead_letters = Arc::new(DeadLetters {
-            guard: self.guard.clone(),
-            publishers: self.publishers,
-            wake: Arc::default(),
-            draining: shutdown.draining.clone(),
-        });
-        let processor = Arc::new(Processor {
-            guard: self.guard.clone(),
-            tasks: self.tasks,
-            intakes: intakes.clone(),
-            slots: slots.clone(),
-            keeper: keeper.clone(),
-            stop_grace: self.settings.stop_grace,
-            unknown_task_patience: self.settings.unknown_task_patience,
-            shutdown: shutdown.clone(),
-            events: self.events,
-            wake_reaper: Arc::default(),
-            wake_dead_letters: Arc::clone(&dead_letters.wake),
-        });
+        let patience = self.settings.shutdown_grace.saturating_sub(stop_grace);
+        let parts = self.wire(&shutdown, &running, stop_grace);
+        let admission = parts.context.admission.clone();
+        let guard = parts.context.guard.clone();
 
-        // These go on while runs drain: leases are kept to the end.
+        // These go on while runs drain: leases are renewed to the end.
         let mut background = JoinSet::new();
-        background.spawn(keeper.clone().run());
-        background.spawn(keeper.watch_for_cancels());
-        let looking = self.guard.clone();
-        background.spawn(async move { looking.keep_looking().await });
+        background.spawn(parts.context.keeper.clone().run());
+        background.spawn(parts.context.keeper.clone().watch_for_cancels());
+        let store = Arc::clone(guard.store());
+        let health = guard.health().clone();
+        background.spawn(async move { health.watch_over(&*store).await });
         let draining = shutdown.draining.clone();
-        background.spawn(purger::purge(self.guard.clone(), self.retention, draining));
-        let publishing = Arc::clone(&dead_letters);
-        background.spawn(async move { publishing.run().await });
-        let reaper = Reaper {
-            guard: self.guard.clone(),
-            reach,
-            slots: slots.clone(),
-            wake: Arc::clone(&processor.wake_reaper),
-            processor: Arc::clone(&processor),
-            running: running.clone(),
-            draining: shutdown.draining.clone(),
-        };
-        let reaping = tokio::spawn(reaper.run());
+        background.spawn(purger::purge(guard, parts.retention, draining));
+        let dead_letters = Arc::clone(&parts.dead_letters);
+        background.spawn(async move { dead_letters.run().await });
+
+        let holding = tokio::spawn(parts.context.held.clone().run());
+        let sweeping = tokio::spawn(parts.sweeper.run());
         let mut pullers = JoinSet::new();
-        for source in self.subscriptions {
-            let puller = Puller {
-                intake: Arc::clone(&intakes[&source.name]),
-                subscription: source.subscription,
-                slots: slots.clone(),
-                processor: Arc::clone(&processor),
-                running: running.clone(),
-                draining: shutdown.draining.clone(),
-                database_is_up: self.guard.database_is_up(),
-            };
+        for puller in parts.pullers {
             pullers.spawn(puller.run());
         }
 
         let last_words = stop_grace + LAST_WRITES;
-        let patience = self.settings.shutdown_grace.saturating_sub(stop_grace);
         let giving_up = shutdown.giving_up.clone();
         let stopping = tokio::spawn(async move { shutdown.stop_after(patience, last_words).await });
         let subscriptions = pullers.join_all().await;
-        info!(running = slots.taken(), "pulling has stopped");
+        info!(running = admission.running(), "pulling has stopped");
         let ending = async {
-            // A reaper that was in the middle of a sweep has jobs to hand over.
-            if reaping.await.is_err() {
-                error!("the reaper has panicked");
+            // A sweep that was in the middle has jobs to hand over.
+            for (name, loops) in [("sweeper", sweeping), ("holder", holding)] {
+                if loops.await.is_err() {
+                    error!("the {name} has panicked");
+                }
             }
             running.close();
             running.wait().await;
         };
         tokio::select! {
             () = ending => {}
-            // Only a database that hangs takes so long; leases will end.
+            // Only a database that hangs takes so long; leases will expire.
             () = a_moment_after(giving_up) => warn!("stopping although something still waits for the database"),
         }
         stopping.abort();
         background.shutdown().await;
-        if timeout(FLUSH_TIMEOUT, dead_letters.publish_mine())
+        if timeout(FLUSH_TIMEOUT, parts.dead_letters.publish_mine())
             .await
             .is_err()
         {
@@ -194,23 +161,92 @@ impl Worker {
         info!("stopped");
     }
 
-    fn slots(&self) -> Slots {
-        let subscriptions = self.subscriptions.iter();
-        let tasks = || self.tasks.iter();
-        Slots::new(Capacity {
+    /// Makes the loops of the worker, which share its room and its leases.
+    fn wire(self, shutdown: &Shutdown, running: &TaskTracker, stop_grace: Duration) -> Parts {
+        let admission = Admission::new(self.capacity(), self.devices.clone());
+        let held = HeldDeliveries::new(
+            self.guard.clone(),
+            admission.clone(),
+            running.clone(),
+            shutdown.draining.clone(),
+        );
+        let store = Arc::clone(self.guard.store());
+        let keeper = LeaseKeeper::new(
+            store.clone(),
+            self.guard.health().clone(),
+            self.guard.terms().clone(),
+            stop_grace,
+        );
+        let dead_letters = Arc::new(DeadLetters {
+            letters: store.clone(),
+            worker: Arc::clone(&self.guard.terms().worker),
+            publishers: self.publishers.clone(),
+            wake: Arc::default(),
+            draining: shutdown.draining.clone(),
+        });
+        let context = Arc::new(Context {
+            guard: self.guard.clone(),
+            keeper,
+            admission: admission.clone(),
+            held,
+            stop_grace: self.settings.stop_grace,
+            shutdown: shutdown.clone(),
+            events: self.events.clone(),
+            wake_dead_letters: Arc::clone(&dead_letters.wake),
+        });
+        let reach = self.reach();
+        let processor = Arc::new(Processor {
+            context: Arc::clone(&context),
+            intakes: self.intakes(),
+            tasks: self.tasks,
+            unknown_task_patience: self.settings.unknown_task_patience,
+            running: running.clone(),
+        });
+        let sweeper = Sweeper {
+            queue: store,
+            reach,
+            context: Arc::clone(&context),
+            processor: Arc::clone(&processor),
+            draining: shutdown.draining.clone(),
+        };
+        let pullers = self.subscriptions.into_iter().map(|source| Puller {
+            intake: Arc::clone(&processor.intakes[&source.name]),
+            subscription: source.subscription,
+            admission: admission.clone(),
+            processor: Arc::clone(&processor),
+            draining: shutdown.draining.clone(),
+            database_is_up: self.guard.health().watch(),
+        });
+        Parts {
+            pullers: pullers.collect(),
+            context,
+            sweeper,
+            dead_letters,
+            retention: self.retention,
+        }
+    }
+
+    fn capacity(&self) -> Capacity {
+        let subscriptions = self.subscriptions.iter().map(|source| {
+            let capacity = SubscriptionCapacity {
+                concurrency: source.settings.concurrency,
+                max_waiting: source.settings.max_waiting,
+            };
+            (source.name.clone(), capacity)
+        });
+        let tasks = self.tasks.iter().map(|task| {
+            let capacity = TaskCapacity {
+                concurrency: task.settings.concurrency,
+                gpus: task.settings.gpus,
+            };
+            (task.name.clone(), capacity)
+        });
+        Capacity {
             slots: self.settings.slots,
-            subscriptions: subscriptions
-                .filter_map(|source| Some((source.name.clone(), source.settings.concurrency?)))
-                .collect(),
-            tasks: tasks()
-                .filter_map(|task| Some((task.name.clone(), task.settings.concurrency?)))
-                .collect(),
-            devices: self.devices.clone(),
-            needs: tasks()
-                .filter(|task| task.settings.gpus > 0)
-                .map(|task| (task.name.clone(), task.settings.gpus))
-                .collect(),
-        })
+            subscriptions: subscriptions.collect(),
+            tasks: tasks.collect(),
+            reserve_after: self.settings.reserve_after,
+        }
     }
 
     /// The longest that any run may take to end once it is asked to.
@@ -242,20 +278,24 @@ impl Worker {
         }
     }
 
-    fn intakes(&self, running: &TaskTracker, shutdown: &Shutdown) -> BTreeMap<String, Arc<Intake>> {
+    fn intakes(&self) -> BTreeMap<String, Arc<Intake>> {
         self.subscriptions
             .iter()
             .map(|source| {
-                let held = HeldDeliveries::new(
-                    self.guard.clone(),
-                    running.clone(),
-                    shutdown.draining.clone(),
-                );
-                let intake = Intake::new(&source.name, source.settings.clone(), held);
+                let intake = Intake::new(&source.name, source.settings.clone());
                 (source.name.clone(), Arc::new(intake))
             })
             .collect()
     }
+}
+
+/// The loops of a worker, and what they share.
+struct Parts {
+    context: Arc<Context>,
+    sweeper: Sweeper,
+    pullers: Vec<Puller>,
+    dead_letters: Arc<DeadLetters>,
+    retention: Duration,
 }
 
 /// Leaves what was given up the time to notice.

@@ -1,29 +1,28 @@
 #!/usr/bin/env python3
-"""Trains a small neural network on handwritten digits, as a trainyard task.
+"""A trainyard task that trains a small neural network on handwritten digits.
 
-It needs Python 3.9 or newer and nothing else. To try it:
+It needs only Python 3.9 or newer. To try it:
     echo '{"epochs": 5}' | python3 examples/python/train_digits.py
 
-The request is a JSON object on stdin. All fields are optional, `name` is ignored,
-and any that is not listed here is refused:
+The request is a JSON object on stdin. All fields are optional. `name` is ignored,
+and unknown fields are refused:
 
     epochs             passes over the training rows            1 to 10000   (40)
     hidden             units of the hidden layer                1 to 512     (48)
     learning_rate      Adam's step size                         up to 1      (0.002)
     batch              rows per update                          1 to 1024    (16)
-    seed               decides first weights and row order      from 0       (1)
-    seconds_per_epoch  an epoch takes at least so long          0 to 3600    (0)
+    seed               for the initial weights and row order    from 0       (1)
+    seconds_per_epoch  minimum duration of an epoch             0 to 3600    (0)
     data               the gzipped CSV file                     (the digits of examples/data)
 
-Every fifth row is held out, and `accuracy` is measured on those. One request gives
-one network, on one Python, however often the training was interrupted.
+Every fifth row is held out to measure `accuracy`. With the same Python, a request
+always gives the same network, even if the training is interrupted.
 
-Checkpoints go to CHECKPOINT_DIR, or to TRAINYARD_WORK_DIR, or to a new temporary
-directory: one after each epoch and one when asked to stop. Each replaces the one
-before; the last one is the trained network. The training goes on from
-TRAINYARD_CHECKPOINT, if that is set and the file can be used. Exit codes: 0 done,
-65 the request or the data are wrong, 66 the data cannot be read, 75 stopped by
-SIGTERM or Ctrl-C, with a checkpoint.
+Checkpoints go to CHECKPOINT_DIR, TRAINYARD_WORK_DIR or a new temporary directory:
+one after each epoch and one at a stop. Each replaces the previous one; the last one
+is the trained network. The training resumes from TRAINYARD_CHECKPOINT, if that is
+set and valid. Exit codes: 0 done, 65 invalid request or data, 66 unreadable data, 75
+stopped by SIGTERM or Ctrl-C, with a checkpoint.
 """
 
 import gzip
@@ -44,7 +43,7 @@ from typing import Any
 DIGITS = Path(__file__).resolve().parent.parent / "data" / "digits.csv.gz"
 PIXELS, CLASSES, TEST_EVERY = 64, 10, 5
 
-Example = tuple[list[float], int]  # the pixels with a 1.0 behind them, and the digit
+Example = tuple[list[float], int]  # the pixels followed by a 1.0, and the digit
 Layer = list[list[float]]  # a row of weights per unit; the last one is the bias
 
 
@@ -63,7 +62,7 @@ class Settings:
     data: str = str(DIGITS)
 
     def shaping(self) -> dict[str, float]:
-        """What a checkpoint must have in common with the request it serves."""
+        """The settings that a checkpoint and its request must share."""
         return {key: getattr(self, key) for key in ("hidden", "learning_rate", "batch", "seed")}
 
 
@@ -124,14 +123,14 @@ def parse_row(line: str) -> Example:
 
 @dataclass
 class State:
-    """All that training changes: with the settings, the whole of a checkpoint."""
+    """The state of the training. A checkpoint is this and the settings."""
 
     layers: list[Layer]
     means: list[Layer]  # of each weight's gradient: Adam's first moment
     squares: list[Layer]  # and its second
     updates: int = 0
     epoch: int = 0  # how many are complete
-    position: int = 0  # rows done in the one that is not
+    position: int = 0  # rows done in the current one
     loss: float = 0.0  # summed over those rows
     losses: list[float] = field(default_factory=list)  # the mean, of each complete epoch
 
@@ -150,7 +149,7 @@ def zeros_like(layers: list[Layer]) -> list[Layer]:
 
 
 def forward(layers: list[Layer], pixels: list[float]) -> tuple[list[float], list[float]]:
-    """The hidden layer's output, with a 1.0 behind it, and a score per digit."""
+    """The hidden layer's output, followed by a 1.0, and a score per digit."""
     hidden = [max(0.0, sum(map(mul, row, pixels))) for row in layers[0]] + [1.0]
     return hidden, [sum(map(mul, row, hidden)) for row in layers[1]]
 
@@ -211,8 +210,8 @@ class Stop:
 
 
 def train_epoch(state: State, settings: Settings, examples: list[Example], stop: Stop) -> bool:
-    """Goes on to the end of the epoch; False if asked to stop before that."""
-    # By seed and epoch alone: so a checkpoint needs no generator's state.
+    """Trains to the end of the epoch. Returns False if stopped before that."""
+    # Depends on seed and epoch only, so a checkpoint needs no generator's state.
     shuffled = random.Random(f"{settings.seed} {state.epoch}").sample(examples, len(examples))
     started, first = time.monotonic(), state.position
     while state.position < len(shuffled):
@@ -228,7 +227,7 @@ def train_epoch(state: State, settings: Settings, examples: list[Example], stop:
 
 
 def checkpoint_path() -> Path:
-    """One file per job, so that attempts of a job share it and jobs do not."""
+    """One file per job, shared by its attempts."""
     directory = os.environ.get("CHECKPOINT_DIR") or os.environ.get("TRAINYARD_WORK_DIR")
     parent = Path(directory or tempfile.mkdtemp(prefix="train-digits-")).absolute()
     parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +235,7 @@ def checkpoint_path() -> Path:
 
 
 def save_checkpoint(path: Path, settings: Settings, state: State) -> None:
-    """Replaces the file in one step: whoever reads it finds a whole one."""
+    """Replaces the file atomically, so that a reader finds a complete one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}-{time.time_ns()}")
     with open(partial, "w") as file:
         json.dump({"settings": settings.shaping(), "state": asdict(state)}, file)
@@ -244,7 +243,7 @@ def save_checkpoint(path: Path, settings: Settings, state: State) -> None:
         os.fsync(file.fileno())
     os.replace(partial, path)
     directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)  # the new name, too, is to survive a power cut
+    os.fsync(directory)  # the new name must survive a power failure too
     os.close(directory)
 
 
@@ -262,7 +261,7 @@ def resume(path: str, settings: Settings) -> State:
 
 
 def tell(**fields: object) -> None:
-    print("@trainyard " + json.dumps(fields), flush=True)  # or it would wait in a buffer
+    print("@trainyard " + json.dumps(fields), flush=True)  # not left in a buffer
 
 
 def main() -> int:
@@ -275,7 +274,7 @@ def main() -> int:
     except BadRequest as error:
         print(f"bad request: {error}", file=sys.stderr)
         return os.EX_DATAERR
-    except OSError as error:  # maybe a file system is away: worth another attempt
+    except OSError as error:  # perhaps a file system is down, so a retry may help
         print(f"cannot read the data: {error}", file=sys.stderr)
         return os.EX_NOINPUT
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Trains scikit-learn's MLPClassifier on handwritten digits, as a trainyard task.
+"""A trainyard task that trains scikit-learn's MLPClassifier on handwritten digits.
 
-The lines marked `# trainyard` are all that trainyard asks for; the rest is what
-any such script has. It needs `pip install scikit-learn`. To try it:
+Trainyard needs only the lines marked `# trainyard`; the rest is an ordinary script.
+It needs `pip install scikit-learn`. To try it:
 
     echo '{"epochs": 5}' | python3 examples/python/train_sklearn.py
 
 The request is a JSON object; `epochs` (20), `hidden` (48) and `seed` (1) are
-optional. Checkpoints go to CHECKPOINT_DIR, or to the current directory. A SIGTERM
-ends the script where it is: the next attempt goes on from the last whole epoch.
+optional. Checkpoints go to CHECKPOINT_DIR, or to the current directory. SIGTERM ends
+the script at once: the next attempt resumes from the last complete epoch.
 """
 
 import json
@@ -23,7 +23,7 @@ try:
     from sklearn.neural_network import MLPClassifier
 except ImportError as error:
     print(f"this needs scikit-learn (pip install scikit-learn): {error}", file=sys.stderr)
-    sys.exit(78)  # trainyard: the worker lacks something, no attempt can succeed
+    sys.exit(78)  # trainyard: wrong installation, not retried
 
 DIGITS = Path(__file__).resolve().parent.parent / "data" / "digits.csv.gz"
 
@@ -33,7 +33,7 @@ def tell(**fields: object) -> None:  # trainyard
 
 
 def save(model: MLPClassifier, epochs: int, path: Path) -> None:
-    """Replaces the file in one step: whoever reads it finds a whole one."""
+    """Replaces the file atomically, so that a reader finds a complete one."""
     partial = path.with_suffix(f".{os.getpid()}")
     with open(partial, "wb") as file:
         pickle.dump((model, epochs), file)
@@ -57,7 +57,7 @@ def main() -> None:
         seed = integer(request, "seed", 1, 0, 2**32 - 1)
     except (ValueError, AttributeError) as error:
         print(f"bad request: {error}", file=sys.stderr)
-        sys.exit(65)  # trainyard: the request is wrong, no attempt can succeed
+        sys.exit(65)  # trainyard: invalid request, not retried
 
     table = np.loadtxt(DIGITS, delimiter=",", skiprows=1)
     pixels, digits = table[:, :-1] / 16, table[:, -1].astype(int)
@@ -68,7 +68,7 @@ def main() -> None:
     last = os.environ.get("TRAINYARD_CHECKPOINT")  # trainyard
     model, done = MLPClassifier([hidden], learning_rate_init=0.005, random_state=seed), 0
     if last and os.path.exists(last):
-        # A pickle can run code: the directory must be as safe as this script.
+        # A pickle can run code, so the directory must be trusted.
         with open(last, "rb") as file:
             model, done = pickle.load(file)
 

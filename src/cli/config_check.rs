@@ -8,20 +8,20 @@ use crate::config::{Config, timeline};
 use crate::executor::check_command;
 use crate::registry::work_dir_of_commands;
 
-/// Look at the configuration.
+/// Check the configuration.
 #[derive(Debug, Subcommand)]
 pub(super) enum ConfigCommand {
     Check(Check),
 }
 
-/// Check it, and print what is in force.
+/// Check the configuration and print the settings in force.
 ///
-/// Prints the configuration in force, from all layers and with secrets masked,
-/// then per task what happens when. Compares it with the subscriptions in
-/// Pub/Sub, as far as they can be looked at.
+/// Prints the settings of all layers, with secrets masked, and a timeline of each
+/// task. Compares the message retention of the subscriptions in Pub/Sub, where
+/// this user may read them.
 #[derive(Debug, Args)]
 pub(super) struct Check {
-    /// Do not look at Pub/Sub
+    /// Do not connect to Pub/Sub
     #[arg(long)]
     offline: bool,
 }
@@ -35,7 +35,7 @@ impl ConfigCommand {
             true => println!("# no tasks are configured"),
             false => comment(&timeline(&config)),
         }
-        warn_of_what_run_refuses(&config);
+        warn_of_missing_settings(&config);
         warn_of_commands(&config);
         work_dir_of_commands(&config).await?;
         if !offline {
@@ -45,26 +45,29 @@ impl ConfigCommand {
     }
 }
 
-/// A configuration may be whole for `jobs list` and not for `run`.
-fn warn_of_what_run_refuses(config: &Config) {
+/// `run` needs settings that other commands, such as `jobs list`, do not.
+fn warn_of_missing_settings(config: &Config) {
     let refused = [
         (config.pubsub.project.is_none(), "no project is set"),
-        (config.subscriptions.is_empty(), "nothing is subscribed"),
+        (
+            config.subscriptions.is_empty(),
+            "no subscription is configured",
+        ),
         (config.tasks.is_empty(), "no task is configured"),
         (
             config
                 .tasks
                 .values()
                 .any(|task| task.builtin.is_none() && task.command.is_none()),
-            "a task with neither `command` nor `builtin` needs a program that registers it",
+            "a task has neither `command` nor `builtin`, and only an embedding program can register it",
         ),
     ];
     for (_, reason) in refused.iter().filter(|(refused, _)| *refused) {
-        println!("# warning: `trainyard run` refuses this: {reason}");
+        println!("# warning: `trainyard run` refuses this configuration: {reason}");
     }
 }
 
-/// Of the machine that this is run on, which may not be the worker's.
+/// Checks this machine, which may not be the worker's.
 fn warn_of_commands(config: &Config) {
     let own_path = std::env::var_os("PATH");
     for (name, task) in &config.tasks {
@@ -74,18 +77,18 @@ fn warn_of_commands(config: &Config) {
         let path = task.env.get("PATH").map(OsStr::new);
         let checked = check_command(command, task.cwd.as_deref(), path.or(own_path.as_deref()));
         if let Err(reason) = checked {
-            println!("# warning: task {name} cannot be run here: {reason}");
+            println!("# warning: task {name} cannot run on this machine: {reason}");
         }
         for unset in task
             .pass_env
             .iter()
             .filter(|name| std::env::var_os(name).is_none())
         {
-            println!("# warning: task {name} is to be passed {unset}, which is not set here");
+            println!("# warning: `pass_env` of task {name} names {unset}, which is not set here");
         }
         if task.memory.is_some() && task.gpus > 0 {
             println!(
-                "# warning: task {name} has `memory` and `gpus`: CUDA reserves far more address space than it uses, and may not start within the limit"
+                "# warning: task {name} has `memory` and `gpus`: CUDA reserves far more address space than it uses and may fail to start"
             );
         }
     }
@@ -97,22 +100,21 @@ fn comment(text: &str) {
     }
 }
 
-/// A message that Pub/Sub still has when the guard has forgotten it would run
-/// a second time.
+/// If Pub/Sub retains a message longer than the guard, it may run a second time.
 async fn check_retention(config: &Config) {
     let Ok(connection) = app::connection(config) else {
-        println!("# subscriptions: not compared, since no project is set");
+        println!("# subscriptions: not checked, as no project is set");
         return;
     };
     for name in config.subscriptions.keys() {
         match connection.message_retention_of(name).await {
-            Ok(kept) if kept > config.guard.retention => println!(
-                "# warning: subscription {name} keeps messages for {}, longer than [guard] retention = {}: one that is delivered again after that would run a second time",
-                humantime::format_duration(kept),
+            Ok(retention) if retention > config.guard.retention => println!(
+                "# warning: subscription {name} retains messages for {}, longer than [guard] retention = {}: a message that is redelivered later runs a second time",
+                humantime::format_duration(retention),
                 humantime::format_duration(config.guard.retention)
             ),
             Ok(_) => println!("# subscription {name}: found"),
-            Err(error) => println!("# subscription {name}: not compared: {error}"),
+            Err(error) => println!("# subscription {name}: not checked: {error}"),
         }
     }
 }

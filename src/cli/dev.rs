@@ -14,14 +14,14 @@ use anyhow::Context;
 use clap::Args;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
+use trainyard_emulator::{Broker, Emulator, Options};
 use uuid::Uuid;
 
 use super::{Shared, table};
 use crate::app;
 use crate::config::{Config, Subscription, Task};
-use crate::emulator::{Broker, Emulator, Options};
-use crate::job::Job;
 use crate::pubsub::{Connection, Outgoing};
+use crate::record::Job;
 use crate::registry::Registry;
 use crate::shutdown::Shutdown;
 use crate::store::{Missing, Store};
@@ -33,21 +33,21 @@ const PROJECT: &str = "trainyard-dev";
 const TASK: &str = "train-classifier";
 const SLOTS: usize = 2;
 
-/// Try it: emulator, database, worker and sample jobs in one process.
+/// Run emulator, database, worker and sample jobs in one process.
 ///
 /// Starts the built-in Pub/Sub emulator, a SQLite database and a worker, and
-/// publishes a few training requests, one of them twice under one message id;
-/// where python3 is found, one runs as a Python program.
-/// It stays up afterwards so that more can be published.
+/// publishes sample training requests. One is delivered twice with the same
+/// message id. If python3 is installed, one runs as a Python program. Afterwards
+/// the command waits for more requests.
 #[derive(Debug, Args)]
 pub(super) struct Dev {
-    /// Stop once the samples have ended; exit 0 if they ended as expected
+    /// Stop when the samples have ended; exit 0 if they ended as expected
     #[arg(long)]
     once: bool,
-    /// The emulator's port; a free one is taken if it is in use
+    /// The emulator's port; if it is in use, any free port
     #[arg(long, default_value_t = 8085)]
     port: u16,
-    /// Where the database, the data set and the models go
+    /// The directory for the database, the data set and the models
     #[arg(long, value_name = "DIR", default_value = ".trainyard")]
     dir: PathBuf,
 }
@@ -56,16 +56,16 @@ impl Dev {
     pub(super) async fn execute(self, shared: &Shared) -> anyhow::Result<ExitCode> {
         anyhow::ensure!(
             shared.config.is_none(),
-            "`dev` has its own configuration; use `run` with --config"
+            "`dev` takes no --config; use `run`"
         );
         let shutdown = Shutdown::on_signals()?;
-        // Jobs of programs have a working directory of their own.
-        let dir = std::path::absolute(&self.dir).context("there is no working directory")?;
+        // Programs run in another working directory.
+        let dir = std::path::absolute(&self.dir).context("cannot find the working directory")?;
         let dataset = samples::write_dataset(&dir)?;
-        let emulator = bind_near(self.port).await?;
+        let emulator = bind(self.port).await?;
         let address = emulator.address();
         let broker = emulator.broker();
-        // The emulator goes last: a draining worker still acknowledges.
+        // The emulator stops last, as a draining worker still acknowledges.
         let emulator_stop = tokio_util::sync::CancellationToken::new();
         let serving = tokio::spawn(emulator.serve(emulator_stop.clone()));
 
@@ -76,7 +76,7 @@ impl Dev {
             config.tasks.insert(python::NAME.to_owned(), task);
         }
         let store = app::open_store(&config, Missing::Create).await?;
-        store.migrate().await?;
+        store.migrate(app::tell_who_is_in_the_way).await?;
         let connection = app::connection(&config)?;
         for name in config.subscriptions.keys() {
             connection.ensure_topic(name).await?;
@@ -84,8 +84,8 @@ impl Dev {
         }
         let worker =
             app::build_worker(&config, Registry::new(), Arc::clone(&store), &connection).await?;
-        let happening = worker.events();
-        let events = happening.watch();
+        let events = worker.events();
+        let of_samples = events.watch();
         let working = tokio::spawn(worker.run(shutdown.clone()));
 
         println!("Pub/Sub emulator on {address}, project {PROJECT}");
@@ -96,18 +96,18 @@ impl Dev {
         let samples = samples::all(&dataset, &dir, with_python);
         let published = publish(&connection, &broker, samples).await?;
         let watched = tokio::select! {
-            watched = watch(events, &published) => Some(watched),
+            watched = watch(of_samples, &published) => Some(watched),
             () = shutdown.draining.cancelled() => None,
         };
-        // A run that was cut short has shown nothing.
+        // With --once an interrupted run counts as failed.
         let mut as_expected = !self.once;
         if let Some(jobs) = watched {
             as_expected = report(&store, &jobs?, &published).await?;
             if !self.once {
-                say_how_to_go_on(address, &config.database.url, &dataset, &dir);
+                print_next_steps(address, &config.database.url, &dataset, &dir);
                 tokio::select! {
                     () = shutdown.draining.cancelled() => {}
-                    () = tell(happening.watch()) => {}
+                    () = print_events(events.watch()) => {}
                 }
             }
         }
@@ -123,13 +123,13 @@ impl Dev {
     }
 }
 
-async fn bind_near(port: u16) -> anyhow::Result<Emulator> {
+async fn bind(port: u16) -> anyhow::Result<Emulator> {
     let address = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     match Emulator::bind(address(port), Options::default()).await {
         Err(error) if error.kind() == ErrorKind::AddrInUse => {
-            println!("port {port} is in use, so a free one is taken");
+            println!("port {port} is in use; taking a free one");
             let emulator = Emulator::bind(address(0), Options::default()).await;
-            emulator.context("no free port for the emulator")
+            emulator.context("the emulator found no free port")
         }
         bound => bound.with_context(|| format!("the emulator cannot listen on port {port}")),
     }
@@ -142,7 +142,7 @@ fn config(dir: &Path, emulator: SocketAddr) -> Config {
     config.database.url = format!("sqlite://{}/trainyard.db", dir.display());
     config.worker.slots = SLOTS;
     config.worker.work_dir = Some(dir.join("work"));
-    // There is no other worker that might know more.
+    // No other worker could know the task.
     config.worker.unknown_task_patience = Duration::ZERO;
     for name in ["light-task", "heavy-task"] {
         let subscription = Subscription::default();
@@ -156,7 +156,7 @@ fn config(dir: &Path, emulator: SocketAddr) -> Config {
     config
 }
 
-/// A sample with the id that the emulator gave its message.
+/// A sample and its message's id.
 struct Published {
     message_id: String,
     sample: Sample,
@@ -192,41 +192,41 @@ async fn publish(
     Ok(published)
 }
 
-/// Shows what happens until every sample has ended and every second delivery
-/// was dealt with; returns the samples' job ids, in their order.
+/// Shows events until every sample has ended and every second delivery has been
+/// suppressed. Returns the samples' job ids, in the samples' order.
 async fn watch(mut events: Receiver<Event>, published: &[Published]) -> anyhow::Result<Vec<Uuid>> {
     let mut screen = Screen::new();
-    let mut unfinished: HashMap<&str, Waiting> = published
+    let mut unfinished: HashMap<&str, Pending> = published
         .iter()
         .map(|published| {
             (
                 published.message_id.as_str(),
-                Waiting::for_sample(published),
+                Pending::for_sample(published),
             )
         })
         .collect();
     let mut jobs: HashMap<String, Uuid> = HashMap::new();
-    while !unfinished.values().all(Waiting::is_over) {
+    while !unfinished.values().all(Pending::is_over) {
         let event = match events.recv().await {
             Ok(event) => event,
-            // There are far fewer events than a channel holds.
-            Err(RecvError::Lagged(_)) => anyhow::bail!("the samples' events were missed"),
+            // The channel holds far more events than there are.
+            Err(RecvError::Lagged(_)) => anyhow::bail!("events of the samples were lost"),
             Err(RecvError::Closed) => anyhow::bail!("the worker stopped before the samples ended"),
         };
-        let Some(waiting) = unfinished.get_mut(&*event.message_id) else {
+        let Some(pending) = unfinished.get_mut(&*event.message_id) else {
             continue;
         };
         match &event.kind {
             EventKind::Started { job_id, .. } => {
                 jobs.insert(event.message_id.to_string(), *job_id);
             }
-            EventKind::Suppressed => waiting.duplicate = false,
+            EventKind::Suppressed => pending.duplicate = false,
             EventKind::Ended { retry_in: None, .. } | EventKind::Refused { .. } => {
-                waiting.end = false;
+                pending.end = false;
             }
             EventKind::Ended { .. } | EventKind::Progressed(_) | EventKind::Queued => {}
         }
-        screen.show(waiting.title, &event.kind);
+        screen.show(pending.title, &event.kind);
     }
     screen.close();
     Ok(published
@@ -235,8 +235,8 @@ async fn watch(mut events: Receiver<Event>, published: &[Published]) -> anyhow::
         .collect())
 }
 
-/// Tells what becomes of later messages, a line each. Ends with the worker.
-async fn tell(mut events: Receiver<Event>) {
+/// Prints a line for each event until the worker ends.
+async fn print_events(mut events: Receiver<Event>) {
     let mut screen = Screen::plain();
     loop {
         match events.recv().await {
@@ -247,14 +247,14 @@ async fn tell(mut events: Receiver<Event>) {
     }
 }
 
-/// What is still to come for one sample.
-struct Waiting<'a> {
+/// The events that one sample still waits for.
+struct Pending<'a> {
     title: &'a str,
     end: bool,
     duplicate: bool,
 }
 
-impl<'a> Waiting<'a> {
+impl<'a> Pending<'a> {
     fn for_sample(published: &'a Published) -> Self {
         Self {
             title: &published.sample.title,
@@ -268,7 +268,7 @@ impl<'a> Waiting<'a> {
     }
 }
 
-/// Prints the table and whether all is as it should be.
+/// Prints the table, and returns whether all jobs ended as expected.
 async fn report(
     store: &Arc<dyn Store>,
     ids: &[Uuid],
@@ -279,21 +279,22 @@ async fn report(
         jobs.extend(store.job(*id).await?);
     }
     println!("\n{}\n", table::of_jobs(&jobs));
-    let surprises = samples::surprises(&jobs, published.iter().map(|published| &published.sample));
-    for surprise in &surprises {
-        println!("not as expected: {surprise}");
+    let mismatches =
+        samples::mismatches(&jobs, published.iter().map(|published| &published.sample));
+    for mismatch in &mismatches {
+        println!("not as expected: {mismatch}");
     }
-    if surprises.is_empty() {
+    if mismatches.is_empty() {
         let duplicates: u32 = jobs.iter().map(|job| job.duplicates).sum();
         println!(
             "{} jobs ran once each; {duplicates} duplicate delivery was suppressed",
             jobs.len()
         );
     }
-    Ok(surprises.is_empty())
+    Ok(mismatches.is_empty())
 }
 
-fn say_how_to_go_on(emulator: SocketAddr, database: &str, dataset: &Path, dir: &Path) {
+fn print_next_steps(emulator: SocketAddr, database: &str, dataset: &Path, dir: &Path) {
     let another = samples::another(dataset, dir);
     println!(
         "
@@ -304,7 +305,7 @@ Publish more from another terminal:
   cargo run -- publish heavy-task '{another}'
   cargo run -- jobs list
 
-or with any Pub/Sub client that knows PUBSUB_EMULATOR_HOST; topics light-task and heavy-task.
+or with any Pub/Sub client that supports PUBSUB_EMULATOR_HOST. The topics are light-task and heavy-task.
 Ctrl-C stops."
     );
 }

@@ -3,51 +3,50 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use anyhow::Context;
 use clap::Args;
+use trainyard_emulator::{Faults, Options};
 
-use crate::emulator::{self, Faults, Options};
 use crate::pubsub::Connection;
 use crate::shutdown::Shutdown;
 
-/// Run the built-in Pub/Sub emulator alone.
+/// Run only the built-in Pub/Sub emulator.
 ///
-/// It speaks Pub/Sub's API over gRPC and REST on one port, keeps everything in
-/// memory, and forgets it when it stops. Any Pub/Sub client that knows
-/// PUBSUB_EMULATOR_HOST can use it.
+/// It serves Pub/Sub's API over gRPC and REST on one port. All data is in memory
+/// and lost when it stops. Any Pub/Sub client that supports PUBSUB_EMULATOR_HOST
+/// can use it.
 ///
-/// With --faults it misbehaves. While it runs, PUT /emulator/faults replaces the
-/// faults, by a JSON object of the same names, GET shows them, and
+/// --faults injects faults. At run time, PUT /emulator/faults replaces them with a
+/// JSON object of the same names, GET shows them, and
 /// POST /emulator/streams/reset?status=UNAVAILABLE ends all streams.
 ///
 /// Example: trainyard emulator --subscription heavy-task --faults duplicates=0.1
 #[derive(Debug, Args)]
 pub(super) struct Emulator {
-    /// Where to listen; 0 chooses a free port
+    /// The port to listen on; 0 takes any free port
     #[arg(long, default_value_t = 8085)]
     port: u16,
-    /// Make this topic, with a subscription of the same name; may be given
-    /// several times
+    /// Create this topic and a subscription of the same name; may be repeated
     #[arg(long = "subscription", value_name = "NAME")]
     subscriptions: Vec<String>,
-    /// The project that they are made in
+    /// The project of the topics and subscriptions
     #[arg(long, value_name = "PROJECT", default_value = "trainyard-dev")]
     project: String,
     /// The address to listen on
     #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     host: IpAddr,
-    /// What to do wrong, such as duplicates=0.1,latency=200ms
+    /// The faults to inject, such as duplicates=0.1,latency=200ms
     ///
-    /// Joined by commas:
-    ///   duplicates=0.1          how likely a delivery is followed by a second one
-    ///   dropped-acks=0.1        how likely an ack is ignored
-    ///   resets=0.1:UNAVAILABLE  how likely a stream ends after messages, and with
-    ///                           which status
-    ///   out-of-order=0.1        how likely a redelivered message is put behind
-    ///                           another one
-    ///   latency=50ms..200ms     how much later messages are delivered
-    ///   silence                 streams stay open, and nothing is sent on them
+    /// Separated by commas:
+    ///   duplicates=0.1          probability that a message is delivered twice
+    ///   dropped-acks=0.1        probability that an ack is ignored
+    ///   resets=0.1:UNAVAILABLE  probability that a stream ends after messages, and
+    ///                           its status
+    ///   out-of-order=0.1        probability that a redelivered message comes after
+    ///                           the next one
+    ///   latency=50ms..200ms     delay of deliveries
+    ///   silence                 streams stay open but deliver nothing
     #[arg(long, value_name = "FAULTS", verbatim_doc_comment)]
     faults: Option<Faults>,
-    /// The seed of all chances of --faults; without it one is drawn, and printed
+    /// The random seed of --faults; without it a random one is printed
     #[arg(long, value_name = "NUMBER")]
     seed: Option<u64>,
 }
@@ -64,13 +63,13 @@ impl Emulator {
             },
             ..Options::default()
         };
-        let emulator = emulator::Emulator::bind(address, options)
+        let emulator = trainyard_emulator::Emulator::bind(address, options)
             .await
-            .with_context(|| format!("cannot listen on {address}; --port chooses another"))?;
+            .with_context(|| format!("cannot listen on {address}; --port sets another port"))?;
         let address = emulator.address();
         let faults = emulator.broker().faults();
         if let (true, Some(seed)) = (faults.any(), faults.seed) {
-            // Not on stdout, which is for the shell.
+            // Stdout is for the shell.
             eprintln!("faults: {faults}; --seed {seed} repeats them");
         }
         let connection = Connection::new(&self.project, Some(&address.to_string()));

@@ -1,19 +1,18 @@
 use clap::Args;
 
-use super::{Shared, say, table};
+use super::{Shared, print, table};
 use crate::app;
 use crate::store::Missing;
 
-/// Tell the whole story of a message.
+/// Show the history of a message.
 ///
-/// Shows, in order, what happened to it: deliveries and duplicates, claims,
-/// attempts, leases lost and taken over, outcome, acks. One story for each
-/// subscription that it came through.
+/// Lists in order its deliveries and duplicates, claims, attempts, lost leases,
+/// takeovers, outcome and acks, separately for each subscription.
 #[derive(Debug, Args)]
 pub(super) struct Explain {
-    /// The message's id, as publishing returned it
+    /// The message id, as returned by the publisher
     message_id: String,
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -25,14 +24,14 @@ impl Explain {
         let stories = store.stories(&self.message_id).await?;
         anyhow::ensure!(
             !stories.is_empty(),
-            "no delivery of message {} is on record: it has not been pulled yet, or its retention is over",
+            "no delivery of message {} is on record: it has not been pulled yet, or its retention has ended",
             self.message_id
         );
         if self.json {
-            return say(&serde_json::to_string_pretty(&stories)?);
+            return print(&serde_json::to_string_pretty(&stories)?);
         }
         for story in &stories {
-            say(&table::of_story(story))?;
+            print(&table::of_story(story))?;
         }
         Ok(())
     }

@@ -4,34 +4,34 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::table::SHORT_ID;
-use super::{Shared, say, table};
+use super::{Shared, print, table};
 use crate::app;
-use crate::job::{AttemptRecord, Cancelling, Job, JobFilter, JobState, Retrying};
+use crate::record::{AttemptRecord, Cancelling, Job, JobFilter, JobState, Retrying};
 use crate::store::{Missing, Store};
 
-/// Look at jobs, cancel them, run them again.
+/// List, show, cancel and retry jobs.
 #[derive(Debug, Subcommand)]
 pub(super) enum Jobs {
     /// List jobs, newest first
     List(List),
-    /// Show all that is known about one job
+    /// Show the details of a job
     Show(Show),
     /// Cancel a job
     ///
-    /// One that waits ends at once. One that is running is asked to stop within
-    /// seconds, on whichever worker it runs, and has its stop grace to end.
+    /// A waiting job ends at once. A running job is asked to stop within seconds,
+    /// on any worker, and has its stop grace to end.
     Cancel(One),
     /// Run a job again
     ///
-    /// One that has ended, however it did, gets a new attempt with the same
-    /// payload and its last checkpoint. One that waits for its next attempt
-    /// gets it now.
+    /// A job that has ended, whatever its outcome, gets a new attempt with the same
+    /// payload and its last checkpoint. If a job waits for its next attempt, the
+    /// attempt starts now.
     Retry(One),
 }
 
 #[derive(Debug, Args)]
 pub(super) struct One {
-    /// The job's id, whole or its end as `jobs list` prints it
+    /// The job's id, or its end as `jobs list` prints it
     id: String,
 }
 
@@ -43,19 +43,19 @@ pub(super) struct List {
     /// Only jobs of this task
     #[arg(long)]
     task: Option<String>,
-    /// At most so many
+    /// How many jobs at most
     #[arg(long, default_value_t = 50)]
     limit: u32,
-    /// One JSON object per line
+    /// Print one JSON object per line
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct Show {
-    /// The job's id, whole or its end as `jobs list` prints it
+    /// The job's id, or its end as `jobs list` prints it
     id: String,
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -88,35 +88,37 @@ impl Jobs {
 
 async fn cancel(store: &dyn Store, id: &str) -> anyhow::Result<()> {
     let id = whole_id(store, id).await?;
-    match store.cancel(id, &by()).await? {
+    match store.cancel(id, &requester()).await? {
         None => anyhow::bail!("there is no job {id}"),
-        Some(Cancelling::Cancelled) => say(&format!("job {id} is cancelled")),
-        Some(Cancelling::Requested) => say(&format!(
-            "job {id} is running; its worker will stop it within seconds"
+        Some(Cancelling::Cancelled) => print(&format!("job {id} is cancelled")),
+        Some(Cancelling::Requested) => print(&format!(
+            "job {id} is running; its worker stops it within seconds"
         )),
         Some(Cancelling::AlreadyEnded(state)) => {
-            anyhow::bail!("job {id} has ended already: it is {}", state.as_str())
+            anyhow::bail!("job {id} has already ended: it is {}", state.as_str())
         }
     }
 }
 
 async fn retry(store: &dyn Store, id: &str) -> anyhow::Result<()> {
     let id = whole_id(store, id).await?;
-    match store.retry(id, &by()).await? {
+    match store.retry(id, &requester()).await? {
         None => anyhow::bail!("there is no job {id}"),
-        Some(Retrying::Queued) => say(&format!("job {id} runs again as soon as a worker has room")),
-        Some(Retrying::Hurried) => say(&format!(
-            "job {id} was waiting already; it need wait no longer for its next attempt"
+        Some(Retrying::Queued) => {
+            print(&format!("job {id} runs again as soon as a worker has room"))
+        }
+        Some(Retrying::Hurried) => print(&format!(
+            "job {id} was waiting; its next attempt starts as soon as a worker has room"
         )),
         Some(Retrying::Running) => anyhow::bail!("job {id} is running"),
         Some(Retrying::NothingToRun) => anyhow::bail!(
-            "job {id} cannot run again: its message names no task that can be read, or is no longer kept"
+            "job {id} cannot run again: its message names no task, or is no longer stored"
         ),
     }
 }
 
-/// Who asks, for the ledger.
-fn by() -> String {
+/// The user, for the ledger.
+fn requester() -> String {
     let user = std::env::var("USER").ok().filter(|user| !user.is_empty());
     user.map_or_else(
         || "command line".to_owned(),
@@ -131,25 +133,25 @@ async fn whole_id(store: &dyn Store, id: &str) -> anyhow::Result<Uuid> {
     let hexadecimal = id.chars().all(|digit| digit.is_ascii_hexdigit());
     anyhow::ensure!(
         hexadecimal && id.len() >= SHORT_ID,
-        "`{id}` is no job id: give the whole id, or its end of {SHORT_ID} digits or more"
+        "`{id}` is not a job id: give the whole id, or at least its last {SHORT_ID} digits"
     );
     let ids = store.job_ids_ending_with(&id.to_lowercase(), 2).await?;
     match ids[..] {
         [] => anyhow::bail!("there is no job {id}"),
         [id] => Ok(id),
-        _ => anyhow::bail!("several jobs end with {id}; give more of the id"),
+        _ => anyhow::bail!("several job ids end with {id}; give more digits"),
     }
 }
 
 fn print_list(jobs: &[Job], json: bool) -> anyhow::Result<()> {
     if !json {
-        return say(&match jobs.is_empty() {
+        return print(&match jobs.is_empty() {
             true => "no jobs".to_owned(),
             false => table::of_jobs(jobs),
         });
     }
     for job in jobs {
-        say(&serde_json::to_string(job)?)?;
+        print(&serde_json::to_string(job)?)?;
     }
     Ok(())
 }
@@ -157,13 +159,13 @@ fn print_list(jobs: &[Job], json: bool) -> anyhow::Result<()> {
 fn print_job(job: &Job, attempts: &[AttemptRecord], json: bool) -> anyhow::Result<()> {
     if !json {
         let text = table::of_one_job(job) + &table::of_attempts(attempts);
-        return say(text.trim_end());
+        return print(text.trim_end());
     }
     let mut value = serde_json::to_value(job)?;
     value["attempts_told"] = serde_json::to_value(attempts)?;
-    // Data that is no JSON can only be shown as text.
+    // Data that is not JSON is shown as text.
     value["payload"] = job.payload.as_ref().map_or(Value::Null, |payload| {
         serde_json::from_slice(payload).unwrap_or_else(|_| String::from_utf8_lossy(payload).into())
     });
-    say(&serde_json::to_string_pretty(&value)?)
+    print(&serde_json::to_string_pretty(&value)?)
 }

@@ -5,10 +5,10 @@ use crate::app;
 use crate::config::mask_password;
 use crate::store::Missing;
 
-/// Bring the database's tables up to date.
+/// Migrate the database's tables to this version.
 ///
-/// Safe to run again, and while workers run: migrations only ever add what old
-/// workers can live with.
+/// It can run repeatedly, and while workers run: migrations are compatible with
+/// running older workers.
 #[derive(Debug, Args)]
 pub(super) struct Migrate {}
 
@@ -17,7 +17,7 @@ impl Migrate {
         let config = shared.load()?;
         let applied = app::open_store(&config, Missing::Create)
             .await?
-            .migrate()
+            .migrate(app::tell_who_is_in_the_way)
             .await?;
         let url = mask_password(&config.database.url);
         match applied {

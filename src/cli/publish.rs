@@ -11,15 +11,15 @@ use crate::pubsub::{Connection, Outgoing, PubsubError};
 /// Example: trainyard publish heavy-task '{"name":"train-classifier", …}'
 #[derive(Debug, Args)]
 pub(super) struct Publish {
-    /// A topic, or a subscription whose topic is meant
+    /// A topic, or a subscription of the topic
     #[arg(value_name = "SUBSCRIPTION_OR_TOPIC")]
     target: String,
-    /// The payload: a JSON object whose `name` says which task
+    /// The payload: a JSON object whose `name` is the task's name
     json: String,
-    /// An attribute of the message; may be given several times
+    /// An attribute of the message; may be repeated
     #[arg(long = "attribute", value_name = "KEY=VALUE", value_parser = key_value)]
     attributes: Vec<(String, String)>,
-    /// Pub/Sub's ordering key of the message
+    /// The message's ordering key in Pub/Sub
     #[arg(
         long,
         value_name = "KEY",
@@ -27,7 +27,7 @@ pub(super) struct Publish {
         hide_default_value = true
     )]
     ordering_key: String,
-    /// Publish data that no worker can run, for tests
+    /// Publish invalid data too, for tests
     #[arg(long)]
     raw: bool,
 }
@@ -51,21 +51,21 @@ impl Publish {
     }
 }
 
-/// What a worker would refuse is better refused here.
+/// Refuses a payload that a worker would refuse.
 fn check_payload(json: &str) -> anyhow::Result<()> {
     let payload: Value = serde_json::from_str(json)
-        .context("the payload is not JSON (mind the shell's quotes); --raw publishes it anyway")?;
+        .context("the payload is not JSON (check the shell's quotes); --raw publishes it anyway")?;
     let named = payload.get("name").is_some_and(Value::is_string);
     anyhow::ensure!(
         named,
-        "the payload must be a JSON object with a string `name`, which chooses the task; --raw publishes it anyway"
+        "the payload must be a JSON object with a string `name`, the task's name; --raw publishes it anyway"
     );
     Ok(())
 }
 
 async fn topic_for(connection: &Connection, target: &str) -> anyhow::Result<String> {
     match connection.topic_exists(target).await {
-        // Whoever may publish need not be allowed to look.
+        // A publisher may lack the permission to read topics.
         Ok(true) | Err(PubsubError::PermissionDenied { .. }) => {
             return Ok(connection.topic_path(target));
         }
@@ -85,7 +85,7 @@ async fn topic_for(connection: &Connection, target: &str) -> anyhow::Result<Stri
 fn key_value(text: &str) -> Result<(String, String), String> {
     let (key, value) = text
         .split_once('=')
-        .ok_or("an attribute is written KEY=VALUE")?;
+        .ok_or("write the attribute as KEY=VALUE")?;
     Ok((key.to_owned(), value.to_owned()))
 }
 

@@ -4,15 +4,15 @@ use super::Shared;
 use crate::app;
 use crate::registry::Registry;
 
-/// Run the worker: pull messages and train.
+/// Run a worker.
 ///
-/// Needs a configuration with a project, at least one subscription and at
-/// least one task, and a migrated database. Talks to Google Cloud with
-/// Application Default Credentials, or to an emulator when
-/// PUBSUB_EMULATOR_HOST is set. SIGTERM stops it cleanly; a second one at once.
+/// Needs a migrated database, and a configuration with a project, a subscription
+/// and a task. Connects to Google Cloud with Application Default Credentials, or
+/// to an emulator if PUBSUB_EMULATOR_HOST is set. SIGTERM stops it gracefully, a
+/// second one at once.
 #[derive(Debug, Args)]
 pub(super) struct Run {
-    /// Bring the database's tables up to date first
+    /// Migrate the database first
     #[arg(long)]
     migrate: bool,
 }

@@ -1,18 +1,18 @@
-//! Jobs as a person reads them.
+//! Formats jobs as text.
 
 use chrono::{DateTime, Utc};
 use comfy_table::presets::NOTHING;
 use comfy_table::{ContentArrangement, Table};
 use serde_json::Value;
 
-use crate::job::{AttemptRecord, Job, Story};
+use crate::record::{AttemptRecord, Job, Story};
 use crate::report::Progress;
 
-/// The width of a table where there is no terminal to ask.
+/// The width of a table without a terminal.
 const WIDTH: usize = 120;
-/// Of the result's column, however narrow the terminal is.
-const LEAST_RESULT: usize = 15;
-/// So much of a job's id tells it apart; `jobs show` takes it.
+/// The result's column is at least this wide.
+const MIN_RESULT: usize = 15;
+/// How many digits of a job's id are shown.
 pub(super) const SHORT_ID: usize = 8;
 
 pub(super) fn of_jobs(jobs: &[Job]) -> String {
@@ -25,10 +25,10 @@ pub(super) fn of_jobs(jobs: &[Job]) -> String {
         ]);
     let widest_task = jobs.iter().filter_map(|job| job.task.as_ref());
     let widest_task = widest_task.map(String::len).max().unwrap_or_default();
-    // The other columns at their widest, with the gaps between.
+    // The maximum width of the other columns, with gaps.
     let others = SHORT_ID + widest_task.max(4) + 9 + 8 + 4 + 8 + 14;
     let width = terminal_size::terminal_size().map_or(WIDTH, |(width, _)| width.0.into());
-    let room = width.saturating_sub(others).max(LEAST_RESULT);
+    let room = width.saturating_sub(others).max(MIN_RESULT);
     for job in jobs {
         table.add_row([
             short_id(job),
@@ -44,7 +44,7 @@ pub(super) fn of_jobs(jobs: &[Job]) -> String {
     lines.join("\n")
 }
 
-/// The end of a job's id: its beginning is the time, alike for all.
+/// The end of a job's id, as ids of the same time start alike.
 pub(super) fn short_id(job: &Job) -> String {
     let id = job.id.simple().to_string();
     id[id.len() - SHORT_ID..].to_owned()
@@ -58,7 +58,7 @@ pub(super) fn of_one_job(job: &Job) -> String {
         )
     };
     let payload = job.payload.as_ref().map_or_else(
-        || "no longer kept".to_owned(),
+        || "no longer stored".to_owned(),
         |payload| String::from_utf8_lossy(payload).into_owned(),
     );
     let lines = [
@@ -100,13 +100,13 @@ pub(super) fn of_one_job(job: &Job) -> String {
         .collect()
 }
 
-/// What attempts have told: how far they came, and their last lines.
+/// The last progress report and the last lines of each attempt.
 pub(super) fn of_attempts(attempts: &[AttemptRecord]) -> String {
     let mut text = String::new();
-    for told in attempts {
-        let last = told.series.last().map(progress).unwrap_or_default();
-        text += &format!("\nattempt {}  {}{last}\n", told.attempt, told.outcome);
-        for line in &told.log {
+    for attempt in attempts {
+        let last = attempt.series.last().map(progress).unwrap_or_default();
+        text += &format!("\nattempt {}  {}{last}\n", attempt.attempt, attempt.outcome);
+        for line in &attempt.log {
             text += &format!("  | {}\n", printable(line));
         }
     }
@@ -126,7 +126,7 @@ fn progress(progress: &Progress) -> String {
     format!(", {}", parts.join(", "))
 }
 
-/// What happened to a message, a line each.
+/// The history of a message, one line per event.
 pub(super) fn of_story(story: &Story) -> String {
     let job = &story.job;
     let mut lines = vec![
@@ -164,7 +164,7 @@ fn clock(time: DateTime<Utc>) -> String {
     time.format("%Y-%m-%d %H:%M:%S%.3f").to_string()
 }
 
-/// Text from outside without what a terminal would obey.
+/// Replaces control characters, which could be terminal escapes.
 fn printable(text: &str) -> String {
     text.chars()
         .map(|c| match c.is_control() && c != '\n' && c != '\t' {
@@ -182,7 +182,7 @@ fn outcome(job: &Job) -> String {
     }
 }
 
-/// An object's fields as `name=value`, figures rounded to what is worth reading.
+/// An object's fields as `name=value`, with rounded numbers.
 fn figures(result: &Value) -> String {
     let Value::Object(fields) = result else {
         return result.to_string();

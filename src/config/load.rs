@@ -1,44 +1,23 @@
-//! Layers, first to last: built-in defaults, `config/default.toml`, `--config
-//! FILE`, `TRAINYARD__SECTION__KEY` in the environment.
+//! Loads the layers. A later one overrides an earlier one: built-in defaults,
+//! `config/default.toml`, `--config FILE`, `TRAINYARD__SECTION__KEY` variables.
 
 use std::env;
 use std::path::Path;
 
 use config::{Environment, File, FileFormat};
 
-use super::Config;
-use super::problems;
+use super::error::ConfigError;
+use super::nearest::nearest;
+use super::{Config, problems};
 
 const DEFAULT_FILE: &str = "config/default.toml";
 const ENVIRONMENT_PREFIX: &str = "TRAINYARD";
 const SEPARATOR: &str = "__";
 
-/// A configuration that cannot be used. Nothing has been started.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    #[error("the configuration file {path} does not exist; give --config the path of a TOML file")]
-    NoSuchFile { path: String },
-    #[error("the configuration cannot be read: {reason}")]
-    Unreadable { reason: String },
-    #[error("unknown configuration key `{key}`{}", suggestion(.nearest.as_deref()))]
-    UnknownKey {
-        key: String,
-        nearest: Option<String>,
-    },
-    #[error("configuration key `{key}`: {reason}")]
-    BadValue { key: String, reason: String },
-    #[error("{0}")]
-    Invalid(String),
-}
-
-fn suggestion(nearest: Option<&str>) -> String {
-    nearest.map_or_else(String::new, |name| format!("; did you mean `{name}`?"))
-}
-
 /// Loads all layers and checks them.
 ///
 /// # Errors
-/// A [`ConfigError`] that names the key and says what to do.
+/// A [`ConfigError`] that names the key.
 pub fn load(file: Option<&Path>) -> Result<Config, ConfigError> {
     let mut layers = config::Config::builder()
         .add_source(File::new(DEFAULT_FILE, FileFormat::Toml).required(false));
@@ -66,10 +45,7 @@ pub fn load(file: Option<&Path>) -> Result<Config, ConfigError> {
     Ok(config)
 }
 
-/// Reads a configuration from TOML text alone, as tests and `dev` do.
-///
-/// # Errors
-/// As [`load`].
+/// Loads and checks TOML text alone.
 #[cfg(test)]
 pub(super) fn from_toml(text: &str) -> Result<Config, ConfigError> {
     let merged = config::Config::builder()
@@ -90,10 +66,10 @@ fn typed(merged: config::Config) -> Result<Config, ConfigError> {
     })
 }
 
-/// Turns serde's words about a key into ours.
+/// Turns serde's error about a key into ours.
 fn explain(path: &str, reason: &str) -> ConfigError {
     let Some(rest) = reason.split("unknown field `").nth(1) else {
-        // The loader repeats the key that we name ourselves.
+        // The loader's message repeats the key.
         let reason = reason.split(" for key `").next().unwrap_or(reason);
         let reason = match reason.ends_with("expected a duration") {
             true => "write a duration with its unit, such as \"90s\" or \"2m\"",
@@ -118,15 +94,7 @@ fn explain(path: &str, reason: &str) -> ConfigError {
     }
 }
 
-/// The known name most like the unknown one.
-pub(super) fn nearest<'a>(unknown: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
-    known
-        .map(|name| (strsim::jaro_winkler(unknown, name), name))
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map(|(_, name)| name.to_owned())
-}
-
-/// The variables that Google's own tools and clients go by.
+/// The variables of Google's tools and clients.
 fn fill_from_well_known_variables(config: &mut Config, variable: impl Fn(&str) -> Option<String>) {
     let set = |name: &str| variable(name).filter(|value| !value.is_empty());
     let pubsub = &mut config.pubsub;
@@ -190,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mistyped_value_is_named_by_its_key() {
+    fn the_key_of_a_mistyped_value_is_named() {
         for (text, key) in [
             ("[worker]\nslots = 'many'", "worker.slots"),
             ("[worker]\nlease = '2 fortnights'", "worker.lease"),
@@ -205,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn googles_variables_fill_only_what_is_unset() {
+    fn googles_variables_fill_only_unset_keys() {
         let mut config = Config::default();
         config.pubsub.project = Some("mine".to_owned());
         fill_from_well_known_variables(&mut config, |name| Some(format!("from {name}")));

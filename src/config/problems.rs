@@ -1,45 +1,46 @@
-//! What a configuration can get wrong although every key and type is right.
+//! Checks for invalid values. Keys and types are checked before.
 
 mod tasks;
 
 use std::time::Duration;
 
-use super::{Config, ConfigError, Subscription};
+use super::error::{ConfigError, bad_value};
+use super::{Config, Subscription};
 
-/// Pub/Sub's own limits of a stream's ack deadline.
+/// Pub/Sub's limits for a stream's ack deadline.
 /// <https://cloud.google.com/pubsub/docs/reference/rpc/google.pubsub.v1#streamingpullrequest>
 const ACK_DEADLINES: std::ops::RangeInclusive<Duration> =
     Duration::from_secs(10)..=Duration::from_secs(600);
 
-/// Shorter leases would be lost to an ordinary pause of the database.
-const SHORTEST_LEASE: Duration = Duration::from_secs(2);
+/// An ordinary pause of the database must not make a lease expire.
+const MIN_LEASE: Duration = Duration::from_secs(2);
 
-/// Far below what makes sense; guards against a slip of the unit.
-const SHORTEST_RETENTION: Duration = Duration::from_secs(60 * 60);
+/// Catches a wrong unit.
+const MIN_RETENTION: Duration = Duration::from_secs(60 * 60);
 
-/// Held in memory, with their data, by each worker.
-const MOST_PREFETCHED: usize = 10_000;
+/// Each worker holds these messages in memory, with their data.
+const MAX_PREFETCH: usize = 10_000;
 
-const SHORTEST_QUIET_LIMIT: Duration = Duration::from_secs(10);
+const MIN_QUIET_LIMIT: Duration = Duration::from_secs(10);
 
-/// Longer ones would help nobody.
-const LONGEST_LEASE: Duration = Duration::from_secs(24 * 60 * 60);
+/// With a longer lease, a dead worker's job would wait too long.
+const MAX_LEASE: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Refuses what cannot work, naming the key and what to set instead.
+/// Checks that the configuration can work.
 ///
 /// # Errors
-/// The first problem found.
+/// The first problem found, with its key and what to set instead.
 pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     check_database(config)?;
     check_worker(config)?;
-    if config.guard.retention < SHORTEST_RETENTION {
-        return bad(
+    if config.guard.retention < MIN_RETENTION {
+        return bad_value(
             "guard.retention",
-            "it must be at least 1h: a message that comes again after it would run a second time",
+            "it must be at least 1h: a message that is redelivered later runs a second time",
         );
     }
     if config.guard.max_crashes == 0 {
-        return bad("guard.max_crashes", "at least 1 is needed");
+        return bad_value("guard.max_crashes", "it must be at least 1");
     }
     for (name, subscription) in &config.subscriptions {
         check_subscription(name, subscription)?;
@@ -53,28 +54,25 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
 fn check_subscription(name: &str, subscription: &Subscription) -> Result<(), ConfigError> {
     let key = |key: &str| format!("subscriptions.{name}.{key}");
     if !ACK_DEADLINES.contains(&subscription.ack_deadline) {
-        return bad(&key("ack_deadline"), "Pub/Sub takes 10s to 10m");
+        return bad_value(&key("ack_deadline"), "it must be between 10s and 10m");
     }
-    if subscription.prefetch > MOST_PREFETCHED {
-        return bad(&key("prefetch"), "it must be at most 10000");
+    if subscription.prefetch > MAX_PREFETCH {
+        return bad_value(&key("prefetch"), "it must be at most 10000");
     }
     if subscription.concurrency == Some(0) {
-        return bad(
+        return bad_value(
             &key("concurrency"),
-            "at least 1 is needed; leave it out for no limit",
+            "it must be at least 1; remove it for no limit",
         );
     }
-    if subscription.quiet_limit < SHORTEST_QUIET_LIMIT {
-        return bad(
+    if subscription.quiet_limit < MIN_QUIET_LIMIT {
+        return bad_value(
             &key("quiet_limit"),
             "it must be at least 10s: a new connection costs more than an idle stream",
         );
     }
     if subscription.dead_letter_topic.as_deref() == Some("") {
-        return bad(
-            &key("dead_letter_topic"),
-            "it is empty; leave it out for none",
-        );
+        return bad_value(&key("dead_letter_topic"), "it is empty; remove it for none");
     }
     Ok(())
 }
@@ -83,13 +81,13 @@ fn check_database(config: &Config) -> Result<(), ConfigError> {
     let url = &config.database.url;
     let known = ["postgres://", "postgresql://", "sqlite:"];
     if !known.iter().any(|scheme| url.starts_with(scheme)) {
-        return bad(
+        return bad_value(
             "database.url",
-            "it must begin with postgres:// or sqlite://",
+            "it must start with postgres:// or sqlite://",
         );
     }
     if config.database.max_connections == 0 {
-        return bad("database.max_connections", "at least 1 is needed");
+        return bad_value("database.max_connections", "it must be at least 1");
     }
     Ok(())
 }
@@ -97,104 +95,28 @@ fn check_database(config: &Config) -> Result<(), ConfigError> {
 fn check_worker(config: &Config) -> Result<(), ConfigError> {
     let worker = &config.worker;
     if !(1..=10_000).contains(&worker.slots) {
-        return bad("worker.slots", "it must be between 1 and 10000");
+        return bad_value("worker.slots", "it must be between 1 and 10000");
     }
-    if worker.lease < SHORTEST_LEASE {
-        return bad("worker.lease", "it must be at least 2s");
+    if worker.lease < MIN_LEASE {
+        return bad_value("worker.lease", "it must be at least 2s");
     }
-    if worker.lease > LONGEST_LEASE {
-        return bad(
+    if worker.lease > MAX_LEASE {
+        return bad_value(
             "worker.lease",
-            "it must be at most 1d: so long would a dead worker's job wait",
+            "it must be at most 1d: a dead worker's job waits this long",
         );
     }
     if worker.lease < worker.stop_grace.saturating_mul(3) {
-        return bad(
+        return bad_value(
             "worker.lease",
-            "it must be at least three times worker.stop_grace, so that a run whose lease is lost has ended before another begins",
+            "it must be at least three times worker.stop_grace, so that a run that loses its lease ends before another starts",
         );
     }
     if worker.stop_grace > worker.shutdown_grace {
-        return bad(
+        return bad_value(
             "worker.stop_grace",
-            "it is a part of worker.shutdown_grace and cannot be longer than that",
+            "it must be at most worker.shutdown_grace, which includes it",
         );
     }
     Ok(())
-}
-
-fn bad(key: &str, reason: &str) -> Result<(), ConfigError> {
-    Err(ConfigError::BadValue {
-        key: key.to_owned(),
-        reason: reason.to_owned(),
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::load::from_toml;
-
-    #[test]
-    fn each_impossible_value_is_named_by_its_key() {
-        for (text, key) in [
-            ("[database]\nurl = 'mysql://h/d'", "database.url"),
-            (
-                "[database]\nmax_connections = 0",
-                "database.max_connections",
-            ),
-            ("[worker]\nslots = 0", "worker.slots"),
-            ("[worker]\nlease = '1s'", "worker.lease"),
-            ("[worker]\nlease = '20s'", "worker.lease"),
-            ("[worker]\nlease = '100years'", "worker.lease"),
-            ("[worker]\nlease = 120", "worker.lease"),
-            ("[tasks.t]\ntimeout = '0s'", "tasks.t.timeout"),
-            ("[tasks.t]\nack = 'afterrun'", "tasks.t.ack"),
-            ("[tasks.t]\nmax_attempts = 0", "tasks.t.max_attempts"),
-            ("[tasks.t]\nconcurrency = 0", "tasks.t.concurrency"),
-            ("[tasks.t]\nbackoff.max = '1s'", "tasks.t.backoff.max"),
-            (
-                "[tasks.t]\nbackoff.multiplier = 0.5",
-                "tasks.t.backoff.multiplier",
-            ),
-            (
-                "[subscriptions.s]\nprefetch = 100000",
-                "subscriptions.s.prefetch",
-            ),
-            (
-                "[subscriptions.s]\nconcurrency = 0",
-                "subscriptions.s.concurrency",
-            ),
-            (
-                "[subscriptions.s]\nquiet_limit = '1s'",
-                "subscriptions.s.quiet_limit",
-            ),
-            (
-                "[subscriptions.s]\ndead_letter_topic = ''",
-                "subscriptions.s.dead_letter_topic",
-            ),
-            ("[guard]\nmax_crashes = 0", "guard.max_crashes"),
-            ("[guard]\nretention = '0s'", "guard.retention"),
-            (
-                "[subscriptions.s]\ndedupe_key = 'attribut:id'",
-                "subscriptions.s.dedupe_key",
-            ),
-            (
-                "[worker]\nstop_grace = '1m'\nlease = '5m'",
-                "worker.stop_grace",
-            ),
-            (
-                "[subscriptions.s]\nack_deadline = '1s'",
-                "subscriptions.s.ack_deadline",
-            ),
-            ("[tasks.t]\nbuiltin = 'train-clasifier'", "tasks.t.builtin"),
-        ] {
-            let error = from_toml(text).unwrap_err().to_string();
-            assert!(error.contains(&format!("`{key}`")), "{error}");
-        }
-    }
-
-    #[test]
-    fn the_defaults_have_no_problems() {
-        from_toml("").unwrap();
-    }
 }

@@ -1,11 +1,11 @@
-//! An amount of memory, as people write it.
+//! An amount of memory with a unit.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// In bytes; written with a unit, such as `512MiB` or `4GiB`.
+/// A number of bytes, written with a unit, such as `512MiB` or `4GiB`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Size(pub u64);
@@ -26,20 +26,20 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || {
+        let invalid = || {
             format!(
-                "`{text}` is no size: write a whole number and a unit, such as \"512MiB\" or \"4GiB\""
+                "`{text}` is not a size: write a whole number and a unit, such as \"512MiB\" or \"4GiB\""
             )
         };
         let text = text.trim();
         let digits = text.trim_end_matches(|after: char| !after.is_ascii_digit());
-        let number: u64 = digits.parse().map_err(|_| wrong())?;
+        let number: u64 = digits.parse().map_err(|_| invalid())?;
         let unit = text[digits.len()..].trim();
         let (_, bytes) = UNITS
             .iter()
             .find(|(name, _)| name.eq_ignore_ascii_case(unit))
-            .ok_or_else(wrong)?;
-        number.checked_mul(*bytes).map(Self).ok_or_else(wrong)
+            .ok_or_else(invalid)?;
+        number.checked_mul(*bytes).map(Self).ok_or_else(invalid)
     }
 }
 

@@ -1,11 +1,11 @@
-//! What happens when, per task, for `config check`.
+//! The timeline of each task, for `config check`.
 
 use std::fmt::Write;
 
 use super::{AckTiming, Config, Task};
 
-/// A few lines per task: when its message is acked, how long its lease lasts
-/// without renewal, when it is stopped.
+/// Per task: when its message is acked, when its lease expires without renewal,
+/// when it is stopped.
 #[must_use]
 pub fn timeline(config: &Config) -> String {
     let mut text = String::new();
@@ -26,7 +26,7 @@ fn write_task(text: &mut String, config: &Config, name: &str, task: &Task) {
         AckTiming::AfterRun => "once the outcome has committed, after the run",
     };
     let limit = task.timeout.map_or_else(
-        || "no timeout; a run ends when the task does".to_owned(),
+        || "no timeout".to_owned(),
         |timeout| {
             format!(
                 "after {} the run is asked to stop",
@@ -37,20 +37,23 @@ fn write_task(text: &mut String, config: &Config, name: &str, task: &Task) {
     let attempts = match task.max_attempts {
         1 => "one attempt; a job that fails is dead".to_owned(),
         most => format!(
-            "up to {most} attempts; before the next one a wait of up to {}, growing to {}",
+            "up to {most} attempts; the wait before the next one is up to {}, growing to {}",
             humantime::format_duration(task.backoff.initial),
             humantime::format_duration(task.backoff.max)
         ),
     };
     let lines = [
-        ("claim", format!("a lease of {lease}, held by the worker")),
+        (
+            "claim",
+            format!("a lease of {lease}, renewed by the worker"),
+        ),
         ("ack", format!("{acked} (ack = \"{}\")", task.ack.as_str())),
         ("timeout", limit),
         ("failure", attempts),
         (
             "stop",
             format!(
-                "a run that is asked to stop has {} to end",
+                "the run has {} to end when it is asked to stop",
                 humantime::format_duration(task.stop_grace.unwrap_or(worker.stop_grace))
             ),
         ),
@@ -59,13 +62,13 @@ fn write_task(text: &mut String, config: &Config, name: &str, task: &Task) {
     let _ = match (&task.builtin, &task.command) {
         (Some(builtin), _) => writeln!(text, "{name} (built in: {builtin})"),
         (None, Some(command)) => writeln!(text, "{name} (command: {})", command.join(" ")),
-        (None, None) => writeln!(text, "{name} (only in a program that registers it)"),
+        (None, None) => writeln!(text, "{name} (registered by the embedding program)"),
     };
     let stall = task.stall_timeout.map(|limit| {
         let limit = humantime::format_duration(limit);
         (
             "stall",
-            format!("after {limit} without a word the run is stopped as stuck"),
+            format!("after {limit} without a report the run is stopped as stuck"),
         )
     });
     for (label, line) in lines.into_iter().chain(stall) {

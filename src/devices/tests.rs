@@ -5,7 +5,7 @@ use serde_json::json;
 use super::*;
 
 #[test]
-fn devices_that_are_taken_never_overlap_and_all_come_back() {
+fn taken_devices_never_overlap_and_all_are_returned() {
     let seed = fastrand::u64(..);
     println!("seed {seed}");
     let mut random = fastrand::Rng::with_seed(seed);
@@ -28,7 +28,7 @@ fn devices_that_are_taken_never_overlap_and_all_come_back() {
             }
             let taken: Vec<&String> = sets.iter().flat_map(DeviceSet::names).collect();
             let different: HashSet<&String> = taken.iter().copied().collect();
-            assert_eq!(different.len(), taken.len(), "one device went to two");
+            assert_eq!(different.len(), taken.len(), "a device was taken twice");
             assert_eq!(devices.free() + taken.len(), total, "a device was lost");
         }
         sets.clear();

@@ -9,7 +9,7 @@ use super::{Attempt, Executor};
 use crate::outcome::Outcome;
 use crate::task::{Run, Task, TaskError};
 
-/// An executor of a task that is linked into this program.
+/// The executor of a task that is linked into this program.
 pub struct InProcess {
     task: Arc<dyn Task>,
 }
@@ -33,7 +33,7 @@ impl Executor for InProcess {
             attempt.stop,
         )
         .resuming_from(attempt.checkpoint);
-        // A task of its own, so that a panic ends the run and not the worker.
+        // In a separate tokio task, so that a panic does not end the worker.
         let running = tokio::spawn(async move { task.run(run).await });
         match AbortOnDropHandle::new(running).await {
             Ok(Ok(result)) => Outcome::Succeeded(result),

@@ -1,18 +1,18 @@
-//! Runs a task as a command of its own: any program, in any language.
+//! Runs a task as a command: any program, in any language.
 //!
-//! The command is started by a keeper ([`keeper`]), which ends with it. The
-//! payload goes to its stdin, its environment is made from an allow-list, and
-//! what it prints on stdout and stderr comes here.
+//! Each command has its own keeper process ([`keeper`]). The command reads the
+//! payload from stdin and gets its environment from an allow-list. Its stdout
+//! and stderr are read here.
 
 mod command;
-mod ending;
 mod environment;
+mod exit;
 mod keeper;
-mod kept;
+mod keeper_handle;
 mod lifeline;
 mod lines;
 mod output;
-mod said;
+mod report_line;
 mod work_dir;
 
 use std::collections::BTreeMap;
@@ -30,24 +30,24 @@ use uuid::Uuid;
 
 use super::{Attempt, Executor};
 use crate::outcome::Outcome;
-use ending::Ending;
 use environment::{environment, fence};
-use kept::Kept;
-use lifeline::{Exit, Moment, Order, Spec, Word};
+use exit::CommandExit;
+use keeper_handle::KeeperHandle;
+use lifeline::{ExitStatus, Moment, Notice, Order, Spec};
 use output::Output;
 
 pub use command::check_command;
-pub use keeper::keep_if_asked;
-pub use lifeline::Limits;
+pub use keeper::run_as_keeper_if_asked;
+pub use lifeline::ResourceLimits;
 pub use work_dir::{probe as probe_work_dir, tidy as tidy_work_dir};
 
-/// By convention: bad input data, and a bad configuration (`sysexits.h`).
+/// `EX_DATAERR` and `EX_CONFIG` of `sysexits.h`.
 pub const PERMANENT_EXIT_CODES: &[u8] = &[65, 78];
 
-/// All that could hold the output open is dead by then.
+/// How long the output is still read after the last process has ended.
 const LAST_OUTPUT: Duration = Duration::from_secs(2);
 
-/// Beyond the stop grace, for a keeper that does not do its work.
+/// How long after the stop grace a keeper counts as failed.
 const KEEPER_DELAY: Duration = Duration::from_secs(5);
 
 /// How a task's command is run.
@@ -55,30 +55,30 @@ const KEEPER_DELAY: Duration = Duration::from_secs(5);
 pub struct Settings {
     /// The program and its arguments. No shell, and nothing from the message.
     pub command: Vec<String>,
-    /// Unset: the daemon's own.
+    /// Unset: the daemon's.
     pub cwd: Option<PathBuf>,
-    /// Variables that it gets as the daemon has them.
+    /// Variables passed on from the daemon's environment.
     pub pass_env: Vec<String>,
-    /// Besides what every command gets.
+    /// Additional variables.
     pub env: BTreeMap<String, String>,
-    /// With these the job is dead at once.
+    /// Exit codes that are not retried.
     pub permanent_exit_codes: Vec<u8>,
     /// From SIGTERM to SIGKILL.
     pub stop_grace: Duration,
-    /// A run that tells nothing for so long is stuck. Unset: never.
+    /// A run that reports nothing for this long is stuck. Unset: never.
     pub stall_timeout: Option<Duration>,
-    pub limits: Limits,
-    /// Where jobs have their directories, by their ids.
+    pub limits: ResourceLimits,
+    /// The folder of the jobs' directories. A directory's name is its job's id.
     pub work_dir: PathBuf,
-    /// Keep a job's directory also when the job has ended.
+    /// Keep a job's directory after the job has ended.
     pub keep_work_dir: bool,
-    /// The program that keeps jobs: one that calls [`keep_if_asked`]. Unset:
-    /// this one.
-    pub keeper: Option<PathBuf>,
+    /// The program to start as the keeper; it must call
+    /// [`run_as_keeper_if_asked`]. Unset: this program.
+    pub keeper_program: Option<PathBuf>,
 }
 
 impl Settings {
-    /// A command with nothing special about it.
+    /// The default settings for a command.
     #[must_use]
     pub fn new(command: Vec<String>) -> Self {
         Self {
@@ -89,21 +89,21 @@ impl Settings {
             permanent_exit_codes: PERMANENT_EXIT_CODES.to_vec(),
             stop_grace: Duration::from_secs(10),
             stall_timeout: None,
-            limits: Limits::default(),
+            limits: ResourceLimits::default(),
             work_dir: default_work_dir(),
             keep_work_dir: false,
-            keeper: None,
+            keeper_program: None,
         }
     }
 }
 
-/// Where jobs have their directories unless it is configured.
+/// The default of [`Settings::work_dir`].
 #[must_use]
 pub fn default_work_dir() -> PathBuf {
     std::env::temp_dir().join("trainyard")
 }
 
-/// An executor of a task that is a command.
+/// The executor of a task with a command.
 pub struct Subprocess {
     settings: Settings,
 }
@@ -121,9 +121,11 @@ impl Executor for Subprocess {
         let root = &self.settings.work_dir;
         let folder = match work_dir::create(root, attempt.job_id).await {
             Ok(folder) => folder,
-            Err(error) => return Outcome::failed(format!("no work directory: {error}")),
+            Err(error) => {
+                return Outcome::failed(format!("cannot create the work directory: {error}"));
+            }
         };
-        self.run(attempt, &folder).await
+        self.run(attempt, &folder.path).await
     }
 
     async fn forget(&self, job_id: Uuid) {
@@ -144,38 +146,42 @@ impl Subprocess {
                 };
             }
         };
-        let keeper = self.settings.keeper.as_deref();
-        let started = Kept::start(keeper, fence(&attempt), attempt.devices.clone());
-        let (mut kept, stdout, stderr) = match started {
+        let program = self.settings.keeper_program.as_deref();
+        let started = KeeperHandle::start(program, fence(&attempt), attempt.devices.clone());
+        let (mut keeper, stdout, stderr) = match started {
             Ok(started) => started,
             Err(error) => return Outcome::failed(format!("cannot start a keeper: {error}")),
         };
         let output = Arc::new(Output::new(attempt.reports.clone()));
-        let listening = Arc::clone(&output);
-        let reading = async move { listening.read(stdout, stderr).await };
+        let reader = Arc::clone(&output);
+        let reading = async move { reader.read(stdout, stderr).await };
         let reading = AbortOnDropHandle::new(tokio::spawn(reading.instrument(Span::current())));
 
-        let end = match kept.launch(&spec, &attempt.data).await {
-            Ok(Word::NotStarted { reason, permanent }) => End::NotStarted { reason, permanent },
-            Ok(Word::Ended(exit)) => End::Exited(exit, Stop::default()),
-            Ok(Word::Started(_) | Word::Left(_)) => self.follow(&mut kept, attempt, &output).await,
-            Err(error) => End::Unknown(error),
+        let end = match keeper.launch(&spec, &attempt.data).await {
+            Ok(Notice::NotStarted { reason, permanent }) => {
+                RunEnd::NotStarted { reason, permanent }
+            }
+            Ok(Notice::Ended(status)) => RunEnd::Exited(status, StopRequest::default()),
+            Ok(Notice::Started(_) | Notice::Left(_)) => {
+                self.follow(&mut keeper, attempt, &output).await
+            }
+            Err(error) => RunEnd::KeeperFailed(error),
         };
         match end {
-            End::Unknown(_) => kept.end().await,
-            _ => kept.close().await,
+            RunEnd::KeeperFailed(_) => keeper.kill().await,
+            _ => keeper.close().await,
         }
         if timeout(LAST_OUTPUT, reading).await.is_err() {
-            warn!("something else holds the run's output open; it is read no further");
+            warn!("another process holds the run's output open; the rest is not read");
         }
         output.close();
         self.outcome(end, &output)
     }
 
-    /// What the keeper is told to run.
+    /// The command as the keeper gets it.
     ///
     /// # Errors
-    /// It cannot be run, now or later.
+    /// The program or the working directory is missing, which is permanent.
     fn spec(&self, attempt: &Attempt, folder: &Path) -> Result<Spec, String> {
         let settings = &self.settings;
         let passed = |name: &OsStr| settings.pass_env.iter().any(|passed| name == &**passed);
@@ -197,51 +203,56 @@ impl Subprocess {
         })
     }
 
-    /// Sees the command to its end, however it comes.
-    async fn follow(&self, kept: &mut Kept, mut attempt: Attempt, output: &Output) -> End {
-        let mut stop = Stop::default();
+    /// Follows the command to its end.
+    async fn follow(
+        &self,
+        keeper: &mut KeeperHandle,
+        mut attempt: Attempt,
+        output: &Output,
+    ) -> RunEnd {
+        let mut stop = StopRequest::default();
         let mut renewing = true;
         loop {
             tokio::select! {
-                // A command that has ended has ended, whatever else happens.
+                // The command's end comes before any reason to stop it.
                 biased;
-                word = kept.next_word() => match word {
-                    Ok(Word::Ended(exit)) => return End::Exited(exit, stop),
-                    Ok(Word::Left(pids)) => warn!(?pids, "processes of the run do not end"),
+                notice = keeper.next_notice() => match notice {
+                    Ok(Notice::Ended(status)) => return RunEnd::Exited(status, stop),
+                    Ok(Notice::Left(pids)) => warn!(?pids, "processes of the run do not end"),
                     Ok(_) => {}
-                    Err(error) => return End::Unknown(error),
+                    Err(error) => return RunEnd::KeeperFailed(error),
                 },
                 () = attempt.stop.cancelled(), if stop.asked_at.is_none() => {
                     stop.asked_at = Some(Instant::now());
-                    kept.order(Order::Terminate);
+                    keeper.order(Order::Terminate);
                 }
                 () = self.stalled(output), if stop.asked_at.is_none() => {
                     stop.asked_at = Some(Instant::now());
                     stop.stalled = true;
-                    kept.order(Order::Terminate);
+                    keeper.order(Order::Terminate);
                 }
-                () = over(stop, self.settings.stop_grace) => {
-                    return End::Unknown(io::Error::other("it did not stop its job"));
+                () = stop_overdue(stop, self.settings.stop_grace) => {
+                    return RunEnd::KeeperFailed(io::Error::other("it did not stop the command in time"));
                 }
                 renewed = attempt.valid_until.changed(), if renewing => match renewed {
                     Ok(()) => {
                         let until = *attempt.valid_until.borrow_and_update();
-                        kept.order(Order::ValidUntil(moment(until)));
+                        keeper.order(Order::ValidUntil(moment(until)));
                     }
-                    // Nobody renews any more; what was said last holds.
+                    // No more renewals: the last limit stays in force.
                     Err(_) => renewing = false,
                 },
             }
         }
     }
 
-    /// Completes when the run has told nothing for its stall timeout.
+    /// Completes when the run has reported nothing for its stall timeout.
     async fn stalled(&self, output: &Output) {
         let Some(limit) = self.settings.stall_timeout else {
             return std::future::pending().await;
         };
         loop {
-            let due = output.sign_of_life() + limit;
+            let due = output.last_report_at() + limit;
             if due <= Instant::now() {
                 return;
             }
@@ -249,16 +260,18 @@ impl Subprocess {
         }
     }
 
-    fn outcome(&self, end: End, output: &Output) -> Outcome {
+    fn outcome(&self, end: RunEnd, output: &Output) -> Outcome {
         let settings = &self.settings;
         match end {
-            End::NotStarted { reason, permanent } => Outcome::Failed {
+            RunEnd::NotStarted { reason, permanent } => Outcome::Failed {
                 error: reason,
                 permanent,
             },
-            End::Unknown(error) => Outcome::failed(format!("the job's keeper failed: {error}")),
-            End::Exited(exit, stop) => Ending {
-                exit,
+            RunEnd::KeeperFailed(error) => {
+                Outcome::failed(format!("the job's keeper failed: {error}"))
+            }
+            RunEnd::Exited(status, stop) => CommandExit {
+                status,
                 stopped: stop.asked_at.is_some(),
                 stalled: settings.stall_timeout.filter(|_| stop.stalled),
                 result: output.result(),
@@ -271,29 +284,29 @@ impl Subprocess {
     }
 }
 
-/// How a run came to its end, as far as it is known.
-enum End {
+/// How a run ended, as far as the daemon knows.
+enum RunEnd {
     NotStarted { reason: String, permanent: bool },
-    Exited(Exit, Stop),
-    Unknown(io::Error),
+    Exited(ExitStatus, StopRequest),
+    KeeperFailed(io::Error),
 }
 
 /// Whether and why a command was asked to stop.
 #[derive(Clone, Copy, Default)]
-struct Stop {
+struct StopRequest {
     asked_at: Option<Instant>,
     stalled: bool,
 }
 
-/// Completes when a command that was asked to stop must long have ended.
-async fn over(stop: Stop, grace: Duration) {
+/// Completes when a command that was asked to stop should have ended by now.
+async fn stop_overdue(stop: StopRequest, grace: Duration) {
     match stop.asked_at {
         Some(asked_at) => sleep_until(asked_at + grace + KEEPER_DELAY).await,
         None => std::future::pending().await,
     }
 }
 
-/// The same point in time on the clock that the keeper sees too.
+/// Converts to the clock that the daemon and the keeper share.
 fn moment(at: Instant) -> Moment {
     Moment::now().after(at.saturating_duration_since(Instant::now()))
 }

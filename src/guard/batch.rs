@@ -6,16 +6,12 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::timeout;
 
-use crate::store::StoreError;
+use crate::store::{StoreError, in_time};
 
 /// Larger batches gain nothing more and make everybody in them wait.
 const MAX_BATCH: usize = 200;
 const MAX_BATCH_BYTES: usize = 8 << 20;
-
-/// A database that takes longer counts as not answering.
-const TIMEOUT: Duration = Duration::from_secs(20);
 
 type Answer<A> = Result<A, Arc<StoreError>>;
 type Ask<Q, A> = (Q, oneshot::Sender<Answer<A>>);
@@ -65,7 +61,7 @@ impl<Q: Clone + Send + 'static, A: Send + 'static> Batcher<Q, A> {
     /// The batch's, shared by all in it.
     pub(super) async fn ask(&self, question: Q) -> Answer<A> {
         let (reply, answer) = oneshot::channel();
-        let lost = || Arc::new(StoreError::NoAnswer(TIMEOUT));
+        let lost = || Arc::new(StoreError::NoAnswer(Duration::ZERO));
         self.asks
             .send((question, reply))
             .await
@@ -103,15 +99,6 @@ async fn answer<Q: Clone, A>(run: &Run<Q, A>, batch: Vec<Ask<Q, A>>) {
 fn only<A>(answers: Vec<A>) -> Answer<A> {
     let answer = answers.into_iter().next();
     answer.ok_or_else(|| Arc::new(StoreError::Unreadable("no row answers".to_owned())))
-}
-
-/// An answer of the database, unless it takes too long.
-pub(super) async fn in_time<A>(
-    asking: impl Future<Output = Result<A, StoreError>>,
-) -> Result<A, StoreError> {
-    timeout(TIMEOUT, asking)
-        .await
-        .unwrap_or(Err(StoreError::NoAnswer(TIMEOUT)))
 }
 
 #[cfg(test)]

@@ -1,14 +1,15 @@
-//! Whether the database answers: while it does not, nothing is pulled.
+//! Whether the database answers: while it does not, nothing is pulled, and for
+//! a while after it is back nothing is taken over.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
 use crate::retry::Backoff;
-use crate::store::{Store, StoreError};
+use crate::store::{Schema, StoreError};
 
 /// Pauses between pings of a database that is away.
 const PING: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
@@ -16,25 +17,40 @@ const PING_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What is known about the database. Clones know the same.
 #[derive(Debug, Clone)]
-pub(super) struct Health {
+pub struct Health {
     up: Arc<watch::Sender<bool>>,
+    /// When it came back, if it was ever away.
+    back_since: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Default for Health {
     fn default() -> Self {
         Self {
             up: Arc::new(watch::Sender::new(true)),
+            back_since: Arc::default(),
         }
     }
 }
 
 impl Health {
-    pub(super) fn watch(&self) -> watch::Receiver<bool> {
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<bool> {
         self.up.subscribe()
     }
 
-    /// Takes note of an answer, or of there being none.
-    pub(super) fn heard(&self, failure: Option<&StoreError>) {
+    /// Whether the database has answered for at least this long, as far as is
+    /// known here.
+    #[must_use]
+    pub fn is_up_for(&self, at_least: Duration) -> bool {
+        let back_since = *self
+            .back_since
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *self.up.borrow() && back_since.is_none_or(|since| since.elapsed() >= at_least)
+    }
+
+    /// Notes whether the database has answered.
+    pub fn note(&self, failure: Option<&StoreError>) {
         if let Some(failure) = failure.filter(|failure| failure.is_passing())
             && self.up.send_replace(false)
         {
@@ -43,16 +59,20 @@ impl Health {
     }
 
     /// Pings the database whenever it is away, until it is back. Never ends.
-    pub(super) async fn keep_looking(&self, store: &dyn Store) {
+    pub async fn watch_over(&self, schema: &dyn Schema) {
         let mut up = self.watch();
         let mut backoff = Backoff::new(PING.0, PING.1);
         loop {
             // The sender lives in self, so waiting cannot fail.
             let _ = up.wait_for(|up| !up).await;
             sleep(backoff.next_delay()).await;
-            if let Ok(Ok(())) = timeout(PING_TIMEOUT, store.ping()).await {
+            if let Ok(Ok(())) = timeout(PING_TIMEOUT, schema.ping()).await {
                 backoff.reset();
                 info!("the database is back: pulling goes on");
+                *self
+                    .back_since
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
                 self.up.send_replace(true);
             }
         }

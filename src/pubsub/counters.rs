@@ -9,6 +9,7 @@ pub struct Counters {
     pub(super) acks: Counter,
     pub(super) unconfirmed_acks: Counter,
     pub(super) nacks: Counter,
+    pub(super) surplus: Counter,
     pub(super) streams_opened: Counter,
     pub(super) streams_failed: Counter,
     pub(super) streams_quiet: Counter,
@@ -24,6 +25,8 @@ pub struct Figures {
     pub unconfirmed_acks: u64,
     /// Deliveries that were handed back.
     pub nacks: u64,
+    /// Deliveries that came although their stream had no room for them.
+    pub surplus: u64,
     pub streams_opened: u64,
     pub streams_failed: u64,
     /// Streams that were replaced since they had brought nothing for too long.
@@ -38,6 +41,7 @@ impl Counters {
             acks: self.acks.get(),
             unconfirmed_acks: self.unconfirmed_acks.get(),
             nacks: self.nacks.get(),
+            surplus: self.surplus.get(),
             streams_opened: self.streams_opened.get(),
             streams_failed: self.streams_failed.get(),
             streams_quiet: self.streams_quiet.get(),
@@ -53,7 +57,7 @@ impl Counter {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn get(&self) -> u64 {
+    pub(super) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }

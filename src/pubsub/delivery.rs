@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use google_cloud_pubsub::subscriber::handler::Handler;
-use tokio::time::Instant;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -14,9 +13,9 @@ use tracing::warn;
 use super::counters::Counters;
 use crate::message::Message;
 
-/// The broker hears of a stream's end on another way than of an ack. Were the
-/// ack quicker, the next message would go into a stream that nobody reads, and
-/// come again only after its ack deadline.
+/// The broker hears of a stream's end on another way than of an ack. If the ack
+/// is quicker, the next message goes into a stream that nobody reads, and comes
+/// again only after its ack deadline.
 const AFTER_CLOSING: Duration = Duration::from_millis(100);
 
 /// A delivery. While it exists, its ack deadline is being extended; dropped
@@ -26,7 +25,6 @@ pub struct Delivery {
     pub message: Message,
     /// Counted by the broker, where the subscription has a dead-letter policy.
     pub attempt: Option<i32>,
-    pub(super) arrived_at: Instant,
     receipt: Receipt,
 }
 
@@ -43,19 +41,27 @@ pub(super) struct Origin {
     unsettled: AtomicUsize,
     /// Of those, the ones that are held for long.
     held: AtomicUsize,
+    /// Which client it was opened with.
+    pub(super) generation: u64,
     pub(super) counters: Arc<Counters>,
     /// Has everything that must be over before the subscription is.
     settling: TaskTracker,
 }
 
 impl Origin {
-    pub(super) fn new(capacity: usize, counters: Arc<Counters>, settling: TaskTracker) -> Self {
+    pub(super) fn new(
+        capacity: usize,
+        generation: u64,
+        counters: Arc<Counters>,
+        settling: TaskTracker,
+    ) -> Self {
         Self {
             close: CancellationToken::new(),
             closed: CancellationToken::new(),
             capacity,
             unsettled: AtomicUsize::new(0),
             held: AtomicUsize::new(0),
+            generation,
             counters,
             settling,
         }
@@ -72,20 +78,23 @@ impl Origin {
     }
 
     /// Whether deliveries that are held take up much of what the stream may
-    /// bring; it is then replaced, and only kept for them.
+    /// bring: it is worth closing. They are extended without it.
     pub(super) fn is_clogged(&self) -> bool {
-        self.held.load(Ordering::Acquire) * 2 >= self.capacity
+        let held = self.held.load(Ordering::Acquire);
+        held > 0 && held * 2 >= self.capacity
     }
 }
 
 impl Delivery {
     pub(super) fn new(message: Message, handler: Handler, origin: Arc<Origin>) -> Self {
-        origin.unsettled.fetch_add(1, Ordering::AcqRel);
+        let unsettled = origin.unsettled.fetch_add(1, Ordering::AcqRel);
         origin.counters.deliveries.add_one();
+        if unsettled >= origin.capacity {
+            origin.counters.surplus.add_one();
+        }
         Self {
             message,
             attempt: handler.delivery_attempt(),
-            arrived_at: Instant::now(),
             receipt: Receipt {
                 handler,
                 unsettled: Unsettled {
@@ -136,12 +145,15 @@ impl Receipt {
         tell_ack(handler, &unsettled.origin);
     }
 
-    /// As [`Receipt::ack`] for a message whose job still keeps a slot: no
-    /// other message may come in its place.
-    pub fn ack_early(self) {
-        match self.unsettled.origin.capacity {
-            1 => self.settle_without_a_successor(tell_ack),
-            // More than can be started are held here anyway.
+    /// As [`Receipt::ack`], but no other message may come in its place: its job
+    /// still runs, or older ones wait for the room.
+    pub fn ack_without_a_successor(self) {
+        let origin = &self.unsettled.origin;
+        let is_over_full = origin.unsettled.load(Ordering::Acquire) > origin.capacity;
+        match origin.capacity {
+            1 if !is_over_full => self.settle_without_a_successor(tell_ack),
+            // A stream of many brings what it may hold in any case. One that has
+            // brought more than it was asked for has no room yet.
             _ => self.ack(),
         }
     }
@@ -152,14 +164,13 @@ impl Receipt {
         tell_nack(handler, &unsettled.origin);
     }
 
-    /// As [`Receipt::nack`] for a message that this worker has no slot for: it
-    /// must not come back here.
+    /// As [`Receipt::nack`] for a message that must not come back here.
     pub fn hand_back(self) {
         self.settle_without_a_successor(tell_nack);
     }
 
     /// The message will stay unsettled for long while others run.
-    pub fn is_held(&mut self) {
+    pub fn mark_held(&mut self) {
         if !self.unsettled.is_held {
             self.unsettled.is_held = true;
             self.unsettled.origin.held.fetch_add(1, Ordering::AcqRel);

@@ -1,19 +1,19 @@
-//! A run's progress over time, in bounded room.
+//! A run's progress over time, in bounded memory.
 
 use super::Progress;
 
-/// Even, so that every second one can go.
-const ROOM: usize = 500;
+/// Even, so that every second point can be removed.
+const CAPACITY: usize = 500;
 
-/// Every report, then every second, every fourth…: whenever the room is used
-/// up, every second point goes and the distance between points doubles.
+/// Stores every report, then every second, every fourth and so on: whenever it is
+/// full, every second point is removed and the stride doubles.
 #[derive(Debug)]
 pub(super) struct Series {
     points: Vec<Progress>,
-    /// Every so many reports one is kept.
+    /// One of this many reports is stored.
     stride: u64,
-    told: u64,
-    /// The newest report, where it is not among the points.
+    count: u64,
+    /// The newest report, if it is not among the points.
     newest: Option<Progress>,
 }
 
@@ -22,7 +22,7 @@ impl Default for Series {
         Self {
             points: Vec::new(),
             stride: 1,
-            told: 0,
+            count: 0,
             newest: None,
         }
     }
@@ -30,7 +30,7 @@ impl Default for Series {
 
 impl Series {
     pub(super) fn push(&mut self, report: Progress) {
-        if self.points.len() == ROOM {
+        if self.points.len() == CAPACITY {
             let mut nth = 0_usize;
             self.points.retain(|_| {
                 nth += 1;
@@ -38,14 +38,14 @@ impl Series {
             });
             self.stride *= 2;
         }
-        self.newest = match self.told % self.stride {
+        self.newest = match self.count % self.stride {
             0 => {
                 self.points.push(report);
                 None
             }
             _ => Some(report),
         };
-        self.told += 1;
+        self.count += 1;
     }
 
     pub(super) fn points(&self) -> Vec<Progress> {
@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn a_short_series_is_whole() {
+    fn a_short_series_is_complete() {
         assert_eq!(steps_after(0), [0_u64; 0]);
         assert_eq!(steps_after(500), (0..500).collect::<Vec<_>>());
     }

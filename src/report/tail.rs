@@ -1,12 +1,12 @@
-//! The last lines of a run's output, in bounded room.
+//! The last lines of a run's output, in bounded memory.
 
 use std::collections::VecDeque;
 
 const LINES: usize = 50;
 const LINE_BYTES: usize = 500;
 
-/// Kept as bytes and made readable only when asked for: a run may print
-/// millions of lines of which nobody ever sees one.
+/// Stores bytes and converts them only on request, as a run may print millions of
+/// lines.
 #[derive(Debug, Default)]
 pub(crate) struct Tail {
     lines: VecDeque<Vec<u8>>,
@@ -14,13 +14,13 @@ pub(crate) struct Tail {
 
 impl Tail {
     pub(crate) fn push(&mut self, line: &[u8]) {
-        let mut room = match self.lines.len() {
+        let mut buffer = match self.lines.len() {
             LINES => self.lines.pop_front().unwrap_or_default(),
             _ => Vec::new(),
         };
-        room.clear();
-        room.extend_from_slice(&line[..line.len().min(LINE_BYTES)]);
-        self.lines.push_back(room);
+        buffer.clear();
+        buffer.extend_from_slice(&line[..line.len().min(LINE_BYTES)]);
+        self.lines.push_back(buffer);
     }
 
     pub(crate) fn lines(&self) -> Vec<String> {
@@ -28,8 +28,8 @@ impl Tail {
     }
 }
 
-/// Text that is safe in a log, on a terminal and in a database: what is no
-/// UTF-8 is replaced, control characters are escaped.
+/// Makes text safe for a log, a terminal and a database: replaces invalid UTF-8
+/// and escapes control characters.
 pub(crate) fn readable(line: &[u8]) -> String {
     let mut text = String::with_capacity(line.len());
     for character in String::from_utf8_lossy(line).chars() {
@@ -47,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_last_lines_are_kept_and_long_ones_are_cut() {
+    fn only_the_last_lines_are_stored_and_long_ones_are_truncated() {
         let mut tail = Tail::default();
         for number in 0..200 {
             tail.push(format!("line {number}").as_bytes());

@@ -1,60 +1,68 @@
 //! The tables on Postgres.
 
-mod attempts;
 mod claims;
 mod dead_letters;
 mod endings;
 mod ledger;
-mod orphans;
-mod reading;
+mod ordering;
+mod queue;
 mod requests;
 mod running;
+mod schema;
 
 use std::str::FromStr;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use sqlx::PgPool;
-use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use tokio::time::sleep;
+use sqlx::{Connection, PgPool, Postgres};
+use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
+use super::reading::Pooled;
 use super::{
-    ClaimTerms, DeadLettersDue, Finish, GivenUp, Reach, Refusal, Refused, Release, SchemaError,
-    Standing, Store, StoreError,
+    ClaimTerms, Claims, DeadLetterBox, DeadLettersDue, Finish, GivenUp, Queue, Reach, Refusal,
+    Refused, Release, Requests, Schema, SchemaError, Standing, StoreError, Waiting,
 };
-use crate::job::{
-    AttemptRecord, Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter, JobKey,
-    Note, Reaped, Retrying, Story, Told,
-};
+use crate::job::{Claim, ClaimRequest, DeadLetter, DueJob, Fence, JobKey, Pick, Renewal, Taken};
+use crate::record::{AttemptReport, Cancelling, Note, Retrying};
 use crate::retry::Backoff;
 
 /// How long a caller waits for a connection before the database counts as
 /// unavailable.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// No statement or lock wait may keep a worker for long, and no transaction
-/// may stay open behind a worker that is gone.
-const LIMITS: [(&str, &str); 3] = [
+/// A connection that does not answer this long after a statement was given up is
+/// dead: a failover may leave no sign but silence. It gives its place in the pool
+/// back, which it would otherwise occupy until TCP gives up.
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// No statement or lock wait may occupy a worker for long, and no transaction
+/// may stay open behind a worker that is gone. The server ends the session of a
+/// worker whose machine has vanished within half a minute.
+const LIMITS: [(&str, &str); 6] = [
     ("statement_timeout", "15s"),
     ("lock_timeout", "5s"),
     ("idle_in_transaction_session_timeout", "15s"),
+    ("tcp_keepalives_idle", "15"),
+    ("tcp_keepalives_interval", "5"),
+    ("tcp_keepalives_count", "3"),
 ];
 
+/// More than one: a connection that has gone silent stays taken.
 const RENEWAL_CONNECTIONS: u32 = 3;
 
 /// Pauses before a rolled-back transaction is tried again.
 const ROLLED_BACK: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(200));
 const ROLLED_BACK_TRIES: u32 = 5;
 
-/// [`Store`] on Postgres 14 or newer.
+/// [`super::Store`] on Postgres 14 or newer.
 #[derive(Clone)]
 pub struct PostgresStore {
     pool: PgPool,
-    /// Renewals have a connection of their own, so that no flood of claims
-    /// keeps a lease from being renewed. They do not wait for the disk: a
-    /// renewal that a crash of the server undoes only ends a lease early.
+    /// Renewals have connections of their own, so that no flood of claims
+    /// delays them. They do not wait for the disk: a renewal that a crash of
+    /// the server undoes only ends a lease early.
     renewals: PgPool,
     url: String,
 }
@@ -68,21 +76,37 @@ impl PostgresStore {
         let options = PgConnectOptions::from_str(url)?
             .application_name("trainyard")
             .options(LIMITS);
-        let pool = PgPoolOptions::new()
-            .max_connections(max_connections)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
+        let pool = pool_of(max_connections)
             .connect_with(options.clone())
             .await?;
-        let renewals = PgPoolOptions::new()
-            // More than one: a connection that has gone silent stays taken.
-            .max_connections(RENEWAL_CONNECTIONS)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
+        let renewals = pool_of(RENEWAL_CONNECTIONS)
             .connect_lazy_with(options.clone().options([("synchronous_commit", "off")]));
         Ok(Self {
             pool,
             renewals,
             url: url.to_owned(),
         })
+    }
+}
+
+fn pool_of(connections: u32) -> PgPoolOptions {
+    PgPoolOptions::new()
+        .max_connections(connections)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .after_release(|connection, _| {
+            Box::pin(async move {
+                let answer = timeout(SILENCE, connection.ping()).await;
+                answer.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
+                Ok(true)
+            })
+        })
+}
+
+impl Pooled for PostgresStore {
+    type Database = Postgres;
+
+    fn pool(&self) -> &PgPool {
+        &self.pool
     }
 }
 
@@ -101,37 +125,23 @@ async fn retried<T, F: Future<Output = Result<T, StoreError>>>(
     transaction().await
 }
 
-/// A write, though of nothing: a database that only reads is no use.
-const PING: &str = "UPDATE leases SET attempt = attempt WHERE false";
-
 #[async_trait]
-impl Store for PostgresStore {
-    async fn migrate(&self) -> Result<usize, SchemaError> {
-        let migrator = migrator();
-        let outstanding = reading::outstanding_migrations(&self.pool, &migrator).await?;
-        // Without the limits of the workers' connections.
-        let unlimited = PgPoolOptions::new()
-            .max_connections(1)
-            .connect(&self.url)
-            .await?;
-        migrator.run(&unlimited).await?;
-        unlimited.close().await;
-        Ok(outstanding.unwrap_or_else(|| migrator.iter().count()))
+impl Schema for PostgresStore {
+    async fn migrate(&self, waiting: Waiting) -> Result<usize, SchemaError> {
+        schema::migrate(&self.pool, &self.url, waiting).await
     }
 
     async fn check_schema(&self) -> Result<(), SchemaError> {
-        match reading::outstanding_migrations(&self.pool, &migrator()).await? {
-            None => Err(SchemaError::Missing),
-            Some(0) => Ok(()),
-            Some(behind) => Err(SchemaError::Old { behind }),
-        }
+        schema::check(&self.pool).await
     }
 
     async fn ping(&self) -> Result<(), StoreError> {
-        sqlx::query(PING).execute(&self.pool).await?;
-        Ok(())
+        schema::ping(&self.pool).await
     }
+}
 
+#[async_trait]
+impl Claims for PostgresStore {
     async fn claim(
         &self,
         requests: &[ClaimRequest],
@@ -140,29 +150,12 @@ impl Store for PostgresStore {
         retried(|| claims::claim(&self.pool, requests, terms)).await
     }
 
-    async fn look(&self, key: &JobKey) -> Result<Standing, StoreError> {
-        claims::look(&self.pool, key).await
-    }
-
-    async fn renew(&self, fences: &[Fence], lease: Duration) -> Result<Vec<bool>, StoreError> {
+    async fn renew(&self, fences: &[Fence], lease: Duration) -> Result<Vec<Renewal>, StoreError> {
         retried(|| running::renew(&self.renewals, fences, lease)).await
     }
 
-    async fn due(&self, reach: &Reach, limit: usize) -> Result<usize, StoreError> {
-        orphans::due(&self.pool, reach, limit).await
-    }
-
-    async fn know(&self, reach: &Reach) -> Result<(), StoreError> {
-        orphans::know(&self.pool, reach).await
-    }
-
-    async fn reap(
-        &self,
-        reach: &Reach,
-        terms: &ClaimTerms,
-        limit: usize,
-    ) -> Result<Vec<Reaped>, StoreError> {
-        retried(|| orphans::reap(&self.pool, reach, terms, limit)).await
+    async fn cancelled_runs(&self, worker: &str) -> Result<Vec<Uuid>, StoreError> {
+        running::cancelled_runs(&self.pool, worker).await
     }
 
     async fn save_checkpoint(
@@ -172,23 +165,6 @@ impl Store for PostgresStore {
         acked: bool,
     ) -> Result<bool, StoreError> {
         retried(|| running::save_checkpoint(&self.pool, fence, checkpoint, acked)).await
-    }
-
-    async fn keep_attempt(
-        &self,
-        fence: &Fence,
-        worker: &str,
-        told: &Told,
-    ) -> Result<(), StoreError> {
-        attempts::keep_attempt(&self.pool, fence, worker, told).await
-    }
-
-    async fn attempts(&self, id: Uuid) -> Result<Vec<AttemptRecord>, StoreError> {
-        attempts::attempts(&self.pool, id).await
-    }
-
-    async fn cancelled_runs(&self, worker: &str) -> Result<Vec<Uuid>, StoreError> {
-        running::cancelled_runs(&self.pool, worker).await
     }
 
     async fn finish(&self, finishes: &[Finish]) -> Result<Vec<bool>, StoreError> {
@@ -202,29 +178,42 @@ impl Store for PostgresStore {
     async fn refuse(&self, refusal: &Refusal) -> Result<Refused, StoreError> {
         retried(|| endings::refuse(&self.pool, refusal)).await
     }
+}
+
+#[async_trait]
+impl Queue for PostgresStore {
+    async fn due(&self, reach: &Reach, limit: u32) -> Result<Vec<DueJob>, StoreError> {
+        queue::due(&self.pool, reach, limit).await
+    }
+
+    async fn take(&self, picks: &[Pick], terms: &ClaimTerms) -> Result<Vec<Taken>, StoreError> {
+        retried(|| queue::take(&self.pool, picks, terms)).await
+    }
+
+    async fn look(&self, keys: &[JobKey]) -> Result<Vec<Standing>, StoreError> {
+        queue::look(&self.pool, keys).await
+    }
+
+    async fn offer(&self, keys: &[JobKey]) -> Result<(), StoreError> {
+        retried(|| queue::offer(&self.pool, keys)).await
+    }
+
+    async fn know(&self, reach: &Reach) -> Result<(), StoreError> {
+        queue::know(&self.pool, reach).await
+    }
 
     async fn give_up_unknown(
         &self,
         key: &JobKey,
         patience: Duration,
-        refusal: &GivenUp,
+        given_up: &GivenUp,
     ) -> Result<bool, StoreError> {
-        retried(|| endings::give_up_unknown(&self.pool, key, patience, refusal)).await
+        retried(|| queue::give_up_unknown(&self.pool, key, patience, given_up)).await
     }
+}
 
-    async fn dead_letters(&self, due: &DeadLettersDue) -> Result<Vec<DeadLetter>, StoreError> {
-        dead_letters::dead_letters(&self.pool, due).await
-    }
-
-    async fn dead_letter_settled(
-        &self,
-        letter: &DeadLetter,
-        worker: &str,
-        detail: &str,
-    ) -> Result<(), StoreError> {
-        retried(|| dead_letters::dead_letter_settled(&self.pool, letter, worker, detail)).await
-    }
-
+#[async_trait]
+impl Requests for PostgresStore {
     async fn cancel(&self, id: Uuid, by: &str) -> Result<Option<Cancelling>, StoreError> {
         retried(|| requests::cancel(&self.pool, id, by)).await
     }
@@ -237,30 +226,32 @@ impl Store for PostgresStore {
         ledger::note(&self.pool, worker, notes).await
     }
 
+    async fn record_attempt(
+        &self,
+        fence: &Fence,
+        worker: &str,
+        report: &AttemptReport,
+    ) -> Result<(), StoreError> {
+        ledger::record_attempt(&self.pool, fence, worker, report).await
+    }
+
     async fn purge(&self, retention: Duration, limit: u32) -> Result<u64, StoreError> {
         ledger::purge(&self.pool, retention, limit).await
     }
-
-    async fn stories(&self, message_id: &str) -> Result<Vec<Story>, StoreError> {
-        ledger::stories(&self.pool, message_id).await
-    }
-
-    async fn jobs(&self, filter: &JobFilter) -> Result<Vec<Job>, StoreError> {
-        reading::jobs(&self.pool, filter).await
-    }
-
-    async fn job_ids_ending_with(&self, end: &str, limit: u32) -> Result<Vec<Uuid>, StoreError> {
-        reading::job_ids_ending_with(&self.pool, end, limit).await
-    }
-
-    async fn job(&self, id: Uuid) -> Result<Option<Job>, StoreError> {
-        reading::job(&self.pool, id).await
-    }
 }
 
-/// The migrations, tolerant of newer ones that another version has applied.
-fn migrator() -> Migrator {
-    let mut migrator = sqlx::migrate!("migrations/postgres");
-    migrator.set_ignore_missing(true);
-    migrator
+#[async_trait]
+impl DeadLetterBox for PostgresStore {
+    async fn dead_letters(&self, due: &DeadLettersDue) -> Result<Vec<DeadLetter>, StoreError> {
+        dead_letters::dead_letters(&self.pool, due).await
+    }
+
+    async fn dead_letter_settled(
+        &self,
+        letter: &DeadLetter,
+        worker: &str,
+        detail: &str,
+    ) -> Result<(), StoreError> {
+        retried(|| dead_letters::dead_letter_settled(&self.pool, letter, worker, detail)).await
+    }
 }

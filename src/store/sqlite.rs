@@ -1,35 +1,38 @@
 //! The tables on SQLite: one process's own, for development and single
 //! machines. Statements have the names and the order of those for Postgres.
 
-mod attempts;
 mod claims;
 mod dead_letters;
 mod endings;
+mod entry;
 mod ledger;
-mod orphans;
-mod reading;
+mod queue;
 mod requests;
 mod running;
+mod schema;
 
 use std::path::Path;
 use std::str::FromStr;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use sqlx::migrate::Migrator;
+use sqlx::Sqlite;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
 use uuid::Uuid;
 
+use super::reading::Pooled;
 use super::{
-    ClaimTerms, DeadLettersDue, Finish, GivenUp, Missing, Reach, Refusal, Refused, Release,
-    SchemaError, Standing, Store, StoreError,
+    ClaimTerms, Claims, DeadLetterBox, DeadLettersDue, Finish, GivenUp, Missing, Queue, Reach,
+    Refusal, Refused, Release, Requests, Schema, SchemaError, Standing, StoreError, Waiting,
 };
-use crate::job::{
-    AttemptRecord, Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter, JobKey,
-    Note, Reaped, Retrying, Story, Told,
-};
+use crate::job::{Claim, ClaimRequest, DeadLetter, DueJob, Fence, JobKey, Pick, Renewal, Taken};
+use crate::record::{AttemptReport, Cancelling, Note, Retrying};
+
+/// Takes the write lock at once: a transaction that began by reading could
+/// not become a writer after another one's commit.
+const BEGIN: &str = "BEGIN IMMEDIATE";
 
 /// SQLite has one writer at a time; a few more connections let readers by.
 const CONNECTIONS: u32 = 4;
@@ -37,7 +40,7 @@ const CONNECTIONS: u32 = 4;
 /// How long a writer waits for another before the database counts as busy.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// [`Store`] on SQLite.
+/// [`super::Store`] on SQLite.
 #[derive(Debug, Clone)]
 pub struct SqliteStore {
     pool: SqlitePool,
@@ -74,31 +77,35 @@ fn create_folder(folder: &Path) -> Result<(), StoreError> {
     std::fs::create_dir_all(folder).map_err(|error| StoreError::Unavailable(error.into()))
 }
 
-/// A write, though of nothing: a database that only reads is no use.
-const PING: &str = "UPDATE leases SET attempt = attempt WHERE false";
+impl Pooled for SqliteStore {
+    type Database = Sqlite;
+
+    fn pool(&self) -> &SqlitePool {
+        &self.pool
+    }
+}
+
+fn milliseconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 2)
+}
 
 #[async_trait]
-impl Store for SqliteStore {
-    async fn migrate(&self) -> Result<usize, SchemaError> {
-        let migrator = migrator();
-        let outstanding = reading::outstanding_migrations(&self.pool, &migrator).await?;
-        migrator.run(&self.pool).await?;
-        Ok(outstanding.unwrap_or_else(|| migrator.iter().count()))
+impl Schema for SqliteStore {
+    async fn migrate(&self, _waiting: Waiting) -> Result<usize, SchemaError> {
+        schema::migrate(&self.pool).await
     }
 
     async fn check_schema(&self) -> Result<(), SchemaError> {
-        match reading::outstanding_migrations(&self.pool, &migrator()).await? {
-            None => Err(SchemaError::Missing),
-            Some(0) => Ok(()),
-            Some(behind) => Err(SchemaError::Old { behind }),
-        }
+        schema::check(&self.pool).await
     }
 
     async fn ping(&self) -> Result<(), StoreError> {
-        sqlx::query(PING).execute(&self.pool).await?;
-        Ok(())
+        schema::ping(&self.pool).await
     }
+}
 
+#[async_trait]
+impl Claims for SqliteStore {
     async fn claim(
         &self,
         requests: &[ClaimRequest],
@@ -107,29 +114,12 @@ impl Store for SqliteStore {
         claims::claim(&self.pool, requests, terms).await
     }
 
-    async fn look(&self, key: &JobKey) -> Result<Standing, StoreError> {
-        claims::look(&self.pool, key).await
-    }
-
-    async fn renew(&self, fences: &[Fence], lease: Duration) -> Result<Vec<bool>, StoreError> {
+    async fn renew(&self, fences: &[Fence], lease: Duration) -> Result<Vec<Renewal>, StoreError> {
         running::renew(&self.pool, fences, lease).await
     }
 
-    async fn due(&self, reach: &Reach, limit: usize) -> Result<usize, StoreError> {
-        orphans::due(&self.pool, reach, limit).await
-    }
-
-    async fn know(&self, reach: &Reach) -> Result<(), StoreError> {
-        orphans::know(&self.pool, reach).await
-    }
-
-    async fn reap(
-        &self,
-        reach: &Reach,
-        terms: &ClaimTerms,
-        limit: usize,
-    ) -> Result<Vec<Reaped>, StoreError> {
-        orphans::reap(&self.pool, reach, terms, limit).await
+    async fn cancelled_runs(&self, worker: &str) -> Result<Vec<Uuid>, StoreError> {
+        running::cancelled_runs(&self.pool, worker).await
     }
 
     async fn save_checkpoint(
@@ -139,23 +129,6 @@ impl Store for SqliteStore {
         acked: bool,
     ) -> Result<bool, StoreError> {
         running::save_checkpoint(&self.pool, fence, checkpoint, acked).await
-    }
-
-    async fn keep_attempt(
-        &self,
-        fence: &Fence,
-        worker: &str,
-        told: &Told,
-    ) -> Result<(), StoreError> {
-        attempts::keep_attempt(&self.pool, fence, worker, told).await
-    }
-
-    async fn attempts(&self, id: Uuid) -> Result<Vec<AttemptRecord>, StoreError> {
-        attempts::attempts(&self.pool, id).await
-    }
-
-    async fn cancelled_runs(&self, worker: &str) -> Result<Vec<Uuid>, StoreError> {
-        running::cancelled_runs(&self.pool, worker).await
     }
 
     async fn finish(&self, finishes: &[Finish]) -> Result<Vec<bool>, StoreError> {
@@ -169,29 +142,42 @@ impl Store for SqliteStore {
     async fn refuse(&self, refusal: &Refusal) -> Result<Refused, StoreError> {
         endings::refuse(&self.pool, refusal).await
     }
+}
+
+#[async_trait]
+impl Queue for SqliteStore {
+    async fn due(&self, reach: &Reach, limit: u32) -> Result<Vec<DueJob>, StoreError> {
+        queue::due(&self.pool, reach, limit).await
+    }
+
+    async fn take(&self, picks: &[Pick], terms: &ClaimTerms) -> Result<Vec<Taken>, StoreError> {
+        queue::take(&self.pool, picks, terms).await
+    }
+
+    async fn look(&self, keys: &[JobKey]) -> Result<Vec<Standing>, StoreError> {
+        queue::look(&self.pool, keys).await
+    }
+
+    async fn offer(&self, keys: &[JobKey]) -> Result<(), StoreError> {
+        queue::offer(&self.pool, keys).await
+    }
+
+    async fn know(&self, reach: &Reach) -> Result<(), StoreError> {
+        queue::know(&self.pool, reach).await
+    }
 
     async fn give_up_unknown(
         &self,
         key: &JobKey,
         patience: Duration,
-        refusal: &GivenUp,
+        given_up: &GivenUp,
     ) -> Result<bool, StoreError> {
-        endings::give_up_unknown(&self.pool, key, patience, refusal).await
+        queue::give_up_unknown(&self.pool, key, patience, given_up).await
     }
+}
 
-    async fn dead_letters(&self, due: &DeadLettersDue) -> Result<Vec<DeadLetter>, StoreError> {
-        dead_letters::dead_letters(&self.pool, due).await
-    }
-
-    async fn dead_letter_settled(
-        &self,
-        letter: &DeadLetter,
-        worker: &str,
-        detail: &str,
-    ) -> Result<(), StoreError> {
-        dead_letters::dead_letter_settled(&self.pool, letter, worker, detail).await
-    }
-
+#[async_trait]
+impl Requests for SqliteStore {
     async fn cancel(&self, id: Uuid, by: &str) -> Result<Option<Cancelling>, StoreError> {
         requests::cancel(&self.pool, id, by).await
     }
@@ -204,30 +190,32 @@ impl Store for SqliteStore {
         ledger::note(&self.pool, worker, notes).await
     }
 
+    async fn record_attempt(
+        &self,
+        fence: &Fence,
+        worker: &str,
+        report: &AttemptReport,
+    ) -> Result<(), StoreError> {
+        ledger::record_attempt(&self.pool, fence, worker, report).await
+    }
+
     async fn purge(&self, retention: Duration, limit: u32) -> Result<u64, StoreError> {
         ledger::purge(&self.pool, retention, limit).await
     }
-
-    async fn stories(&self, message_id: &str) -> Result<Vec<Story>, StoreError> {
-        ledger::stories(&self.pool, message_id).await
-    }
-
-    async fn jobs(&self, filter: &JobFilter) -> Result<Vec<Job>, StoreError> {
-        reading::jobs(&self.pool, filter).await
-    }
-
-    async fn job_ids_ending_with(&self, end: &str, limit: u32) -> Result<Vec<Uuid>, StoreError> {
-        reading::job_ids_ending_with(&self.pool, end, limit).await
-    }
-
-    async fn job(&self, id: Uuid) -> Result<Option<Job>, StoreError> {
-        reading::job(&self.pool, id).await
-    }
 }
 
-/// The migrations, tolerant of newer ones that another version has applied.
-fn migrator() -> Migrator {
-    let mut migrator = sqlx::migrate!("migrations/sqlite");
-    migrator.set_ignore_missing(true);
-    migrator
+#[async_trait]
+impl DeadLetterBox for SqliteStore {
+    async fn dead_letters(&self, due: &DeadLettersDue) -> Result<Vec<DeadLetter>, StoreError> {
+        dead_letters::dead_letters(&self.pool, due).await
+    }
+
+    async fn dead_letter_settled(
+        &self,
+        letter: &DeadLetter,
+        worker: &str,
+        detail: &str,
+    ) -> Result<(), StoreError> {
+        dead_letters::dead_letter_settled(&self.pool, letter, worker, detail).await
+    }
 }

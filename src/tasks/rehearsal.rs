@@ -1,4 +1,4 @@
-//! A task that trains nothing: for trying a deployment out, and for tests.
+//! A task that trains nothing, for trying out a deployment and for tests.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -14,16 +14,16 @@ use crate::task::{Progress, Run, Task, TaskError};
 
 pub const NAME: &str = "rehearsal";
 
-/// How often a rehearsal reports how far it is.
+/// How often a run reports progress.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
-/// How often it looks for the file that it waits for.
-const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// How often a run checks for the `until` file.
+const POLL_EVERY: Duration = Duration::from_millis(10);
 
-/// Takes its time and succeeds, or fails as it is told.
+/// Runs for a given time, then succeeds or fails as requested.
 ///
 /// Payload: `{"name":"rehearsal","seconds":1.5,"until":PATH,"log":PATH,
-/// "label":"a","fail":"transient","fail_attempts":2,"checkpoint_after":0.5}`;
-/// everything but the name may be left out.
+/// "label":"a","fail":"transient","fail_attempts":2,"checkpoint_after":0.5}`.
+/// All fields except `name` are optional.
 pub struct Rehearsal;
 
 #[derive(Debug, Deserialize)]
@@ -31,17 +31,17 @@ struct Request {
     /// How long the run takes.
     #[serde(default)]
     seconds: f64,
-    /// After its time the run goes on until this file exists.
+    /// After that the run waits until this file exists.
     until: Option<PathBuf>,
-    /// A file to which each run adds a line when it begins and when it ends.
+    /// A file to which each run appends a line at its start and at its end.
     log: Option<PathBuf>,
-    /// What the log calls the run.
+    /// The run's label in the log.
     label: Option<String>,
-    /// How the run fails, after its time.
+    /// How the run fails at its end.
     fail: Option<Failure>,
-    /// Later attempts than this one succeed.
+    /// Attempts after this one succeed.
     fail_attempts: Option<u32>,
-    /// When the run saves a checkpoint: seconds from its start.
+    /// When the run saves a checkpoint, in seconds from its start.
     checkpoint_after: Option<f64>,
 }
 
@@ -100,13 +100,13 @@ impl Task for Rehearsal {
     }
 }
 
-/// How long until it should look again whether it is over; None when it is.
+/// The time until the next check, or `None` if the run is over.
 fn pause_before(end: Instant, until: Option<&Path>) -> Option<Duration> {
     let left = end.saturating_duration_since(Instant::now());
     if !left.is_zero() {
         return Some(left.min(REPORT_EVERY));
     }
-    until.filter(|file| !file.exists()).map(|_| LOOK_EVERY)
+    until.filter(|file| !file.exists()).map(|_| POLL_EVERY)
 }
 
 fn seconds(field: &str, value: f64) -> Result<Duration, TaskError> {
@@ -114,7 +114,7 @@ fn seconds(field: &str, value: f64) -> Result<Duration, TaskError> {
         .map_err(|error| TaskError::permanent(format!("`{field}`: {error}")))
 }
 
-/// One line in one write, so that processes can share the file.
+/// Appends the line in one write, so that processes can share the file.
 fn append(request: &Request, run: &Run, event: &str) -> Result<(), TaskError> {
     let Some(log) = &request.log else {
         return Ok(());
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn it_takes_its_time_and_logs_both_ends() {
+    async fn it_runs_for_the_given_time_and_logs_start_and_end() {
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("log");
         let began = Instant::now();
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn it_goes_on_until_a_file_exists() {
+    async fn it_waits_until_a_file_exists() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("file");
         let run = tokio::spawn(rehearse(json!({"until": file}), CancellationToken::new()));
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_fails_as_told() {
+    async fn it_fails_as_requested() {
         let go = CancellationToken::new;
         let failed = rehearse(json!({"fail": "permanent"}), go()).await;
         assert!(matches!(failed, Err(TaskError::Permanent(_))));

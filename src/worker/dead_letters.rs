@@ -12,10 +12,10 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::guard::{Guard, Whose};
 use crate::job::DeadLetter;
 use crate::pubsub::{Outgoing, Publishers, PubsubError};
 use crate::retry::{Backoff, jittered};
+use crate::store::{DeadLetterBox, DeadLettersDue, StoreError, in_time};
 
 /// What other workers should have published long ago is looked for so often.
 const PAUSE: Duration = Duration::from_secs(5);
@@ -24,6 +24,8 @@ const LONG_AGO: Duration = Duration::from_secs(10);
 const TRY_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// Less than others leave it to this worker.
 const PUBLISH_TIMEOUT: Duration = Duration::from_secs(20);
+/// After this long another worker tries to publish a dead letter.
+const TIME_TO_PUBLISH: Duration = Duration::from_secs(60);
 /// Their data is in memory.
 const BATCH: u32 = 10;
 
@@ -33,10 +35,21 @@ const MAX_ATTRIBUTES: usize = 100;
 const MAX_ATTRIBUTE_BYTES: usize = 1024;
 
 pub(super) struct DeadLetters {
-    pub(super) guard: Guard,
+    pub(super) letters: Arc<dyn DeadLetterBox>,
+    pub(super) worker: Arc<str>,
     pub(super) publishers: Publishers,
     pub(super) wake: Arc<Notify>,
     pub(super) draining: CancellationToken,
+}
+
+/// Which dead letters are looked for.
+#[derive(Debug, Clone, Copy)]
+enum Whose {
+    Mine,
+    /// Their own worker has had its time.
+    Anybodys {
+        at_least: Duration,
+    },
 }
 
 impl DeadLetters {
@@ -71,7 +84,7 @@ impl DeadLetters {
     async fn publish_all(&self, whose: Whose) -> bool {
         let mut failing: Vec<String> = Vec::new();
         loop {
-            let letters = match self.guard.dead_letters(whose, &failing, BATCH).await {
+            let letters = match self.due(whose, &failing).await {
                 Ok(letters) => letters,
                 Err(error) => {
                     warn!(%error, "no look for dead letters");
@@ -91,6 +104,21 @@ impl DeadLetters {
                 }
             }
         }
+    }
+
+    async fn due(&self, whose: Whose, not_to: &[String]) -> Result<Vec<DeadLetter>, StoreError> {
+        let (worker, at_least) = match whose {
+            Whose::Mine => (Some(Arc::clone(&self.worker)), Duration::ZERO),
+            Whose::Anybodys { at_least } => (None, at_least),
+        };
+        let due = DeadLettersDue {
+            worker,
+            at_least,
+            not_to: not_to.to_vec(),
+            time_to_publish: TIME_TO_PUBLISH,
+            limit: BATCH,
+        };
+        in_time(self.letters.dead_letters(&due)).await
     }
 
     async fn publish(&self, letter: DeadLetter) -> bool {
@@ -114,7 +142,10 @@ impl DeadLetters {
                 return false;
             }
         };
-        match self.guard.dead_letter_settled(&letter, &detail).await {
+        let settling = self
+            .letters
+            .dead_letter_settled(&letter, &self.worker, &detail);
+        match in_time(settling).await {
             Ok(()) => true,
             Err(error) => {
                 warn!(%job, %error, "a dead letter may be published twice");

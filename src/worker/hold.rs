@@ -1,13 +1,13 @@
 //! Deliveries of messages whose job is on record but has not ended.
 //!
 //! Acknowledging one would settle the message and take away what `after_run`
-//! promises, so it is held, its ack deadline extended, without a slot. How many
-//! are held is bounded; those beyond are handed back, after a pause that keeps a
-//! broker from sending them again at once.
+//! promises, so it is held, its ack deadline extended, without a slot. One loop
+//! looks at the jobs of all of them together. How many a subscription may have
+//! is bounded by not asking for more; what has arrived is never handed back for
+//! want of a place.
 
 use std::collections::HashMap;
-use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
@@ -16,38 +16,56 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
+use super::admission::{Admission, Place};
 use crate::guard::Guard;
 use crate::job::JobKey;
-use crate::outcome::Disposition;
 use crate::pubsub::Receipt;
 use crate::retry::jittered;
-use crate::store::Standing;
+use crate::store::{GivenUp, Standing, in_time};
 
-/// How many of one subscription a worker holds; more are handed back after a
-/// pause.
-const MAX_HELD: usize = 500;
-/// How many of one subscription wait for that pause to be over; while there are
-/// so many, no more is pulled of it.
-const MAX_PAUSED: usize = 200;
-/// How many deliveries of one subscription a worker may keep without a slot.
-pub const MAX_KEPT: usize = MAX_HELD + MAX_PAUSED;
-/// The pause before a delivery that cannot be dealt with now is handed back;
-/// without it, a broker would send it again at once.
-const PAUSE: Duration = Duration::from_secs(2);
-/// How long after a lease's end a holder looks again.
+/// How long after a lease expires a holder looks again.
 const AFTER_LEASE: Duration = Duration::from_millis(500);
-/// A job may end, or wait for a worker, long before its lease does.
+/// A job may end elsewhere, or wait for a worker, long before its lease expires.
 const LONGEST_LOOK: Duration = Duration::from_secs(10);
+/// Between looks that found nothing to wait for in particular.
+const PAUSE: Duration = Duration::from_secs(2);
+/// Keys in one look.
+const MOST_AT_ONCE: usize = 500;
+/// Deliveries that wait to be handed back while the database is away. More are
+/// handed back at once.
+const MAX_PAUSED: usize = 200;
 
-/// The deliveries of one subscription that are held. Clones hold the same.
+/// The deliveries that one worker holds. Clones hold the same.
 #[derive(Clone)]
 pub(super) struct HeldDeliveries {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
     guard: Guard,
-    held: Arc<Semaphore>,
+    admission: Admission,
+    held: Mutex<HashMap<JobKey, Held>>,
+    changed: Notify,
     paused: Arc<Semaphore>,
-    ended: Arc<Mutex<HashMap<JobKey, Arc<Notify>>>>,
     tasks: TaskTracker,
     draining: CancellationToken,
+}
+
+/// The deliveries of one job.
+struct Held {
+    look_at: Instant,
+    /// The task is not known here.
+    unknown: Option<Unknown>,
+    deliveries: Vec<(Receipt, Place)>,
+}
+
+/// What is known about a delivery that is to be held.
+pub(super) struct Holding {
+    pub(super) key: JobKey,
+    pub(super) place: Place,
+    /// When its job may run again, or its lease may expire.
+    pub(super) until: Instant,
+    pub(super) unknown: Option<Unknown>,
 }
 
 /// A task that this worker does not know, and that another might.
@@ -55,180 +73,228 @@ pub(super) struct HeldDeliveries {
 pub(super) struct Unknown {
     /// How long the message may wait for a worker that knows it.
     pub(super) patience: Duration,
-    /// What is then wrong with it.
+    /// What is wrong with it after that.
     pub(super) error: String,
     pub(super) dead_letter_topic: Option<Arc<str>>,
 }
 
 impl HeldDeliveries {
-    /// Holders run on `tasks`, so that a stopping worker waits for them.
-    pub(super) fn new(guard: Guard, tasks: TaskTracker, draining: CancellationToken) -> Self {
+    /// Pauses run on `tasks`, so that a stopping worker waits for them.
+    pub(super) fn new(
+        guard: Guard,
+        admission: Admission,
+        tasks: TaskTracker,
+        draining: CancellationToken,
+    ) -> Self {
         Self {
-            guard,
-            held: Arc::new(Semaphore::new(MAX_HELD)),
-            paused: Arc::new(Semaphore::new(MAX_PAUSED)),
-            ended: Arc::default(),
-            tasks,
-            draining,
+            shared: Arc::new(Shared {
+                guard,
+                admission,
+                held: Mutex::default(),
+                changed: Notify::new(),
+                paused: Arc::new(Semaphore::new(MAX_PAUSED)),
+                tasks,
+                draining,
+            }),
         }
     }
 
-    /// Completes once one more could be kept.
-    pub(super) async fn some_room(&self) {
-        // The semaphore is never closed, so either answer means the same.
-        drop(self.paused.acquire().await);
-    }
-
-    /// Holds a delivery until its job has ended or needs it no more (then
-    /// acknowledges it), or until only a delivery can bring the job back (then
-    /// hands it back, to be claimed by whoever has a slot).
-    pub(super) fn hold(
-        &self,
-        key: JobKey,
-        until: Instant,
-        mut receipt: Receipt,
-        unknown: Option<Unknown>,
-    ) {
-        receipt.is_held();
-        let Some(place) = place_in(&self.held) else {
-            self.pause_unless_given_up(receipt, unknown.map(|unknown| (key, unknown)));
-            return;
-        };
-        let held = self.clone();
-        self.tasks.spawn(async move {
-            match held.wait_for_the_end(&key, until, unknown).await {
-                Disposition::Ack => receipt.ack(),
-                Disposition::Nack | Disposition::Hold => receipt.nack(),
-            }
-            drop(place);
+    /// Holds a delivery until its job has ended or needs it no more, and then
+    /// acks it. The queue brings the job back meanwhile.
+    pub(super) fn hold(&self, mut delivery: Receipt, holding: Holding) {
+        delivery.mark_held();
+        let Shared {
+            changed, draining, ..
+        } = &*self.shared;
+        let mut held = self.lock();
+        if draining.is_cancelled() {
+            return delivery.nack();
+        }
+        let look_at = holding.until + jittered(AFTER_LEASE);
+        let entry = held.entry(holding.key).or_insert_with(|| Held {
+            look_at,
+            unknown: None,
+            deliveries: Vec::new(),
         });
+        entry.look_at = entry
+            .look_at
+            .min(look_at)
+            .min(Instant::now() + jittered(LONGEST_LOOK));
+        entry.unknown = holding.unknown;
+        entry.deliveries.push((delivery, holding.place));
+        drop(held);
+        changed.notify_one();
     }
 
-    /// Hands a delivery back after a jittered pause, without a slot.
-    pub(super) fn pause(&self, receipt: Receipt) {
-        self.pause_unless_given_up(receipt, None);
+    /// A delivery of a job that this worker begins to run.
+    pub(super) fn take(&self, key: &JobKey) -> Option<Receipt> {
+        let mut held = self.lock();
+        let entry = held.get_mut(key)?;
+        let (delivery, _place) = entry.deliveries.pop()?;
+        if entry.deliveries.is_empty() {
+            held.remove(key);
+        }
+        Some(delivery)
     }
 
-    fn pause_unless_given_up(&self, receipt: Receipt, unknown: Option<(JobKey, Unknown)>) {
-        let Some(place) = place_in(&self.paused) else {
-            receipt.nack();
-            return;
+    /// An attempt of the job has ended in this worker: its deliveries need not
+    /// wait for the next look.
+    pub(super) fn look_now(&self, key: &JobKey) {
+        if let Some(held) = self.lock().get_mut(key) {
+            held.look_at = Instant::now();
+            self.shared.changed.notify_one();
+        }
+    }
+
+    /// The database is away: hands a delivery back after a jittered pause,
+    /// without which a broker would send it again at once.
+    pub(super) fn hand_back_later(&self, delivery: Receipt) {
+        let Some(place) = place_in(&self.shared.paused) else {
+            return delivery.nack();
         };
-        let held = self.clone();
-        self.tasks.spawn(async move {
+        let draining = self.shared.draining.clone();
+        self.shared.tasks.spawn(async move {
             tokio::select! {
-                () = held.draining.cancelled() => {}
+                () = draining.cancelled() => {}
                 () = sleep(jittered(PAUSE)) => {}
             }
-            let given_up = match unknown {
-                Some((key, unknown)) => held.give_up_if_due(&key, &unknown).await,
-                None => false,
-            };
-            match given_up {
-                true => receipt.ack(),
-                false => receipt.nack(),
-            }
+            delivery.nack();
             drop(place);
         });
     }
 
-    /// A job has ended in this worker: who holds a delivery of it need not wait
-    /// until the next look.
-    pub(super) fn tell_of_the_end(&self, key: &JobKey) {
-        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(waiting) = ended.get(key) {
-            waiting.notify_waiters();
+    /// Looks at the jobs until the worker drains, and then hands back all
+    /// deliveries that are held.
+    pub(super) async fn run(self) {
+        let Shared {
+            changed, draining, ..
+        } = &*self.shared;
+        loop {
+            let next = self.next_look();
+            tokio::select! {
+                biased;
+                () = draining.cancelled() => break,
+                () = sleep_until(next) => self.look().await,
+                () = changed.notified() => {}
+            }
+        }
+        for (_, held) in self.lock().drain() {
+            for (delivery, _) in held.deliveries {
+                delivery.nack();
+            }
         }
     }
 
-    async fn wait_for_the_end(
-        &self,
-        key: &JobKey,
-        until: Instant,
-        unknown: Option<Unknown>,
-    ) -> Disposition {
-        let listener = self.listen(key);
-        // Listened to without a gap: an end that comes during a look counts.
-        let mut ended = pin!(listener.notified());
-        ended.as_mut().enable();
-        let mut next_look = until + jittered(AFTER_LEASE);
-        let disposition = loop {
-            let soon = Instant::now() + jittered(LONGEST_LOOK);
-            tokio::select! {
-                () = self.draining.cancelled() => break Disposition::Nack,
-                () = &mut ended => {}
-                () = sleep_until(next_look.min(soon)) => {}
-            }
-            ended.set(listener.notified());
-            ended.as_mut().enable();
-            if let Some(unknown) = &unknown {
+    fn next_look(&self) -> Instant {
+        let held = self.lock();
+        let next = held.values().map(|held| held.look_at).min();
+        next.unwrap_or_else(|| Instant::now() + LONGEST_LOOK)
+    }
+
+    async fn look(&self) {
+        let now = Instant::now();
+        let due: Vec<(JobKey, Option<Unknown>)> = self
+            .lock()
+            .iter()
+            .filter(|(_, held)| held.look_at <= now)
+            .take(MOST_AT_ONCE)
+            .map(|(key, held)| (key.clone(), held.unknown.clone()))
+            .collect();
+        for (key, unknown) in &due {
+            if let Some(unknown) = unknown {
                 self.give_up_if_due(key, unknown).await;
             }
-            match self.guard.look(key).await {
-                Ok(standing) => match after_look(standing) {
-                    Next::Settle(disposition) => {
-                        debug!(job = %key, ?standing, ?disposition, "a held delivery is settled");
-                        break disposition;
-                    }
-                    Next::LookIn(pause) => next_look = Instant::now() + pause,
-                },
-                Err(error) => {
-                    warn!(job = %key, %error, "a held delivery could not look at its job");
-                    next_look = Instant::now() + jittered(PAUSE);
-                }
+        }
+        let keys: Vec<JobKey> = due.into_iter().map(|(key, _)| key).collect();
+        if keys.is_empty() {
+            return;
+        }
+        match in_time(self.shared.guard.store().look(&keys)).await {
+            Ok(standings) => self.act_on(&keys, &standings).await,
+            Err(error) => {
+                warn!(deliveries = keys.len(), %error, "held deliveries could not look at their jobs");
+                self.shared.guard.health().note(Some(&error));
+                self.look_again(&keys, |_| jittered(PAUSE));
             }
-        };
-        self.stop_listening(key, &listener);
-        disposition
+        }
     }
 
-    async fn give_up_if_due(&self, key: &JobKey, unknown: &Unknown) -> bool {
-        let topic = unknown.dead_letter_topic.clone();
-        let given_up = self
-            .guard
-            .give_up_unknown(key, unknown.patience, &unknown.error, topic);
-        match given_up.await {
-            Ok(given_up) => {
-                if given_up {
-                    warn!(job = %key, error = unknown.error, "refused");
+    async fn act_on(&self, keys: &[JobKey], standings: &[Standing]) {
+        let mut lost = Vec::new();
+        for (key, standing) in keys.iter().zip(standings) {
+            match standing {
+                Standing::Finished(_) | Standing::Held { acked: true, .. } => {
+                    debug!(job = %key, ?standing, "held deliveries are acked");
+                    self.settle(key, Receipt::ack);
                 }
-                given_up
+                Standing::Missing => self.settle(key, Receipt::nack),
+                Standing::Held { remaining, .. } => {
+                    self.look_again(std::slice::from_ref(key), |_| {
+                        *remaining + jittered(AFTER_LEASE)
+                    });
+                }
+                // A worker with room takes it from the queue.
+                Standing::Waiting { remaining } => {
+                    self.look_again(std::slice::from_ref(key), |_| *remaining + jittered(PAUSE));
+                }
+                Standing::Lost => {
+                    self.look_again(std::slice::from_ref(key), |_| jittered(PAUSE));
+                    lost.push(key.clone());
+                }
             }
+        }
+        if !lost.is_empty() && self.shared.guard.may_take_over() {
+            self.offer(&lost).await;
+        }
+    }
+
+    /// Pub/Sub has redelivered these: any worker may take them over at once.
+    async fn offer(&self, lost: &[JobKey]) {
+        match in_time(self.shared.guard.store().offer(lost)).await {
+            Ok(()) => self.shared.admission.sweep_first(),
+            Err(error) => debug!(%error, "lost jobs are not offered yet"),
+        }
+    }
+
+    fn settle(&self, key: &JobKey, how: fn(Receipt)) {
+        let held = self.lock().remove(key);
+        for (delivery, _) in held.into_iter().flat_map(|held| held.deliveries) {
+            how(delivery);
+        }
+    }
+
+    fn look_again(&self, keys: &[JobKey], pause: impl Fn(&JobKey) -> Duration) {
+        let now = Instant::now();
+        let mut held = self.lock();
+        for key in keys {
+            if let Some(held) = held.get_mut(key) {
+                held.look_at = now + pause(key).min(jittered(LONGEST_LOOK));
+            }
+        }
+    }
+
+    async fn give_up_if_due(&self, key: &JobKey, unknown: &Unknown) {
+        let guard = &self.shared.guard;
+        let given_up = GivenUp {
+            error: unknown.error.clone(),
+            worker: Arc::clone(&guard.terms().worker),
+            dead_letter_topic: unknown.dead_letter_topic.clone(),
+        };
+        let store = guard.store();
+        match in_time(store.give_up_unknown(key, unknown.patience, &given_up)).await {
+            Ok(true) => warn!(job = %key, error = unknown.error, "refused"),
+            Ok(false) => {}
             Err(error) => {
                 warn!(job = %key, %error, "a message of an unknown task waits longer");
-                false
             }
         }
     }
 
-    fn listen(&self, key: &JobKey) -> Arc<Notify> {
-        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(ended.entry(key.clone()).or_default())
-    }
-
-    fn stop_listening(&self, key: &JobKey, listener: &Arc<Notify>) {
-        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        // The map's and this one: nobody else listens.
-        if Arc::strong_count(listener) == 2 {
-            ended.remove(key);
-        }
-    }
-}
-
-enum Next {
-    Settle(Disposition),
-    LookIn(Duration),
-}
-
-fn after_look(standing: Standing) -> Next {
-    match standing {
-        Standing::Finished(_) | Standing::Held { acked: true, .. } => {
-            Next::Settle(Disposition::Ack)
-        }
-        Standing::Free => Next::Settle(Disposition::Nack),
-        Standing::Held { remaining, .. } => Next::LookIn(remaining + jittered(AFTER_LEASE)),
-        // A worker with room takes it from the table.
-        Standing::Waiting { remaining } => Next::LookIn(remaining + jittered(PAUSE)),
+    fn lock(&self) -> MutexGuard<'_, HashMap<JobKey, Held>> {
+        self.shared
+            .held
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use super::hold::{HeldDeliveries, Unknown};
 use super::key_turns::KeyTurns;
 use crate::config;
 
@@ -12,26 +11,16 @@ pub(super) struct Intake {
     pub(super) name: Arc<str>,
     pub(super) settings: config::Subscription,
     pub(super) dead_letter_topic: Option<Arc<str>>,
-    pub(super) held: HeldDeliveries,
     pub(super) turns: KeyTurns,
 }
 
 impl Intake {
-    pub(super) fn new(name: &str, settings: config::Subscription, held: HeldDeliveries) -> Self {
+    pub(super) fn new(name: &str, settings: config::Subscription) -> Self {
         Self {
             name: name.into(),
             dead_letter_topic: settings.dead_letter_topic.as_deref().map(Into::into),
             settings,
-            held,
             turns: KeyTurns::default(),
-        }
-    }
-
-    pub(super) fn unknown(&self, patience: std::time::Duration, error: String) -> Unknown {
-        Unknown {
-            patience,
-            error,
-            dead_letter_topic: self.dead_letter_topic.clone(),
         }
     }
 }

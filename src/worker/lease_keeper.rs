@@ -1,35 +1,38 @@
-//! Renews the leases of everything that runs here.
+//! Renews the leases of every attempt of this worker.
 //!
-//! Invariant: a run is asked to stop before its lease can have ended, going by
-//! this process's own clock from before the last successful renewal was sent,
-//! less a margin. The database's clock is never compared with it.
+//! Invariant: a run is asked to stop before its lease can have expired, by this
+//! process's own clock, counted from before the last successful renewal was
+//! sent, less a margin. The database's clock is never compared with it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 use uuid::Uuid;
 
-use crate::guard::Guard;
-use crate::job::{Acquired, Fence};
+use crate::guard::Health;
+use crate::job::{Acquired, Fence, JobKey, Renewal};
 use crate::retry::jittered;
+use crate::store::{ClaimTerms, Claims, StoreError, in_time};
 
-/// About so long after somebody asked for it a run is told to stop.
+/// About this long after somebody asked for it a run is told to stop.
 const CANCEL_LOOK: Duration = Duration::from_secs(1);
 
-/// Keeps the leases of one worker. Clones keep the same ones.
+/// The leases of one worker. Clones renew the same ones.
 #[derive(Clone)]
 pub(super) struct LeaseKeeper {
-    guard: Guard,
+    claims: Arc<dyn Claims>,
+    health: Health,
+    terms: ClaimTerms,
     stop_grace: Duration,
-    kept: Arc<Mutex<HashMap<Uuid, Kept>>>,
+    leases: Arc<Mutex<HashMap<Uuid, Entry>>>,
 }
 
-struct Kept {
+struct Entry {
     fence: Fence,
     /// Until when the run may go on, by this process's clock.
     valid_until: watch::Sender<Instant>,
@@ -37,15 +40,15 @@ struct Kept {
     cancelled: CancellationToken,
 }
 
-/// A lease that is being renewed for as long as this exists.
-pub(super) struct KeptLease {
+/// A lease that is renewed for as long as this exists.
+pub(super) struct Lease {
     token: Uuid,
     valid_until: watch::Receiver<Instant>,
     cancelled: CancellationToken,
-    kept: Arc<Mutex<HashMap<Uuid, Kept>>>,
+    leases: Arc<Mutex<HashMap<Uuid, Entry>>>,
 }
 
-impl KeptLease {
+impl Lease {
     /// Until when the run may go on, as it changes.
     pub(super) fn validity(&self) -> watch::Receiver<Instant> {
         self.valid_until.clone()
@@ -69,50 +72,64 @@ impl KeptLease {
     }
 }
 
-impl Drop for KeptLease {
+impl Drop for Lease {
     fn drop(&mut self) {
-        lock(&self.kept).remove(&self.token);
+        lock(&self.leases).remove(&self.token);
     }
 }
 
 impl LeaseKeeper {
-    pub(super) fn new(guard: Guard, stop_grace: Duration) -> Self {
+    pub(super) fn new(
+        claims: Arc<dyn Claims>,
+        health: Health,
+        terms: ClaimTerms,
+        stop_grace: Duration,
+    ) -> Self {
         Self {
-            guard,
+            claims,
+            health,
+            terms,
             stop_grace,
-            kept: Arc::default(),
+            leases: Arc::default(),
         }
     }
 
     /// Begins to renew an acquired claim's lease.
-    pub(super) fn keep(&self, acquired: &Acquired) -> KeptLease {
+    pub(super) fn begin(&self, acquired: &Acquired) -> Lease {
         let token = acquired.fence.token;
         let (sender, valid_until) = watch::channel(self.valid_from(acquired.claimed_at));
         let cancelled = CancellationToken::new();
-        lock(&self.kept).insert(
+        lock(&self.leases).insert(
             token,
-            Kept {
+            Entry {
                 fence: acquired.fence.clone(),
                 valid_until: sender,
                 cancelled: cancelled.clone(),
             },
         );
-        KeptLease {
+        Lease {
             token,
             valid_until,
             cancelled,
-            kept: Arc::clone(&self.kept),
+            leases: Arc::clone(&self.leases),
         }
+    }
+
+    /// Whether an attempt of this worker has the job. Then nobody here takes it
+    /// over, even if its lease has expired.
+    pub(super) fn has(&self, key: &JobKey) -> bool {
+        let leases = lock(&self.leases);
+        leases.values().any(|entry| entry.fence.key == *key)
     }
 
     /// Looks now and then whether somebody wants a job cancelled that runs here.
     pub(super) async fn watch_for_cancels(self) {
         loop {
             sleep(jittered(CANCEL_LOOK)).await;
-            if lock(&self.kept).is_empty() {
+            if lock(&self.leases).is_empty() {
                 continue;
             }
-            match self.guard.cancelled_runs().await {
+            match in_time(self.claims.cancelled_runs(&self.terms.worker)).await {
                 Ok(tokens) => self.cancel(&tokens),
                 Err(error) => debug!(%error, "no look for jobs to cancel"),
             }
@@ -120,19 +137,19 @@ impl LeaseKeeper {
     }
 
     fn cancel(&self, tokens: &[Uuid]) {
-        let kept = lock(&self.kept);
+        let leases = lock(&self.leases);
         for token in tokens {
-            if let Some(kept) = kept.get(token) {
-                kept.cancelled.cancel();
+            if let Some(entry) = leases.get(token) {
+                entry.cancelled.cancel();
             }
         }
     }
 
-    /// Renews every quarter of a lease, and sooner after a try that failed: the
-    /// configuration keeps the margin to about a third of a lease, so that two
-    /// tries may fail, slowly even.
+    /// Renews every quarter of a lease, and sooner after a try that left some
+    /// lease as it was: the configuration limits the margin to about a third of
+    /// a lease, so that two tries may fail, slowly even.
     pub(super) async fn run(self) {
-        let lease = self.guard.lease();
+        let lease = self.terms.lease;
         let mut pause = lease / 4;
         loop {
             sleep(pause).await;
@@ -143,47 +160,68 @@ impl LeaseKeeper {
         }
     }
 
-    /// False where the database did not answer in time.
+    /// False where some lease could not be renewed, and may be yet.
     async fn renew_all(&self) -> bool {
-        let fences: Vec<Fence> = lock(&self.kept)
+        let fences: Vec<Fence> = lock(&self.leases)
             .values()
-            .map(|kept| kept.fence.clone())
+            .map(|entry| entry.fence.clone())
             .collect();
         if fences.is_empty() {
             return true;
         }
         let sent_at = Instant::now();
-        let renewed = match self.guard.renew(&fences).await {
-            Ok(renewed) => renewed,
+        let answer = self.renew(&fences).await;
+        self.health.note(answer.as_ref().err());
+        let renewals = match answer {
+            Ok(renewals) => renewals,
             Err(error) => {
                 warn!(%error, leases = fences.len(), "leases were not renewed");
                 return false;
             }
         };
-        debug!(leases = fences.len(), "leases were renewed");
-        let kept = lock(&self.kept);
-        for (fence, renewed) in fences.iter().zip(renewed) {
-            let Some(lease) = kept.get(&fence.token) else {
+        let count = |what| renewals.iter().filter(|renewal| **renewal == what).count();
+        let (renewed, lost) = (count(Renewal::Renewed), count(Renewal::Lost));
+        let unknown = count(Renewal::Unknown);
+        debug!(renewed, lost, unknown, "leases were renewed");
+        if unknown > 0 {
+            warn!(
+                leases = unknown,
+                "leases were not renewed: another session has locked their rows"
+            );
+        }
+        let leases = lock(&self.leases);
+        for (fence, renewal) in fences.iter().zip(&renewals) {
+            let Some(entry) = leases.get(&fence.token) else {
                 continue;
             };
-            lease.valid_until.send_replace(match renewed {
-                true => self.valid_from(sent_at),
-                false => Instant::now(),
-            });
+            match renewal {
+                Renewal::Renewed => entry.valid_until.send_replace(self.valid_from(sent_at)),
+                Renewal::Lost => entry.valid_until.send_replace(Instant::now()),
+                Renewal::Unknown => continue,
+            };
         }
-        true
+        unknown == 0
     }
 
-    /// A run must be over, not only asked to stop, when its lease ends: hence
+    /// No answer within an eighth of a lease is none: there is time for another
+    /// try.
+    async fn renew(&self, fences: &[Fence]) -> Result<Vec<Renewal>, StoreError> {
+        let patience = self.terms.lease / 8;
+        timeout(patience, self.claims.renew(fences, self.terms.lease))
+            .await
+            .unwrap_or(Err(StoreError::NoAnswer(patience)))
+    }
+
+    /// A run must be over, not only asked to stop, when its lease expires: hence
     /// the stop grace within the margin. The rest allows for two clocks that
     /// run at slightly different speeds.
     fn valid_from(&self, asked_at: Instant) -> Instant {
-        let lease = self.guard.lease();
+        let lease = self.terms.lease;
         let margin = self.stop_grace + lease / 100;
         asked_at + lease.saturating_sub(margin)
     }
 }
 
-fn lock(kept: &Mutex<HashMap<Uuid, Kept>>) -> MutexGuard<'_, HashMap<Uuid, Kept>> {
-    kept.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(leases: &Mutex<HashMap<Uuid, Entry>>) -> MutexGuard<'_, HashMap<Uuid, Entry>> {
+    leases.lock().unwrap_or_else(PoisonError::into_inner)
 }

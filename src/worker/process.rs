@@ -1,195 +1,250 @@
-//! The life of one delivery, whole: decode → claim → run → finish → settle.
+//! The life of one delivery: decode → admit → claim → run or hold.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Notify;
 use tokio::time::Instant;
+use tokio_util::task::TaskTracker;
 use tracing::{Instrument, error, error_span, info, warn};
 use uuid::Uuid;
 
-use super::events::{EventKind, Events};
-use super::hold::Unknown;
+use super::admission::{Place, Room};
+use super::attempt::{Assignment, Attempt, Context};
+use super::events::EventKind;
+use super::hold::{Holding, Unknown};
 use super::intake::Intake;
 use super::key_turns::Turn;
-use super::lease_keeper::LeaseKeeper;
-use super::run::{Assignment, Settling};
-use super::slots::{Slot, Slots};
 use crate::config::{AckTiming, WithoutDedupeKey};
 use crate::failpoint::{self, Step};
-use crate::guard::{Guard, Unrunnable};
-use crate::job::{Can, Claim, ClaimRequest, JobKey, Limits, Reaped};
+use crate::job::{AckTerms, Can, Claim, ClaimRequest, Fence, JobKey, Limits, Taken};
 use crate::message::{Message, Request};
-use crate::outcome::DeadReason;
+use crate::outcome::{DeadReason, Ending};
 use crate::pubsub::{Delivery, Receipt};
 use crate::registry::{ConfiguredTask, ConfiguredTasks};
-use crate::shutdown::Shutdown;
-use crate::store::{Refused, StoreError};
+use crate::store::{Finish, Refusal, Refused, Release, Released};
 
+/// Takes deliveries, and jobs from the queue, through their lives.
 pub(super) struct Processor {
-    pub(super) guard: Guard,
+    pub(super) context: Arc<Context>,
     pub(super) tasks: ConfiguredTasks,
     pub(super) intakes: BTreeMap<String, Arc<Intake>>,
-    pub(super) slots: Slots,
-    pub(super) keeper: LeaseKeeper,
-    pub(super) stop_grace: Duration,
     pub(super) unknown_task_patience: Duration,
-    pub(super) shutdown: Shutdown,
-    pub(super) events: Events,
-    /// Told when the table may have something to run, or to publish.
-    pub(super) wake_reaper: Arc<Notify>,
-    pub(super) wake_dead_letters: Arc<Notify>,
+    pub(super) running: TaskTracker,
 }
 
-/// A request with all that is needed to claim its job.
+/// A delivery that was looked at: what it asks for, and the room for it.
+struct Arrival {
+    intake: Arc<Intake>,
+    message: Message,
+    delivery: Receipt,
+    turn: Option<Turn>,
+    wish: Result<Wish, Reason>,
+    /// Room to run it, or a place to hold it.
+    space: Space,
+}
+
+enum Space {
+    Room(Room),
+    Place(Place),
+}
+
+/// What is needed to claim a job.
 struct Wish {
     request: Request,
     key: JobKey,
-    can: Can,
     /// None where the task is not known here.
     task: Option<Arc<ConfiguredTask>>,
 }
 
+/// Why a message is refused.
+struct Reason {
+    reason: DeadReason,
+    task: Option<String>,
+    error: String,
+}
+
 impl Processor {
-    /// Takes one delivery through its life. The slot comes free at the end, or
-    /// as soon as it is clear that there is nothing to run.
-    pub(super) async fn process(
-        &self,
-        intake: &Intake,
-        delivery: Delivery,
-        slot: Slot,
-        turn: Option<Turn>,
-    ) {
+    /// Begins with a delivery. Returns once it has its room, or none, so that
+    /// what is asked for next depends on it.
+    pub(super) fn begin(self: &Arc<Self>, intake: &Arc<Intake>, delivery: Delivery) {
         let span = error_span!("delivery", message.id = %delivery.message.id, delivery.attempt = delivery.attempt);
-        let (message, receipt) = delivery.into_parts();
+        let (message, delivery) = delivery.into_parts();
         failpoint::reach(Step::AfterReceive);
-        self.process_message(intake, message, receipt, slot, turn)
-            .instrument(span)
-            .await;
+        let is_ordered = !message.ordering_key.is_empty();
+        let turn = is_ordered.then(|| intake.turns.next(&message.ordering_key, &message.id));
+        let wish = self.wish(intake, &message);
+        let room = match &wish {
+            Ok(Wish {
+                key,
+                task: Some(task),
+                ..
+            }) => self.context.admission.admit(key, &task.name),
+            _ => None,
+        };
+        let space = room.map_or_else(
+            || Space::Place(self.context.admission.hold(&intake.name)),
+            Space::Room,
+        );
+        let arrival = Arrival {
+            intake: Arc::clone(intake),
+            message,
+            delivery,
+            turn,
+            wish,
+            space,
+        };
+        let processor = Arc::clone(self);
+        self.running
+            .spawn(async move { processor.process(arrival).await }.instrument(span));
     }
 
-    /// Runs a job from the table, without a delivery.
-    pub(super) async fn process_reaped(&self, reaped: Reaped, slot: Slot) {
-        let fence = reaped.acquired.fence.clone();
+    /// Runs a job from the queue, with its delivery if it is held here.
+    pub(super) async fn run_taken(&self, taken: Taken, room: Room) {
+        let fence = taken.acquired.fence.clone();
         let Some(intake) = self.intakes.get(&*fence.key.subscription) else {
             return self.give_back(&fence).await;
         };
-        match (
-            Request::decode(&reaped.payload),
-            self.tasks.get(&reaped.task),
-        ) {
-            (Ok(request), Some(task)) => {
-                let assignment = Assignment {
-                    message_id: reaped.message_id.as_str().into(),
-                    is_ordered: !reaped.ordering_key.is_empty(),
-                    task,
-                    payload: request.payload,
-                    data: reaped.payload,
-                    acquired: reaped.acquired,
-                    devices: slot.devices(),
-                };
-                self.run(intake, assignment, None, slot).await;
+        let delivery = self.context.held.take(&fence.key);
+        let request = match Request::decode(&taken.payload) {
+            Ok(request) => request,
+            Err(error) => {
+                self.end_unreadable(intake, &fence, &error.to_string(), delivery)
+                    .await;
+                return;
             }
-            // Both were fine when it was claimed, and it was asked for by task.
-            (request, _) => {
-                error!(job = %fence.key, error = ?request.err(), "a job from the table cannot be read; it is given back");
-                self.give_back(&fence).await;
-            }
-        }
+        };
+        let Some(task) = self.tasks.get(&taken.task) else {
+            return self.give_back(&fence).await;
+        };
+        let job = Assignment {
+            intake: Arc::clone(intake),
+            task: Arc::clone(task),
+            message_id: taken.message_id.as_str().into(),
+            is_ordered: !taken.ordering_key.is_empty(),
+            payload: request.payload,
+            data: taken.payload,
+        };
+        let attempt = Attempt::new(&self.context, job, taken.acquired, delivery, room);
+        attempt.run().await;
     }
 
-    async fn process_message(
-        &self,
-        intake: &Intake,
-        message: Message,
-        receipt: Receipt,
-        mut slot: Slot,
-        mut turn: Option<Turn>,
-    ) {
+    async fn process(&self, arrival: Arrival) {
+        let Arrival {
+            intake,
+            message,
+            delivery,
+            mut turn,
+            wish,
+            space,
+        } = arrival;
         if let Some(turn) = &mut turn
             && !turn.comes().await
         {
             info!("an earlier message of its ordering key is not on record: handed back");
-            return receipt.nack();
+            return delivery.nack();
         }
-        let wish = match self.wish(intake, &message, &mut slot) {
+        let wish = match wish {
             Ok(wish) => wish,
-            Err(unrunnable) => {
-                drop(slot);
-                if self.refuse(intake, message, unrunnable, receipt).await
-                    && let Some(turn) = turn
-                {
+            Err(reason) => {
+                let place = space.into_place(&self.context, &intake);
+                let refusing = self.refuse(&intake, message, reason, delivery, place);
+                let is_recorded = refusing.await;
+                if let (true, Some(turn)) = (is_recorded, turn) {
                     turn.recorded();
                 }
                 return;
             }
         };
-        let slot = (wish.can == Can::Run).then_some(slot);
-        let id: Arc<str> = message.id.as_str().into();
-        let is_ordered = !message.ordering_key.is_empty();
-        let data = message.data.clone();
-        let request = self.claim_request(intake, &wish, message);
-        let claim = match self.guard.claim(request).await {
+        let request = self.claim_request(&intake, &wish, message.clone(), &space);
+        let can = request.can;
+        let claim = match self.context.guard.claim(request).await {
             Ok(claim) => claim,
-            // Before those behind it in its ordering key.
-            Err(error) if is_ordered => {
+            Err(error) => {
                 error!(%error, "the delivery is handed back");
-                receipt.nack();
-                return drop(turn);
+                // An ordered one at once, before those behind it.
+                return match turn {
+                    Some(_) => delivery.nack(),
+                    None => self.context.held.hand_back_later(delivery),
+                };
             }
-            Err(error) => return self.try_later(intake, &error, receipt),
         };
-        failpoint::reach(Step::AfterClaim);
+        if matches!(claim, Claim::Acquired(_)) {
+            failpoint::reach(Step::AfterClaim);
+        }
         if let Some(turn) = turn {
             turn.recorded();
         }
-        match (claim, wish.task, slot) {
-            (Claim::Acquired(acquired), Some(task), Some(slot)) => {
-                let assignment = Assignment {
+        let id: Arc<str> = message.id.as_str().into();
+        let events = &self.context.events;
+        match (claim, wish.task, space) {
+            (Claim::Acquired(acquired), Some(task), Space::Room(room)) => {
+                let job = Assignment {
+                    intake,
+                    task,
                     message_id: id,
-                    is_ordered,
-                    task: &task,
+                    is_ordered: !message.ordering_key.is_empty(),
                     payload: wish.request.payload,
-                    data,
-                    acquired,
-                    devices: slot.devices(),
+                    data: message.data,
                 };
-                self.run(intake, assignment, Some(receipt), slot).await;
+                let attempt = Attempt::new(&self.context, job, acquired, Some(delivery), room);
+                attempt.run().await;
             }
-            // Only what can run is acquired.
+            // Only what has room asks to run.
             (Claim::Acquired(acquired), _, _) => self.give_back(&acquired.fence).await,
             (Claim::AlreadyFinished(state), _, _) => {
                 info!(state = state.as_str(), "duplicate of a finished message");
-                self.events.tell(&id, EventKind::Suppressed);
-                receipt.ack();
+                events.tell(&id, EventKind::Suppressed);
+                delivery.ack();
             }
-            (Claim::HeldUntil { until, acked }, _, _) => {
+            (Claim::HeldUntil { acked: true, .. }, _, _) => {
                 info!("duplicate of a message that is running");
-                self.events.tell(&id, EventKind::Suppressed);
-                keep_or_ack(intake, wish.key, until, acked, receipt, None);
+                events.tell(&id, EventKind::Suppressed);
+                // The queue brings the job back, so no delivery is needed.
+                delivery.ack();
             }
-            (Claim::Waiting { until, acked }, task, _) => {
-                info!("its job waits in the table");
-                self.events.tell(&id, EventKind::Queued);
-                let unknown = task.is_none().then(|| {
-                    intake.unknown(
-                        self.unknown_task_patience,
-                        self.unknown_task(&wish.request.task),
-                    )
+            (Claim::HeldUntil { until, .. }, _, space) => {
+                info!("duplicate of a message that is running");
+                events.tell(&id, EventKind::Suppressed);
+                // An ack of any delivery settles the message while its job can
+                // still be lost.
+                let holding = Holding {
+                    key: wish.key,
+                    place: space.into_place(&self.context, &intake),
+                    until,
+                    unknown: None,
+                };
+                self.context.held.hold(delivery, holding);
+            }
+            (Claim::Waiting { acked: true, .. }, _, _) => {
+                info!("duplicate of a message whose job waits in the queue");
+                delivery.ack();
+            }
+            (Claim::Waiting { until, .. }, task, space) => {
+                info!("its job waits in the queue");
+                events.tell(&id, EventKind::Queued);
+                let unknown = task.is_none().then(|| Unknown {
+                    patience: self.unknown_task_patience,
+                    error: self.unknown_task(&wish.request.task),
+                    dead_letter_topic: intake.dead_letter_topic.clone(),
                 });
-                keep_or_ack(intake, wish.key, until, acked, receipt, unknown);
+                let mut place = space.into_place(&self.context, &intake);
+                if can == Can::Record {
+                    place.wait_for_room();
+                }
+                let holding = Holding {
+                    key: wish.key,
+                    place,
+                    until,
+                    unknown,
+                };
+                self.context.held.hold(delivery, holding);
             }
         }
     }
 
-    /// What a message asks for and what can be done about it here.
-    fn wish(
-        &self,
-        intake: &Intake,
-        message: &Message,
-        slot: &mut Slot,
-    ) -> Result<Wish, Box<Reason>> {
+    /// What a message asks for, or why it will never run.
+    fn wish(&self, intake: &Intake, message: &Message) -> Result<Wish, Reason> {
         let request = Request::decode(&message.data)
             .map_err(|error| Reason::new(DeadReason::Malformed, None, error))?;
         let settings = &intake.settings;
@@ -207,50 +262,46 @@ impl Processor {
             },
         };
         let task = self.tasks.get(&request.task).cloned();
-        let can = match &task {
-            // By its id: a corrected request may come under the same key.
-            None if self.unknown_task_patience.is_zero() => {
-                let error = self.unknown_task(&request.task);
-                return Err(Reason::new(
-                    DeadReason::UnknownTask,
-                    Some(request.task),
-                    error,
-                ));
-            }
-            None => Can::RecordUnknown,
-            Some(task) if self.slots.admit_task(slot, &task.name) => Can::Run,
-            Some(_) => Can::Record,
-        };
-        Ok(Wish {
-            request,
-            key,
-            can,
-            task,
-        })
+        if task.is_none() && self.unknown_task_patience.is_zero() {
+            let error = self.unknown_task(&request.task);
+            return Err(Reason::new(
+                DeadReason::UnknownTask,
+                Some(request.task),
+                error,
+            ));
+        }
+        Ok(Wish { request, key, task })
     }
 
-    fn claim_request(&self, intake: &Intake, wish: &Wish, message: Message) -> ClaimRequest {
-        // Once the message is acked only the table can bring its job back.
-        let acks_early = wish
-            .task
-            .as_ref()
-            .is_some_and(|task| task.settings.ack == AckTiming::BeforeRun);
+    fn claim_request(
+        &self,
+        intake: &Intake,
+        wish: &Wish,
+        message: Message,
+        space: &Space,
+    ) -> ClaimRequest {
+        let task = wish.task.as_ref();
+        // An attempt here that could not renew for a while renews first.
+        let may_take_over =
+            self.context.guard.may_take_over() && !self.context.keeper.has(&wish.key);
         ClaimRequest {
             key: wish.key.clone(),
             job_id: Uuid::now_v7(),
             token: Uuid::new_v4(),
             task: wish.request.task.clone(),
             message,
-            reap_delay: match acks_early {
-                true => Duration::ZERO,
-                false => intake.settings.ack_deadline,
+            can: match (task, space) {
+                (None, _) => Can::RecordUnknown,
+                (_, Space::Place(_)) => Can::Record,
+                _ if may_take_over => Can::Run,
+                _ => Can::RunUnlessLost,
             },
-            can: wish.can,
+            ack: AckTerms {
+                with_claim: task.is_some_and(|task| task.settings.ack == AckTiming::BeforeRun),
+                deadline: intake.settings.ack_deadline,
+            },
             limits: Limits {
-                max_attempts: wish
-                    .task
-                    .as_ref()
-                    .map_or(u32::MAX, |task| task.settings.max_attempts),
+                max_attempts: task.map_or(u32::MAX, |task| task.settings.max_attempts),
                 dead_letter_topic: intake.dead_letter_topic.clone(),
             },
         }
@@ -268,93 +319,124 @@ impl Processor {
         &self,
         intake: &Intake,
         message: Message,
-        reason: Box<Reason>,
-        receipt: Receipt,
+        reason: Reason,
+        delivery: Receipt,
+        place: Place,
     ) -> bool {
+        let Context {
+            guard,
+            events,
+            held,
+            wake_dead_letters,
+            ..
+        } = &*self.context;
         let id: Arc<str> = message.id.as_str().into();
-        let error = reason.error.clone();
-        let unrunnable = Unrunnable {
+        let refusal = Refusal {
+            // By its id: a corrected request may come under the same key.
             key: JobKey::of_message_id(&intake.name, &message),
+            job_id: Uuid::now_v7(),
             task: reason.task,
             message,
             reason: reason.reason,
             error: reason.error,
+            worker: Arc::clone(&guard.terms().worker),
             dead_letter_topic: intake.dead_letter_topic.clone(),
         };
-        match self.guard.refuse(unrunnable).await {
+        match guard.refuse(&refusal).await {
             Ok(Refused::Recorded) => {
-                warn!(reason = %error, "refused");
-                self.events.tell(&id, EventKind::Refused { reason: error });
-                self.wake_dead_letters.notify_one();
-                receipt.ack();
+                warn!(reason = %refusal.error, "refused");
+                let reason = refusal.error;
+                events.tell(&id, EventKind::Refused { reason });
+                wake_dead_letters.notify_one();
+                delivery.ack();
             }
             Ok(Refused::AlreadyFinished(state)) => {
                 info!(state = state.as_str(), "duplicate of a finished message");
-                self.events.tell(&id, EventKind::Suppressed);
-                receipt.ack();
+                events.tell(&id, EventKind::Suppressed);
+                delivery.ack();
             }
             Ok(Refused::Claimed) => {
                 info!("the message's job is claimed by a worker that knows its task");
-                self.events.tell(&id, EventKind::Suppressed);
-                intake.held.pause(receipt);
+                events.tell(&id, EventKind::Suppressed);
+                // Held like any other duplicate of a job that is not over.
+                let holding = Holding {
+                    key: refusal.key,
+                    place,
+                    until: Instant::now(),
+                    unknown: None,
+                };
+                held.hold(delivery, holding);
             }
             Err(error) => {
-                self.try_later(intake, &error, receipt);
+                error!(%error, "the delivery is handed back after a pause");
+                held.hand_back_later(delivery);
                 return false;
             }
         }
         true
     }
 
-    /// Nothing is known about the message, so it must not be acked.
-    fn try_later(&self, intake: &Intake, error: &StoreError, receipt: Receipt) {
-        error!(%error, "the delivery is handed back after a pause");
-        intake.held.pause(receipt);
+    /// The payload was fine when the job was put on record, so nobody else can
+    /// read it either.
+    async fn end_unreadable(
+        &self,
+        intake: &Intake,
+        fence: &Fence,
+        error: &str,
+        delivery: Option<Receipt>,
+    ) {
+        error!(job = %fence.key, error, "the stored payload of a job cannot be read");
+        let error = format!("the stored payload cannot be read: {error}");
+        let finish = Finish {
+            fence: fence.clone(),
+            ending: Ending::dead(DeadReason::Malformed, error),
+            checkpoint: None,
+            dead_letter_topic: intake.dead_letter_topic.clone(),
+        };
+        let Context {
+            guard,
+            shutdown,
+            wake_dead_letters,
+            ..
+        } = &*self.context;
+        let ended = guard.finish(&finish, &shutdown.giving_up).await;
+        wake_dead_letters.notify_one();
+        if let (Some(true), Some(delivery)) = (ended, delivery) {
+            delivery.ack();
+        }
     }
 
-    /// What the broker is told about a delivery whose run has ended.
-    pub(super) fn settle(&self, intake: &Intake, key: JobKey, receipt: Receipt, how: Settling) {
-        match how {
-            Settling::Ack => {
-                failpoint::reach(Step::BeforeFinalAck);
-                receipt.ack();
-            }
-            Settling::Nack => receipt.nack(),
-            Settling::HoldUntil(until) => intake.held.hold(key, until, receipt, None),
+    async fn give_back(&self, fence: &Fence) {
+        let release = Release {
+            fence: fence.clone(),
+            why: Released::Interrupted,
+            checkpoint: None,
+        };
+        let Context {
+            guard, shutdown, ..
+        } = &*self.context;
+        if guard.release(&release, &shutdown.giving_up).await.is_none() {
+            warn!(job = %fence.key, "the claim could not be given back; its lease will expire");
         }
     }
 }
 
-/// Why a message is refused.
-struct Reason {
-    reason: DeadReason,
-    task: Option<String>,
-    error: String,
-}
-
-impl Reason {
-    fn new(reason: DeadReason, task: Option<String>, error: impl ToString) -> Box<Self> {
-        Box::new(Self {
-            reason,
-            task,
-            error: error.to_string(),
-        })
+impl Space {
+    /// A place to hold the delivery; room for its job is given back.
+    fn into_place(self, context: &Context, intake: &Intake) -> Place {
+        match self {
+            Self::Place(place) => place,
+            Self::Room(_) => context.admission.hold(&intake.name),
+        }
     }
 }
 
-/// Where the table is to bring the job back, a delivery of it is not needed any
-/// more. Otherwise acking any delivery of the message would settle it while its
-/// job can still be lost.
-fn keep_or_ack(
-    intake: &Intake,
-    key: JobKey,
-    until: Instant,
-    acked: bool,
-    receipt: Receipt,
-    unknown: Option<Unknown>,
-) {
-    match acked {
-        true => receipt.ack(),
-        false => intake.held.hold(key, until, receipt, unknown),
+impl Reason {
+    fn new(reason: DeadReason, task: Option<String>, error: impl ToString) -> Self {
+        Self {
+            reason,
+            task,
+            error: error.to_string(),
+        }
     }
 }

@@ -1,17 +1,17 @@
-//! One loop per subscription: slot first, then pull.
+//! One loop per subscription: asks for a message while it could be begun.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
+use super::admission::Admission;
 use super::intake::Intake;
 use super::process::Processor;
-use super::slots::Slots;
-use crate::pubsub::{Delivery, PubsubError, Subscription};
+use crate::pubsub::{PubsubError, Subscription};
 use crate::retry::{Backoff, jittered};
 
 /// Pauses before a broken stream is opened again.
@@ -19,41 +19,70 @@ const REOPEN: (Duration, Duration) = (Duration::from_millis(100), Duration::from
 /// The same for what only a person can mend: loud and slow.
 const REOPEN_UNCONFIGURED: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 
-/// A stream listens on so long although there is no slot for what it may bring.
+/// A stream that listens goes on for this long when room ends. A message may be
+/// on its way; closing the stream would lose it until its ack deadline.
 const REST_AFTER: Duration = Duration::from_millis(200);
+/// A stream may begin to listen later: when a message that was held is settled.
+const REST_AGAIN: Duration = Duration::from_secs(1);
 
 pub(super) struct Puller {
     pub(super) subscription: Subscription,
     pub(super) intake: Arc<Intake>,
-    pub(super) slots: Slots,
+    pub(super) admission: Admission,
     pub(super) processor: Arc<Processor>,
-    pub(super) running: TaskTracker,
     pub(super) draining: CancellationToken,
     pub(super) database_is_up: watch::Receiver<bool>,
+}
+
+/// Pauses after failures.
+struct Pauses {
+    passing: Backoff,
+    unconfigured: Backoff,
 }
 
 impl Puller {
     /// Pulls until the worker drains, through every failure; gives the
     /// subscription back so that what is settled late can be flushed.
     pub(super) async fn run(mut self) -> Subscription {
-        let mut passing = Backoff::new(REOPEN.0, REOPEN.1);
-        let mut unconfigured = Backoff::new(REOPEN_UNCONFIGURED.0, REOPEN_UNCONFIGURED.1);
-        while self.wait_for_slot().await {
-            let failure = match self.subscription.next(&self.draining).await {
-                Ok(Some(delivery)) => {
-                    passing.reset();
-                    unconfigured.reset();
-                    self.begin(delivery);
+        let mut changes = self.admission.changes();
+        let mut pauses = Pauses {
+            passing: Backoff::new(REOPEN.0, REOPEN.1),
+            unconfigured: Backoff::new(REOPEN_UNCONFIGURED.0, REOPEN_UNCONFIGURED.1),
+        };
+        // When to stop listening, since there is no room.
+        let mut rest_at = None;
+        while !self.draining.is_cancelled() {
+            let asks = self.could_begin_one();
+            if asks {
+                rest_at = None;
+                if let Err(failure) = self.subscription.listen().await {
+                    self.pause(&failure, &mut pauses).await;
                     continue;
                 }
-                Ok(None) => break,
-                Err(failure) => failure,
-            };
-            let delay = match failure.needs_a_person() {
-                true => jittered(unconfigured.next_ceiling()),
-                false => passing.next_delay(),
-            };
-            self.pause(&failure, delay).await;
+            } else {
+                rest_at.get_or_insert_with(|| Instant::now() + REST_AFTER);
+            }
+            let takes = asks || self.takes_without_room();
+            tokio::select! {
+                // What has arrived is begun before it is seen that less may be
+                // asked for; a stop goes before both.
+                biased;
+                () = self.draining.cancelled() => break,
+                next = self.subscription.next(), if takes => match next {
+                    Ok(delivery) => {
+                        pauses.reset();
+                        self.processor.begin(&self.intake, delivery);
+                    }
+                    Err(PubsubError::Quiet { .. }) => debug!(subscription = self.subscription.path(), "a quiet stream is replaced"),
+                    Err(failure) => self.pause(&failure, &mut pauses).await,
+                },
+                () = changes.next() => {}
+                _ = self.database_is_up.changed() => {}
+                () = until(rest_at) => {
+                    self.subscription.rest();
+                    rest_at = Some(Instant::now() + REST_AGAIN);
+                }
+            }
         }
         self.subscription.stop_pulling();
         let figures = self.subscription.counters().figures();
@@ -61,62 +90,48 @@ impl Puller {
         self.subscription
     }
 
-    /// Waits for a slot, and for a database to claim from; what arrives
-    /// meanwhile is handed back in time. False once the worker drains.
-    async fn wait_for_slot(&mut self) -> bool {
-        let mut rests = false;
-        loop {
-            tokio::select! {
-                // A stop goes before a free slot.
-                biased;
-                () = self.draining.cancelled() => return false,
-                () = ready(&mut self.database_is_up, &self.slots, &self.intake) => return true,
-                () = self.subscription.hand_back_when_late() => {}
-                // While jobs follow each other quickly it is not worth it.
-                () = tokio::time::sleep(REST_AFTER), if !rests => {
-                    rests = true;
-                    self.subscription.rest();
-                }
-            }
-        }
+    fn could_begin_one(&mut self) -> bool {
+        let is_up = *self.database_is_up.borrow_and_update();
+        is_up && self.admission.could_begin(&self.intake.name)
     }
 
-    fn begin(&mut self, delivery: Delivery) {
-        let Some(slot) = self.slots.try_take(&self.intake.name) else {
-            // Another subscription's message was quicker.
-            self.subscription.put_back(delivery);
-            return;
-        };
-        let message = &delivery.message;
-        let ordering_key = &message.ordering_key;
-        let turn =
-            (!ordering_key.is_empty()).then(|| self.intake.turns.next(ordering_key, &message.id));
-        let processor = Arc::clone(&self.processor);
-        let intake = Arc::clone(&self.intake);
-        self.running.spawn(async move {
-            processor.process(&intake, delivery, slot, turn).await;
-        });
+    /// What comes without being asked for, because it was on its way, goes on
+    /// record for whoever has room. What was fetched ahead stays here instead.
+    fn takes_without_room(&self) -> bool {
+        !self.subscription.prefetches() && self.admission.could_hold(&self.intake.name)
     }
 
-    async fn pause(&self, failure: &PubsubError, delay: Duration) {
+    async fn pause(&self, failure: &PubsubError, pauses: &mut Pauses) {
         let subscription = self.subscription.path();
+        let needs_a_person = failure.needs_a_person();
+        let delay = match needs_a_person {
+            true => jittered(pauses.unconfigured.next_ceiling()),
+            false => pauses.passing.next_delay(),
+        };
         let retry_in = humantime::format_duration(Duration::from_millis(
             u64::try_from(delay.as_millis()).unwrap_or(u64::MAX),
         ));
-        match failure.needs_a_person() {
+        match needs_a_person {
             true => error!(subscription, %failure, %retry_in, "pulling needs a person's help"),
             false => warn!(subscription, %failure, %retry_in, "pulling was interrupted"),
         }
         tokio::select! {
             () = self.draining.cancelled() => {}
-            () = tokio::time::sleep(delay) => {}
+            () = sleep(delay) => {}
         }
     }
 }
 
-async fn ready(database_is_up: &mut watch::Receiver<bool>, slots: &Slots, intake: &Intake) {
-    // The guard lives as long as the worker, so waiting cannot fail.
-    let _ = database_is_up.wait_for(|up| *up).await;
-    intake.held.some_room().await;
-    slots.some_free(&intake.name).await;
+async fn until(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Pauses {
+    fn reset(&mut self) {
+        self.passing.reset();
+        self.unconfigured.reset();
+    }
 }

@@ -8,6 +8,7 @@ use tracing::{info, warn};
 
 use crate::guard::Guard;
 use crate::retry::jittered;
+use crate::store::in_time;
 
 /// Many workers purge one table, so each need not look often.
 const EVERY: Duration = Duration::from_secs(60 * 60);
@@ -35,7 +36,7 @@ pub(super) async fn purge(guard: Guard, retention: Duration, draining: Cancellat
 async fn purge_all(guard: &Guard, retention: Duration) {
     let mut total = 0;
     loop {
-        match guard.purge(retention, BATCH).await {
+        match in_time(guard.store().purge(retention, BATCH)).await {
             Ok(0) => break,
             Ok(purged) => total += purged,
             Err(error) => {

@@ -6,7 +6,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::lease_keeper::KeptLease;
+use super::lease_keeper::Lease;
 use crate::executor::Attempt;
 use crate::outcome::Outcome;
 use crate::registry::ConfiguredTask;
@@ -16,7 +16,7 @@ use crate::registry::ConfiguredTask;
 pub(super) async fn supervise(
     task: &ConfiguredTask,
     attempt: Attempt,
-    lease: &mut KeptLease,
+    lease: &mut Lease,
     stopping: &CancellationToken,
     stop_grace: Duration,
 ) -> Outcome {
@@ -41,7 +41,7 @@ pub(super) async fn supervise(
         );
     }
     match (early, last_word) {
-        // It was done all the same, and its lease still holds.
+        // It was done before it stopped, and its lease still holds.
         (
             Outcome::Interrupted | Outcome::TimedOut | Outcome::Cancelled,
             Ok(done @ Outcome::Succeeded(_)),

@@ -1,7 +1,7 @@
 //! When a message is acked, and who brings an interrupted job back.
 
 use serde_json::json;
-use trainyard::job::{Job, JobFilter, JobState};
+use trainyard::record::{Job, JobFilter, JobState};
 use trainyard::store::Store;
 
 use crate::on_both_databases;

@@ -2,31 +2,51 @@
 
 use std::path::{Path, PathBuf};
 
-/// (what, the only places in `src` that may use it)
+const EMULATOR: &str = "crates/emulator";
+const CLASSIFIER: &str = "crates/train-classifier";
+
+/// (what, the only places that may use it: modules of `src`, and crates)
 const ONLY_IN: &[(&str, &[&str])] = &[
     ("sqlx", &["store"]),
-    ("google_cloud_pubsub", &["pubsub", "emulator"]),
+    ("google_cloud_pubsub", &["pubsub", EMULATOR]),
     ("google_cloud_auth", &["pubsub"]),
-    ("axum", &["emulator"]),
-    ("tonic", &["emulator"]),
+    ("googleapis_tonic_google_pubsub_v1", &[EMULATOR]),
+    ("axum", &[EMULATOR]),
+    ("tonic", &[EMULATOR]),
+    ("argmin", &[CLASSIFIER]),
+    ("ndarray", &[CLASSIFIER]),
+    ("csv", &[CLASSIFIER]),
     ("clap", &["cli"]),
     ("indicatif", &["cli"]),
+    ("trainyard_emulator", &["cli"]),
+    ("train_classifier", &["tasks"]),
     ("crate::cli", &["cli", "main"]),
     ("crate::app", &["app", "cli", "lib"]),
-    ("crate::emulator", &["emulator", "cli"]),
 ];
 
 const WORDS: &[&str] = &[
     "dedupe", "devices", "job", "message", "outcome", "report", "retry", "task",
 ];
-const OUTSIDE_SYSTEMS: &[&str] = &["pubsub", "store", "executor", "nvidia", "emulator"];
+const OUTSIDE_SYSTEMS: &[&str] = &["pubsub", "store", "executor", "nvidia"];
 const SERVICES: &[&str] = &["guard", "registry", "worker", "app", "cli"];
 
-/// Every Rust file under `src` with its top-level module's name and its text.
-fn sources() -> Vec<(PathBuf, String, String)> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut folders = vec![root.clone()];
-    let mut files = Vec::new();
+struct Source {
+    /// From the repository's root.
+    path: PathBuf,
+    /// The module of `src` that it belongs to, or the crate, as `crates/NAME`.
+    place: String,
+    text: String,
+}
+
+/// Every Rust file of the daemon and of the crates beside it, tests aside.
+fn sources() -> Vec<Source> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut folders = vec![root.join("src")];
+    for member in std::fs::read_dir(root.join("crates")).unwrap() {
+        folders.push(member.unwrap().path().join("src"));
+    }
+    assert!(folders.len() > 1, "the crates were not found");
+    let mut sources = Vec::new();
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
@@ -34,15 +54,23 @@ fn sources() -> Vec<(PathBuf, String, String)> {
                 folders.push(path);
                 continue;
             }
-            let inside = path.strip_prefix(&root).unwrap();
-            let top = inside.iter().next().unwrap().to_str().unwrap();
-            let top = top.trim_end_matches(".rs").to_owned();
             let text = std::fs::read_to_string(&path).unwrap();
-            files.push((inside.to_owned(), top, text));
+            let path = path.strip_prefix(root).unwrap().to_owned();
+            let place = place(&path);
+            sources.push(Source { path, place, text });
         }
     }
-    assert!(files.len() > 30, "the sources were not found");
-    files
+    assert!(sources.len() > 30, "the sources were not found");
+    sources
+}
+
+fn place(path: &Path) -> String {
+    let names: Vec<&str> = path.iter().map(|name| name.to_str().unwrap()).collect();
+    match names[..] {
+        ["crates", member, ..] => format!("crates/{member}"),
+        ["src", module, ..] => module.trim_end_matches(".rs").to_owned(),
+        _ => panic!("{} is in neither", path.display()),
+    }
 }
 
 /// Whether a line of code names a path that begins with `what`.
@@ -59,10 +87,10 @@ fn uses(text: &str, what: &str) -> bool {
 
 #[test]
 fn each_outside_library_is_used_in_its_own_place_only() {
-    for (path, top, text) in sources() {
+    for Source { path, place, text } in sources() {
         for (what, places) in ONLY_IN {
             assert!(
-                places.contains(&top.as_str()) || !uses(&text, what),
+                places.contains(&place.as_str()) || !uses(&text, what),
                 "{} uses {what}, which only {places:?} may",
                 path.display()
             );
@@ -71,9 +99,20 @@ fn each_outside_library_is_used_in_its_own_place_only() {
 }
 
 #[test]
+fn crates_do_not_know_the_daemon() {
+    for Source { path, place, text } in sources() {
+        assert!(
+            !place.starts_with("crates/") || !uses(&text, "trainyard"),
+            "{} uses trainyard",
+            path.display()
+        );
+    }
+}
+
+#[test]
 fn words_import_only_words() {
-    for (path, top, text) in sources() {
-        if !WORDS.contains(&top.as_str()) {
+    for Source { path, place, text } in sources() {
+        if !WORDS.contains(&place.as_str()) {
             continue;
         }
         for (at, prefix) in text.match_indices("use crate::") {
@@ -90,12 +129,12 @@ fn words_import_only_words() {
 
 #[test]
 fn outside_systems_import_neither_each_other_nor_services() {
-    for (path, top, text) in sources() {
-        if !OUTSIDE_SYSTEMS.contains(&top.as_str()) {
+    for Source { path, place, text } in sources() {
+        if !OUTSIDE_SYSTEMS.contains(&place.as_str()) {
             continue;
         }
         let others = OUTSIDE_SYSTEMS.iter().chain(SERVICES);
-        for other in others.filter(|other| **other != top) {
+        for other in others.filter(|other| **other != place) {
             assert!(
                 !uses(&text, &format!("crate::{other}")),
                 "{} imports {other}",
@@ -136,14 +175,14 @@ fn both_databases_have_the_same_functions_in_the_same_order() {
             .collect()
     };
     for file in [
-        "attempts.rs",
         "claims.rs",
         "dead_letters.rs",
         "endings.rs",
-        "orphans.rs",
-        "reading.rs",
+        "ledger.rs",
+        "queue.rs",
         "requests.rs",
         "running.rs",
+        "schema.rs",
     ] {
         assert_eq!(statements("postgres", file), statements("sqlite", file));
     }

@@ -1,7 +1,7 @@
 //! Messages that no worker can run: never a panic, never lost, never in a
 //! loop; the refusal is on record with its reason.
 
-use trainyard::job::{Job, JobFilter, JobState};
+use trainyard::record::{Job, JobFilter, JobState};
 
 use crate::on_every_broker_and_database;
 use crate::support::broker::Broker;

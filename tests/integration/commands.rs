@@ -1,12 +1,17 @@
 //! What a person types, and what they are told.
 
+use std::process::Stdio;
+
 use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::Command;
+use tokio::time::timeout;
 
 use crate::support::broker::Broker;
 use crate::support::database::Database;
-use crate::support::eventually;
 use crate::support::requests::{tiny_training, write_tiny_dataset};
 use crate::support::worker::{Yard, output_of, trainyard};
+use crate::support::{PATIENCE, eventually};
 
 const SECTIONS: &str = "[subscriptions.training]\n[tasks.train-classifier]\nbuiltin = \"train-classifier\"\nack = \"before_run\"\ntimeout = \"12h\"\n";
 
@@ -204,7 +209,9 @@ async fn config_check_warns_where_the_guard_forgets_before_pubsub_does() {
     broker.subscribe("training").await;
     let output = yard.output(&["config", "check"]).await;
     assert!(
-        output.stdout.contains("training keeps messages for 7days"),
+        output
+            .stdout
+            .contains("training retains messages for 7days"),
         "{}",
         output.stdout
     );
@@ -233,4 +240,38 @@ async fn dev_once_trains_the_samples_and_suppresses_the_duplicate() {
             .contains("1 duplicate delivery was suppressed")
     );
     assert!(folder.path().join(".trainyard/trainyard.db").exists());
+}
+
+fn emulator(faults: &str) -> Command {
+    let mut command = trainyard();
+    command.args(["emulator", "--port", "0", "--faults", faults]);
+    command
+}
+
+/// The first line that a command writes to stderr; it is then killed.
+async fn first_words(mut command: Command) -> String {
+    command.stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let line = timeout(PATIENCE, lines.next_line()).await.unwrap();
+    line.unwrap().unwrap()
+}
+
+#[tokio::test]
+async fn the_emulator_prints_its_faults_and_a_seed_that_repeats_them() {
+    let line = first_words(emulator("duplicates=0.5")).await;
+    let seed = line.strip_prefix("faults: duplicates=0.5; --seed ");
+    let seed = seed.and_then(|rest| rest.strip_suffix(" repeats them"));
+    let seed = seed.unwrap_or_else(|| panic!("{line}"));
+    let mut repeated = emulator("duplicates=0.5");
+    repeated.args(["--seed", seed]);
+    assert_eq!(first_words(repeated).await, line);
+}
+
+#[tokio::test]
+async fn the_emulator_refuses_a_bad_fault() {
+    let output = output_of(emulator("duplicates=often")).await;
+    assert_eq!(output.code, CONFIGURATION);
+    let reason = "a number from 0 to 1";
+    assert!(output.stderr.contains(reason), "{}", output.stderr);
 }

@@ -7,6 +7,7 @@ mod frozen;
 mod killed;
 mod killed_often;
 mod lost_replies;
+mod outage;
 mod rolling_restart;
 mod same_job;
 

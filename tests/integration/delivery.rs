@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use nix::sys::signal::Signal;
-use trainyard::job::{Job, JobFilter, JobState};
+use trainyard::record::{Job, JobFilter, JobState};
 use trainyard::store::Store;
 
 use crate::on_every_broker_and_database;

@@ -1,7 +1,7 @@
 //! Runs that fail, and messages that nobody can run.
 
 use serde_json::json;
-use trainyard::job::JobState;
+use trainyard::record::JobState;
 
 use crate::on_both_databases;
 use crate::support::database::Database;
@@ -115,7 +115,7 @@ async fn a_waiting_retry_holds_no_slot(database: Database) {
         .command(&["jobs", "retry", &job.id.to_string()])
         .await
         .stdout;
-    assert!(told.contains("need wait no longer"), "{told}");
+    assert!(told.contains("its next attempt starts"), "{told}");
     scene.job(&waiting, JobState::Dead).await;
     scene.nothing_is_left_to_deliver().await;
 }

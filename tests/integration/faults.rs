@@ -1,7 +1,7 @@
 //! A broker that misbehaves.
 
 use google_cloud_pubsub::model::Subscription;
-use trainyard::emulator::Faults;
+use trainyard_emulator::Faults;
 
 use crate::support::runs::RunEvent;
 use crate::support::scene::{CALM, Scene, Settings};

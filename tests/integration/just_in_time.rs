@@ -2,14 +2,12 @@
 
 use std::collections::HashMap;
 
-use google_cloud_pubsub::model::{DeadLetterPolicy, Subscription};
+use google_cloud_pubsub::model::Subscription;
 use serde_json::{Value, json};
-use trainyard::job::Job;
 use trainyard::pubsub::Outgoing;
+use trainyard::record::Job;
 use uuid::Uuid;
 
-use crate::support::broker::Broker;
-use crate::support::database::Database;
 use crate::support::eventually;
 use crate::support::runs::{RunEvent, RunLine};
 use crate::support::scene::{CALM, SUBSCRIPTION, Scene, Settings};
@@ -44,7 +42,7 @@ async fn no_message_waits_at_a_busy_worker_with_after_run() {
 ///
 /// `unacked`: how many of two that run are not acked yet.
 async fn no_message_waits_at_a_busy_worker(ack: &'static str, more: Value, unacked: usize) {
-    let Some(scene) = where_deliveries_are_counted(Settings { ack, ..CALM }).await else {
+    let Some(scene) = Scene::on_postgres(&Settings { ack, ..CALM }).await else {
         return;
     };
     let workers = [
@@ -87,22 +85,8 @@ fn label(run: &RunLine) -> &str {
     run.label.as_deref().unwrap()
 }
 
-/// With a dead-letter policy the broker tells how often it has delivered a
-/// message, and workers log it.
-async fn where_deliveries_are_counted(settings: Settings) -> Option<Scene> {
-    let database = Database::postgres().await?;
-    let broker = Broker::builtin().await?;
-    broker.connection.ensure_topic("dead").await.unwrap();
-    let policy = DeadLetterPolicy::new()
-        .set_dead_letter_topic(broker.connection.topic_path("dead"))
-        .set_max_delivery_attempts(100);
-    let subscription = Subscription::new().set_dead_letter_policy(policy);
-    broker.subscribe_like(SUBSCRIPTION, subscription).await;
-    Some(Scene::set(broker, SUBSCRIPTION, &database, &database, &settings).await)
-}
-
 /// For each run that a worker started, the how-manieth delivery of its message
-/// it was.
+/// it was. With a dead-letter policy the broker tells, and workers log it.
 fn deliveries_that_started(worker: &WorkerProcess) -> Vec<u32> {
     let log = worker.log();
     let starts = log.lines().filter(|line| line.ends_with(" started"));

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 mod ack_timing;
+mod admission;
 mod architecture;
 mod bad_input;
 mod cancel;
@@ -13,9 +14,11 @@ mod dead_letters;
 mod delivery;
 mod failures;
 mod faults;
+mod gpus;
 mod just_in_time;
 mod ordering;
 mod programs;
+mod renewals;
 mod shutdown;
 mod store;
 mod store_model;

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use serde_json::json;
-use trainyard::job::JobState;
 use trainyard::pubsub::Outgoing;
+use trainyard::record::JobState;
 
 use crate::on_both_databases;
 use crate::support::broker::Broker;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use trainyard::job::{Job, JobState};
+use trainyard::record::{Job, JobState};
 
 use crate::on_both_databases;
 use crate::support::database::Database;

@@ -21,15 +21,16 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use futures::future::join_all;
 use serde_json::json;
-use trainyard::job::{Acquired, Claim, Fence, FinalState, JobFilter, JobKey, JobState};
+use trainyard::job::{Acquired, Claim, Fence, FinalState, JobKey, Renewal};
 use trainyard::outcome::Ending;
+use trainyard::record::{JobFilter, JobState};
 use trainyard::store::{Refusal, Refused, SchemaError, Standing};
 use uuid::Uuid;
 
 use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::jobs::{
-    ENDED, LONG, acquire, claim, dead, finish, interrupted, job_of, pass_the_lease, refusal,
+    ENDED, LONG, acquire, claim, dead, finish, interrupted, job_of, look, pass_the_lease, refusal,
     request, request_of, succeeded, terms,
 };
 
@@ -63,13 +64,13 @@ async fn a_new_database_has_no_schema_until_it_is_migrated(database: Database) {
         store.check_schema().await,
         Err(SchemaError::Missing)
     ));
-    assert!(store.migrate().await.unwrap() >= 1);
+    assert!(store.migrate(|_| {}).await.unwrap() >= 1);
     store.check_schema().await.unwrap();
 }
 
 async fn migrating_again_changes_nothing(database: Database) {
     let store = database.open_migrated().await;
-    assert_eq!(store.migrate().await.unwrap(), 0);
+    assert_eq!(store.migrate(|_| {}).await.unwrap(), 0);
 }
 
 async fn a_new_key_is_acquired_at_attempt_one(database: Database) {
@@ -179,7 +180,7 @@ async fn a_renewed_lease_lasts_from_the_renewal(database: Database) {
     let acquired = acquire(&store, "1", ENDED).await;
     pass_the_lease().await;
     let renewed = store.renew(&[acquired.fence], LONG).await.unwrap();
-    assert_eq!(renewed, [true]);
+    assert_eq!(renewed, [Renewal::Renewed]);
     assert!(matches!(
         claim(&store, "1", LONG).await,
         Claim::HeldUntil { .. }
@@ -202,7 +203,7 @@ async fn a_stale_fence_changes_nothing(database: Database) {
                 .renew(std::slice::from_ref(fence), LONG)
                 .await
                 .unwrap(),
-            [false]
+            [Renewal::Lost]
         );
         assert!(!store.release(&interrupted(fence)).await.unwrap());
         assert!(!finish(&store, fence, succeeded()).await);
@@ -262,24 +263,21 @@ async fn refusing_a_claimed_message_does_not_end_its_job(database: Database) {
 async fn looking_changes_nothing(database: Database) {
     let store = database.open_migrated().await;
     let key = JobKey::new("s", "1");
-    assert_eq!(store.look(&key).await.unwrap(), Standing::Free);
+    assert_eq!(look(&store, &key).await, Standing::Missing);
     let acquired = acquire(&store, "1", LONG).await;
     let before = job_of(&store, &acquired).await;
     assert!(matches!(
-        store.look(&key).await.unwrap(),
+        look(&store, &key).await,
         Standing::Held { remaining, .. } if remaining > LONG / 2
     ));
     assert_eq!(job_of(&store, &acquired).await, before);
     store.release(&interrupted(&acquired.fence)).await.unwrap();
     let remaining = Duration::ZERO;
-    assert_eq!(
-        store.look(&key).await.unwrap(),
-        Standing::Waiting { remaining }
-    );
+    assert_eq!(look(&store, &key).await, Standing::Waiting { remaining });
     let again = acquire(&store, "1", LONG).await;
     finish(&store, &again.fence, succeeded()).await;
     assert_eq!(
-        store.look(&key).await.unwrap(),
+        look(&store, &key).await,
         Standing::Finished(FinalState::Succeeded)
     );
 }

@@ -12,15 +12,15 @@ use proptest::collection::vec;
 use proptest::test_runner::{Config, TestRunner};
 use tokio::runtime::Runtime;
 use trainyard::job::{
-    Acquired, Can, Cancelling, Claim, ClaimRequest, Fence, FinalState, Job, JobKey, Limits,
-    Retrying,
+    Acquired, Can, Claim, ClaimRequest, Fence, FinalState, JobKey, Limits, Renewal,
 };
 use trainyard::outcome::Ending;
+use trainyard::record::{Cancelling, Job, Retrying};
 use trainyard::store::{ClaimTerms, Finish, Reach, Store};
 use uuid::Uuid;
 
 use crate::support::database::{Database, Tables};
-use crate::support::jobs::{LONG, failed, interrupted, request_of, task_terms};
+use crate::support::jobs::{LONG, failed, interrupted, reap_within, request_of, task_terms};
 use known::{Known, Row};
 use steps::{Step, Write, step};
 
@@ -248,9 +248,8 @@ impl<'a> Case<'a> {
             subscriptions: BTreeMap::from([(self.subscription.clone(), None)]),
             tasks: BTreeMap::from([("train".to_owned(), task_terms(MAX_ATTEMPTS))]),
         };
-        let reaped = self.store.reap(&reach, &terms(worker), KEYS.len()).await;
+        let reaped = reap_within(self.store, &reach, &terms(worker), KEYS.len()).await;
         let mut reaped: BTreeMap<JobKey, Acquired> = reaped
-            .unwrap()
             .into_iter()
             .map(|reaped| (reaped.acquired.fence.key.clone(), reaped.acquired))
             .collect();
@@ -278,7 +277,11 @@ impl<'a> Case<'a> {
         match write {
             Write::Renew => {
                 let renewed = store.renew(std::slice::from_ref(&fence), LONG).await;
-                assert_eq!(renewed.unwrap(), [holds]);
+                let expected = match holds {
+                    true => Renewal::Renewed,
+                    false => Renewal::Lost,
+                };
+                assert_eq!(renewed.unwrap(), [expected]);
                 known.is_due &= !holds;
             }
             Write::SaveCheckpoint => {

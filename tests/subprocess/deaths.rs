@@ -1,4 +1,4 @@
-//! What is left of a run when its daemon or its keeper dies.
+//! A run whose daemon or keeper dies leaves no process.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,18 +9,18 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::support::{
-    Other, Place, attempt, begin, failure, lives, outcome_of, parent_of, run, send, settings_in,
-    stat, tell, told, wait_until,
+    Other, Place, attempt, begin, failure, freeze, lives, outcome_of, parent_of, report_step,
+    reported_step, run, send, settings_in, stat, wait_until,
 };
 
-/// Ignores SIGTERM, and so do a child of its own and one in another session.
-/// The process ids are in `$OUT`.
+/// Ignores SIGTERM, as do a child and a child in another session. Writes the
+/// process ids to `$OUT`.
 const FAMILY: &str = "trap '' TERM HUP; sleep 1000 & a=$!; setsid sleep 1000 & b=$!
     echo $$ $a $b > \"$OUT.new\"; mv \"$OUT.new\" \"$OUT\"; wait";
 
 fn family_in(folder: &Path) -> Vec<i32> {
     let out = folder.join("out");
-    wait_until("the family is told of", || out.exists());
+    wait_until("the process ids are written", || out.exists());
     let text = std::fs::read_to_string(out).unwrap();
     let family: Vec<i32> = text
         .split_ascii_whitespace()
@@ -32,7 +32,7 @@ fn family_in(folder: &Path) -> Vec<i32> {
 }
 
 #[tokio::test]
-#[ignore = "the tests below run it as a process of its own"]
+#[ignore = "the tests below run it as a separate process"]
 async fn a_daemon() {
     let mut attempt = attempt(json!({}));
     let (_renewals, valid_until) = watch::channel(Instant::now() + Duration::from_secs(8));
@@ -54,7 +54,7 @@ fn nothing_outlives_a_daemon_that_is_killed() {
 }
 
 #[tokio::test]
-#[ignore = "the test below runs it as a process of its own"]
+#[ignore = "the test below runs it as a separate process"]
 async fn a_daemon_of_one_process() {
     let script = "echo $$ > \"$OUT.new\"; mv \"$OUT.new\" \"$OUT\"; exec sleep 1000";
     outcome_of(settings_in(&Other::folder(), script), attempt(json!({}))).await;
@@ -64,11 +64,11 @@ async fn a_daemon_of_one_process() {
 fn a_command_dies_with_its_keeper_when_the_daemon_dies_too() {
     let place = Place::new();
     let daemon = Other::start("deaths::a_daemon_of_one_process", place.folder.path());
-    wait_until("the command is told of", || place.out().exists());
+    wait_until("the process id is written", || place.out().exists());
     let command: i32 = place.written().trim().parse().unwrap();
     let keeper = parent_of(command);
-    // So that it cannot do anything between the two deaths.
-    send(keeper, Signal::SIGSTOP);
+    // Frozen, so that it cannot act between the two deaths.
+    freeze(keeper);
     send(daemon.pid(), Signal::SIGKILL);
     assert!(lives(command));
     send(keeper, Signal::SIGKILL);
@@ -76,7 +76,7 @@ fn a_command_dies_with_its_keeper_when_the_daemon_dies_too() {
 }
 
 #[test]
-fn nothing_outlives_the_word_of_a_daemon_that_is_frozen() {
+fn nothing_outlives_the_lease_of_a_frozen_daemon() {
     let place = Place::new();
     let daemon = Other::start("deaths::a_daemon", place.folder.path());
     let family = family_in(place.folder.path());
@@ -115,7 +115,10 @@ async fn nothing_outlives_a_keeper_that_is_frozen() {
     let keeper = parent_of(family[0]);
     send(keeper, Signal::SIGSTOP);
     let (error, _) = failure(run.await.unwrap());
-    assert!(error.contains("did not stop its job"), "{error}");
+    assert!(
+        error.contains("did not stop the command in time"),
+        "{error}"
+    );
     assert!(!family.iter().any(|pid| lives(*pid)), "{family:?}");
     assert!(stat(keeper).is_none());
 }
@@ -125,9 +128,9 @@ async fn a_keeper_outlives_the_signals_of_a_service_manager() {
     let place = Place::new();
     let attempt = attempt(json!({}));
     let (reports, stop) = (attempt.reports.clone(), attempt.stop.clone());
-    let script = format!("{}; sleep 1000", tell("$$"));
+    let script = format!("{}; sleep 1000", report_step("$$"));
     let run = begin(place.script(&script), attempt);
-    let keeper = parent_of(told(&reports).await);
+    let keeper = parent_of(reported_step(&reports).await);
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
         send(keeper, signal);
     }
@@ -137,11 +140,11 @@ async fn a_keeper_outlives_the_signals_of_a_service_manager() {
 }
 
 #[tokio::test]
-async fn a_keeper_that_is_none_is_a_transient_failure() {
+async fn a_missing_keeper_program_is_a_transient_failure() {
     let place = Place::new();
     for keeper in ["/no/such/keeper", "true"] {
         let mut settings = place.script("exit 0");
-        settings.keeper = Some(keeper.into());
+        settings.keeper_program = Some(keeper.into());
         let (error, permanent) = failure(run(settings).await);
         assert!(error.contains("keeper"), "{error}");
         assert!(!permanent);

@@ -1,4 +1,4 @@
-//! Which GPUs a worker finds, and which a job sees.
+//! The GPUs that a worker finds, and those that a job sees.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -13,11 +13,12 @@ use trainyard::nvidia;
 use trainyard::outcome::Outcome;
 
 use crate::support::{
-    Other, Place, attempt, begin, lives, outcome_of, parent_of, send, tell, told, wait_until,
+    Other, Place, attempt, begin, lives, outcome_of, parent_of, report_step, reported_step, send,
+    wait_until,
 };
 
 #[tokio::test]
-#[ignore = "the test below runs it as a process of its own"]
+#[ignore = "the test below runs it as a separate process"]
 async fn discovery() {
     let devices = nvidia::devices(&Gpus::Auto).await;
     let all = devices.take(devices.total()).unwrap();
@@ -47,7 +48,7 @@ fn a_worker_finds_the_gpus_that_it_may_use() {
     }
 }
 
-/// Each job makes a file for each of its GPUs, which must not be there yet, and
+/// Each job creates a file for each of its GPUs, which must not exist yet, and
 /// removes it at its end.
 #[tokio::test]
 async fn jobs_side_by_side_never_see_the_same_gpu() {
@@ -76,7 +77,7 @@ async fn jobs_side_by_side_never_see_the_same_gpu() {
 }
 
 #[tokio::test]
-async fn an_abandoned_run_has_its_gpus_until_nothing_of_it_lives() {
+async fn an_abandoned_run_holds_its_gpus_until_its_processes_are_gone() {
     let place = Place::new();
     let devices = Devices::new(vec!["GPU-1".to_owned()]);
     let attempt = Attempt {
@@ -84,10 +85,10 @@ async fn an_abandoned_run_has_its_gpus_until_nothing_of_it_lives() {
         ..attempt(json!({}))
     };
     let reports = attempt.reports.clone();
-    let script = format!("trap '' TERM; {}; sleep 1000", tell("$$"));
+    let script = format!("trap '' TERM; {}; sleep 1000", report_step("$$"));
     let run = begin(place.script(&script), attempt);
-    let shell = told(&reports).await;
-    // Nothing but the daemon can end the run then.
+    let shell = reported_step(&reports).await;
+    // With its keeper frozen, only the daemon can end the run.
     send(parent_of(shell), Signal::SIGSTOP);
     run.abort();
     assert!(run.await.unwrap_err().is_cancelled());

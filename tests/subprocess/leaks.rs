@@ -1,4 +1,4 @@
-//! That many runs leave nothing behind.
+//! Many runs leave nothing behind.
 
 use std::fs;
 
@@ -25,13 +25,13 @@ fn children() -> Vec<i32> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "the test below runs it as a process of its own"]
+#[ignore = "the test below runs it as a separate process"]
 async fn many_runs() {
     let folder = Other::folder();
     let script = "sleep 1000 & setsid sleep 1000 & echo '@trainyard {\"result\":1}'; exit 0";
     let executor = Subprocess::new(settings_in(&folder, script));
     let mut before = None;
-    // The first one opens what stays open, such as the runtime's signal pipe.
+    // The first run opens files that stay open, such as the runtime's signal pipe.
     for runs in [1, 200] {
         let outcomes = stream::iter(0..runs).map(|_| async {
             let attempt = attempt(json!({}));

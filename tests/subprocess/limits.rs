@@ -1,14 +1,14 @@
-//! What a command may use.
+//! The resource limits of a command.
 
 use serde_json::json;
-use trainyard::executor::subprocess::Limits;
+use trainyard::executor::subprocess::ResourceLimits;
 
 use crate::support::{Place, attempt, failure, outcome_of, run};
 
 #[tokio::test]
-async fn a_command_that_wants_more_memory_than_it_may_have_is_out_of_memory() {
+async fn a_command_that_exceeds_its_memory_limit_is_out_of_memory() {
     let place = Place::new();
-    // It keeps a line that never ends.
+    // It buffers a line that never ends.
     let mut settings = place.script("exec tail /dev/zero");
     settings.limits.memory = Some(200 << 20);
     let (error, permanent) = failure(run(settings).await);
@@ -17,10 +17,10 @@ async fn a_command_that_wants_more_memory_than_it_may_have_is_out_of_memory() {
 }
 
 #[tokio::test]
-async fn limits_are_exact_and_those_of_every_process() {
+async fn limits_are_exact_and_apply_to_every_process() {
     let place = Place::new();
     let mut settings = place.script("sh -c 'ulimit -v; ulimit -Hv; ulimit -n; ulimit -c; nice'");
-    settings.limits = Limits {
+    settings.limits = ResourceLimits {
         memory: Some(2 << 30),
         nice: Some(5),
         open_files: Some(64),
@@ -36,7 +36,7 @@ async fn limits_are_exact_and_those_of_every_process() {
 }
 
 #[tokio::test]
-async fn without_limits_a_command_has_the_daemons() {
+async fn without_limits_a_command_has_those_of_the_daemon() {
     let place = Place::new();
     let attempt = attempt(json!({}));
     let reports = attempt.reports.clone();

@@ -1,5 +1,5 @@
-//! Commands as tasks, with real processes: the executor, its keepers, and what
-//! becomes of them when something dies. No service is needed.
+//! Commands as tasks, with real processes: the executor, its keepers, and their
+//! deaths. No service is needed.
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 

@@ -1,4 +1,4 @@
-//! Commands that cannot be run, and commands that misbehave.
+//! Commands that cannot run, and commands that misbehave.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -7,10 +7,10 @@ use std::process::Command;
 use serde_json::{Value, json};
 use trainyard::outcome::Outcome;
 
-use crate::support::{Place, attempt, failure, lives, outcome_of, run, tell, told};
+use crate::support::{Place, attempt, failure, lives, outcome_of, report_step, reported_step, run};
 
 #[tokio::test]
-async fn a_command_that_cannot_be_run_is_a_permanent_failure_that_names_it() {
+async fn a_command_that_cannot_run_is_a_permanent_failure_that_names_it() {
     let place = Place::new();
     let file = |name: &str, text: &str, mode| {
         let path = place.folder.path().join(name);
@@ -39,7 +39,7 @@ async fn a_command_that_cannot_be_run_is_a_permanent_failure_that_names_it() {
 }
 
 #[test]
-fn config_check_tells_of_a_command_that_cannot_be_run() {
+fn config_check_warns_of_a_command_that_cannot_run() {
     let place = Place::new();
     let file = place.folder.path().join("trainyard.toml");
     let text = "[tasks.good]\ncommand = ['sh']\n[tasks.bad]\ncommand = ['no-such-program']\n";
@@ -50,15 +50,15 @@ fn config_check_tells_of_a_command_that_cannot_be_run() {
         .current_dir(place.folder.path())
         .output()
         .unwrap();
-    let told = String::from_utf8(checked.stdout).unwrap();
-    let warning = "# warning: task bad cannot be run here: its program `no-such-program`";
-    assert!(told.contains(warning), "{told}");
-    assert!(!told.contains("task good cannot"), "{told}");
-    assert!(told.contains("good (command: sh)"), "{told}");
+    let printed = String::from_utf8(checked.stdout).unwrap();
+    let warning = "# warning: task bad cannot run on this machine: its program `no-such-program`";
+    assert!(printed.contains(warning), "{printed}");
+    assert!(!printed.contains("task good cannot"), "{printed}");
+    assert!(printed.contains("good (command: sh)"), "{printed}");
 }
 
 #[test]
-fn config_check_warns_of_unset_secrets_and_refuses_a_work_dir_that_is_none() {
+fn config_check_warns_of_unset_secrets_and_refuses_an_unusable_work_dir() {
     let place = Place::new();
     let file = place.folder.path().join("trainyard.toml");
     let check = |text: &str| {
@@ -72,23 +72,23 @@ fn config_check_warns_of_unset_secrets_and_refuses_a_work_dir_that_is_none() {
     };
     let task =
         "[tasks.t]\ncommand = ['sh']\npass_env = ['NO_SUCH_TOKEN']\nmemory = '1GiB'\ngpus = 1";
-    let told = String::from_utf8(check(task).stdout).unwrap();
+    let printed = String::from_utf8(check(task).stdout).unwrap();
     assert!(
-        told.contains("# warning: task t is to be passed NO_SUCH_TOKEN"),
-        "{told}"
+        printed.contains("# warning: `pass_env` of task t names NO_SUCH_TOKEN"),
+        "{printed}"
     );
     assert!(
-        told.contains("# warning: task t has `memory` and `gpus`"),
-        "{told}"
+        printed.contains("# warning: task t has `memory` and `gpus`"),
+        "{printed}"
     );
     let refused = check(&format!("{task}\n[worker]\nwork_dir = '/dev/null/jobs'"));
-    let told = String::from_utf8(refused.stderr).unwrap();
-    assert_eq!(refused.status.code(), Some(2), "{told}");
-    assert!(told.contains("`worker.work_dir`"), "{told}");
+    let printed = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(2), "{printed}");
+    assert!(printed.contains("`worker.work_dir`"), "{printed}");
 }
 
 #[tokio::test]
-async fn a_command_that_closes_its_stdin_early_is_none_the_worse() {
+async fn a_command_may_close_its_stdin_early() {
     let place = Place::new();
     let attempt = attempt(json!({"text": "x".repeat(5_000_000)}));
     let outcome = outcome_of(place.script("exec <&-; exit 0"), attempt).await;
@@ -108,7 +108,7 @@ async fn binary_output_becomes_text() {
     let line = "a\\u{0}\u{fffd}\\u{1b}[1mb".to_owned();
     assert!(reports.tail().len() <= 50);
     assert!(error.starts_with("exit code 1"));
-    // The line may have been pushed out by the noise, but not by a lot of it.
+    // Fifty lines of noise may have pushed the line out.
     assert!(reports.tail().contains(&line) || reports.tail().len() == 50);
 }
 
@@ -144,10 +144,10 @@ async fn a_grandchild_that_holds_the_output_open_does_not_hold_up_the_job() {
     let place = Place::new();
     let attempt = attempt(json!({}));
     let reports = attempt.reports.clone();
-    let script = format!("sleep 1000 & {}; exit 0", tell("$!"));
+    let script = format!("sleep 1000 & {}; exit 0", report_step("$!"));
     let outcome = outcome_of(place.script(&script), attempt).await;
     assert_eq!(outcome, Outcome::Succeeded(Value::Null));
-    assert!(!lives(told(&reports).await));
+    assert!(!lives(reported_step(&reports).await));
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! What a command gets, and what becomes of what it says.
+//! A command's input, and the outcome that its exit and its reports lead to.
 
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -56,7 +56,7 @@ async fn orphans_that_end_all_the_time_do_not_hide_how_the_command_ended() {
 }
 
 #[tokio::test]
-async fn a_signal_from_outside_is_a_transient_failure_that_names_it() {
+async fn an_external_signal_is_a_transient_failure_that_names_it() {
     let place = Place::new();
     let (error, permanent) = failure(run(place.script("kill -KILL $$")).await);
     assert!(error.contains("SIGKILL") && error.contains("out-of-memory"));
@@ -98,7 +98,7 @@ async fn the_last_result_progress_and_checkpoint_count() {
 }
 
 #[tokio::test]
-async fn the_payload_reaches_stdin_byte_for_byte_and_nothing_else_does() {
+async fn exactly_the_payload_reaches_stdin() {
     let place = Place::new();
     let payload = json!({
         "name": "finetune",
@@ -118,7 +118,7 @@ async fn the_payload_reaches_stdin_byte_for_byte_and_nothing_else_does() {
 }
 
 #[tokio::test]
-async fn a_payload_larger_than_any_pipe_arrives_whole() {
+async fn a_payload_larger_than_a_pipe_arrives_whole() {
     let place = Place::new();
     let attempt = attempt(json!({"text": "x".repeat(5_000_000)}));
     let size = attempt.data.len();
@@ -128,7 +128,7 @@ async fn a_payload_larger_than_any_pipe_arrives_whole() {
 }
 
 #[tokio::test]
-async fn the_environment_is_the_allow_list_the_tasks_and_the_attempts() {
+async fn the_environment_is_the_allow_list_and_the_variables_of_task_and_attempt() {
     let place = Place::new();
     let devices = Devices::new(["GPU-1", "GPU-2"].map(str::to_owned).to_vec());
     let attempt = Attempt {
@@ -141,7 +141,7 @@ async fn the_environment_is_the_allow_list_the_tasks_and_the_attempts() {
     let fence = format!("2.{}", attempt.fence.token);
     let job_id = attempt.job_id.to_string();
     let mut settings = place.script("");
-    // A shell would add variables of its own.
+    // A shell would add variables.
     let out = place.out().to_str().unwrap().to_owned();
     settings.command = ["cp", "/proc/self/environ", &out]
         .map(str::to_owned)
@@ -185,7 +185,7 @@ async fn a_first_attempt_has_no_checkpoint_and_a_job_without_gpus_sees_none() {
 }
 
 #[tokio::test]
-async fn nothing_of_the_daemons_is_open_but_the_three_streams() {
+async fn a_command_inherits_only_the_three_standard_streams() {
     let place = Place::new();
     let list = ["ls", "/proc/self/fd"];
     let mut settings = place.script("");
@@ -193,7 +193,7 @@ async fn nothing_of_the_daemons_is_open_but_the_three_streams() {
     let attempt = attempt(json!({}));
     let reports = attempt.reports.clone();
     outcome_of(settings, attempt).await;
-    // Who started the tests may have left something open for everybody.
+    // The test process itself may inherit more open files.
     let plain = Command::new(list[0]).arg(list[1]).output().unwrap().stdout;
     let plain = String::from_utf8(plain).unwrap();
     assert_eq!(reports.tail(), plain.lines().collect::<Vec<_>>());
@@ -212,13 +212,13 @@ async fn the_work_directory_stays_until_the_job_is_forgotten() {
     assert_eq!(outcome, Outcome::Succeeded(Value::Null));
     assert_eq!(place.work_dirs(), 1);
 
-    let mut kept = place.script(script);
-    kept.keep_work_dir = true;
-    forget(kept, id).await;
+    let mut keeping = place.script(script);
+    keeping.keep_work_dir = true;
+    forget(keeping, id).await;
     assert_eq!(place.work_dirs(), 1);
     forget(place.script(script), id).await;
     assert_eq!(place.work_dirs(), 0);
-    // It may have run elsewhere.
+    // A job that ran elsewhere has no directory here.
     forget(place.script(script), id).await;
 }
 

@@ -1,4 +1,4 @@
-//! How runs are made to end, and that nothing of them is left.
+//! Runs that are stopped, and that no process of them is left.
 
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ use tokio::time::Instant;
 use trainyard::outcome::Outcome;
 
 use crate::support::{
-    Place, attempt, begin, failure, lives, outcome_of, parent_of, send, stat, tell, told,
-    wait_until,
+    Place, attempt, begin, failure, lives, outcome_of, parent_of, report_step, reported_step, send,
+    stat, wait_until,
 };
 
 #[tokio::test]
@@ -21,10 +21,10 @@ async fn a_run_that_is_asked_to_stop_may_save_its_work() {
     let script = format!(
         "trap 'echo \"@trainyard {{\\\"checkpoint\\\":\\\"c9\\\"}}\"; exit 0' TERM
         {}; while :; do sleep 0.05; done",
-        tell("$$")
+        report_step("$$")
     );
     let run = begin(place.script(&script), attempt);
-    told(&reports).await;
+    reported_step(&reports).await;
     stop.cancel();
     let (error, permanent) = failure(run.await.unwrap());
     assert!(error.starts_with("stopped before it was done (exit code 0)"));
@@ -41,10 +41,10 @@ async fn a_run_that_is_done_when_it_is_asked_to_stop_has_succeeded() {
     let script = format!(
         "trap 'echo \"@trainyard {{\\\"result\\\":1}}\"; exit 0' TERM
         {}; while :; do sleep 0.05; done",
-        tell("$$")
+        report_step("$$")
     );
     let run = begin(place.script(&script), attempt);
-    told(&reports).await;
+    reported_step(&reports).await;
     stop.cancel();
     assert_eq!(run.await.unwrap(), Outcome::Succeeded(json!(1)));
 }
@@ -54,10 +54,10 @@ async fn a_shell_and_its_grandchild_that_ignore_sigterm_are_killed() {
     let place = Place::new();
     let attempt = attempt(json!({}));
     let (reports, stop) = (attempt.reports.clone(), attempt.stop.clone());
-    // An ignored signal stays ignored in what is started.
-    let script = format!("trap '' TERM; sleep 1000 & {}; wait", tell("$!"));
+    // A child inherits the ignored signal.
+    let script = format!("trap '' TERM; sleep 1000 & {}; wait", report_step("$!"));
     let run = begin(place.script(&script), attempt);
-    let grandchild = told(&reports).await;
+    let grandchild = reported_step(&reports).await;
     let shell = parent_of(grandchild);
     stop.cancel();
     let (error, _) = failure(run.await.unwrap());
@@ -66,22 +66,22 @@ async fn a_shell_and_its_grandchild_that_ignore_sigterm_are_killed() {
 }
 
 #[tokio::test]
-async fn a_grandchild_with_a_session_of_its_own_is_killed_too() {
+async fn a_grandchild_in_another_session_is_killed_too() {
     let place = Place::new();
     let attempt = attempt(json!({}));
     let reports = attempt.reports.clone();
-    // It is in its second session, its parents are gone, and it ignores what
-    // can be ignored.
+    // It is in its second session, its parents are gone, and it ignores SIGTERM
+    // and SIGHUP.
     let script = format!(
         r#"setsid sh -c "setsid sh -c 'trap "" TERM HUP
             echo \$\$ > "\$OUT.new"; mv "\$OUT.new" "\$OUT"; sleep 1000' &"
         while [ ! -e "$OUT" ]; do sleep 0.02; done
         pid=$(cat "$OUT"); {}; exit 0"#,
-        tell("$pid")
+        report_step("$pid")
     );
     let outcome = outcome_of(place.script(&script), attempt).await;
     assert_eq!(outcome, Outcome::Succeeded(Value::Null));
-    assert!(!lives(told(&reports).await));
+    assert!(!lives(reported_step(&reports).await));
 }
 
 #[tokio::test]
@@ -89,18 +89,21 @@ async fn a_run_whose_future_is_dropped_ends_at_once() {
     let place = Place::new();
     let attempt = attempt(json!({}));
     let reports = attempt.reports.clone();
-    let script = format!("trap '' TERM; setsid sleep 1000 & {}; wait", tell("$!"));
+    let script = format!(
+        "trap '' TERM; setsid sleep 1000 & {}; wait",
+        report_step("$!")
+    );
     let run = begin(place.script(&script), attempt);
-    let grandchild = told(&reports).await;
+    let grandchild = reported_step(&reports).await;
     let shell = parent_of(grandchild);
     let keeper = parent_of(shell);
     run.abort();
     let aborted = run.await;
     assert!(aborted.unwrap_err().is_cancelled());
-    wait_until("nothing of the run lives", || {
+    wait_until("the run's processes are gone", || {
         !lives(shell) && !lives(grandchild)
     });
-    // Gone altogether: it has been reaped.
+    // Taken, so it is not even a zombie.
     tokio::task::spawn_blocking(move || {
         wait_until("the keeper is reaped", || stat(keeper).is_none());
     })
@@ -109,7 +112,7 @@ async fn a_run_whose_future_is_dropped_ends_at_once() {
 }
 
 #[tokio::test]
-async fn a_run_that_tells_nothing_for_too_long_is_stuck() {
+async fn a_run_that_reports_nothing_for_too_long_is_stuck() {
     let place = Place::new();
     let mut settings = place.script("echo busy; sleep 1000");
     settings.stall_timeout = Some(Duration::from_millis(300));
@@ -123,9 +126,12 @@ async fn a_run_that_tells_nothing_for_too_long_is_stuck() {
 }
 
 #[tokio::test]
-async fn a_run_that_goes_on_telling_is_not_stuck() {
+async fn a_run_that_goes_on_reporting_is_not_stuck() {
     let place = Place::new();
-    let script = format!("for i in $(seq 40); do {}; sleep 0.05; done", tell("$i"));
+    let script = format!(
+        "for i in $(seq 40); do {}; sleep 0.05; done",
+        report_step("$i")
+    );
     let mut settings = place.script(&script);
     settings.stall_timeout = Some(Duration::from_millis(1500));
     let outcome = outcome_of(settings, attempt(json!({}))).await;
@@ -135,13 +141,13 @@ async fn a_run_that_goes_on_telling_is_not_stuck() {
 #[tokio::test]
 async fn a_stopped_process_is_stuck_and_ends() {
     let place = Place::new();
-    let script = format!("{}; while :; do sleep 0.05; done", tell("$$"));
+    let script = format!("{}; while :; do sleep 0.05; done", report_step("$$"));
     let mut settings = place.script(&script);
     settings.stall_timeout = Some(Duration::from_secs(1));
     let attempt = attempt(json!({}));
     let reports = attempt.reports.clone();
     let run = begin(settings, attempt);
-    let shell = told(&reports).await;
+    let shell = reported_step(&reports).await;
     send(shell, Signal::SIGSTOP);
     let (error, _) = failure(run.await.unwrap());
     assert!(error.starts_with("no progress for 1s"), "{error}");
@@ -149,23 +155,20 @@ async fn a_stopped_process_is_stuck_and_ends() {
 }
 
 #[tokio::test]
-async fn a_run_ends_when_its_word_runs_out() {
+async fn a_run_ends_when_its_lease_expires() {
     let place = Place::new();
     let mut attempt = attempt(json!({}));
     let soon = Instant::now() + Duration::from_secs(1);
     let (_renewals, valid_until) = watch::channel(soon);
     attempt.valid_until = valid_until;
     let (error, permanent) = failure(outcome_of(place.script("sleep 1000"), attempt).await);
-    assert!(
-        error.contains("lease was not known to be renewed"),
-        "{error}"
-    );
+    assert!(error.contains("lease was not renewed in time"), "{error}");
     assert!(!permanent);
     assert!(Instant::now() >= soon);
 }
 
 #[tokio::test]
-async fn a_run_goes_on_while_its_word_is_renewed() {
+async fn a_run_goes_on_while_its_lease_is_renewed() {
     let place = Place::new();
     let mut attempt = attempt(json!({}));
     let soon = Instant::now() + Duration::from_secs(2);
@@ -173,10 +176,10 @@ async fn a_run_goes_on_while_its_word_is_renewed() {
     attempt.valid_until = valid_until;
     let reports = attempt.reports.clone();
     let run = begin(
-        place.script(&format!("{}; sleep 3; exit 0", tell("$$"))),
+        place.script(&format!("{}; sleep 3; exit 0", report_step("$$"))),
         attempt,
     );
-    told(&reports).await;
+    reported_step(&reports).await;
     renewals.send_replace(soon + Duration::from_secs(60));
     assert_eq!(run.await.unwrap(), Outcome::Succeeded(Value::Null));
     assert!(Instant::now() > soon);

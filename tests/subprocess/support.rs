@@ -1,4 +1,4 @@
-//! Commands to run, attempts of them, and looks at the processes.
+//! Settings, attempts, and views of processes for the tests.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -19,10 +19,10 @@ use trainyard::outcome::Outcome;
 use trainyard::report::Reports;
 use uuid::Uuid;
 
-/// Far longer than anything here takes.
+/// Far longer than any wait here takes.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A folder for work directories, and for files of the test's own.
+/// A folder for work directories and the test's files.
 pub struct Place {
     pub folder: TempDir,
 }
@@ -47,7 +47,7 @@ impl Place {
         std::fs::read_to_string(self.out()).unwrap()
     }
 
-    /// The work directories that are there.
+    /// How many work directories exist.
     pub fn work_dirs(&self) -> usize {
         std::fs::read_dir(self.folder.path().join("work")).map_or(0, Iterator::count)
     }
@@ -59,7 +59,7 @@ pub fn settings_in(folder: &Path, script: &str) -> Settings {
         env: [("OUT".to_owned(), out)].into(),
         stop_grace: Duration::from_millis(500),
         work_dir: folder.join("work"),
-        keeper: Some(env!("CARGO_BIN_EXE_trainyard").into()),
+        keeper_program: Some(env!("CARGO_BIN_EXE_trainyard").into()),
         ..Settings::new(["sh", "-c", script].map(str::to_owned).to_vec())
     }
 }
@@ -86,7 +86,7 @@ pub fn attempt(payload: Value) -> Attempt {
     }
 }
 
-/// Runs it to its end, which must come.
+/// Runs the attempt to its end.
 pub async fn outcome_of(settings: Settings, attempt: Attempt) -> Outcome {
     let executor = Subprocess::new(settings);
     tokio::time::timeout(PATIENCE, executor.execute(attempt))
@@ -94,7 +94,7 @@ pub async fn outcome_of(settings: Settings, attempt: Attempt) -> Outcome {
         .expect("the run did not end")
 }
 
-/// As when the job has ended.
+/// Removes the job's directory, as after the job's end.
 pub async fn forget(settings: Settings, job_id: Uuid) {
     Subprocess::new(settings).forget(job_id).await;
 }
@@ -103,7 +103,7 @@ pub async fn run(settings: Settings) -> Outcome {
     outcome_of(settings, attempt(json!({"name": "finetune"}))).await
 }
 
-/// A run in a task of its own.
+/// Starts a run in the background.
 pub fn begin(settings: Settings, attempt: Attempt) -> tokio::task::JoinHandle<Outcome> {
     tokio::spawn(outcome_of(settings, attempt))
 }
@@ -116,21 +116,23 @@ pub fn failure(outcome: Outcome) -> (String, bool) {
     }
 }
 
-/// The number that the run tells as its step, when it does: scripts tell of
-/// process ids so.
-pub async fn told(reports: &Reports) -> i32 {
+/// Waits for the step that the run reports: scripts report process ids as steps.
+pub async fn reported_step(reports: &Reports) -> i32 {
     let mut progress = reports.watch_progress();
-    let told = progress.wait_for(|progress| progress.step.is_some());
-    let told = tokio::time::timeout(PATIENCE, told).await.unwrap().unwrap();
-    i32::try_from(told.step.unwrap()).unwrap()
+    let reported = progress.wait_for(|progress| progress.step.is_some());
+    let reported = tokio::time::timeout(PATIENCE, reported)
+        .await
+        .unwrap()
+        .unwrap();
+    i32::try_from(reported.step.unwrap()).unwrap()
 }
 
-/// A script's words that tell a number so.
-pub fn tell(number: &str) -> String {
+/// A script that reports a number as its step.
+pub fn report_step(number: &str) -> String {
     format!("echo \"@trainyard {{\\\"step\\\":{number}}}\"")
 }
 
-/// Whether the process runs; one that only waits to be reaped does not.
+/// Whether the process runs. A zombie does not.
 pub fn lives(pid: i32) -> bool {
     stat(pid).is_some_and(|stat| !stat.starts_with('Z'))
 }
@@ -144,17 +146,32 @@ pub fn parent_of(pid: i32) -> i32 {
         .unwrap()
 }
 
-/// From the state on.
+/// Stops the process, and returns when each of its threads has stopped.
+pub fn freeze(pid: i32) {
+    send(pid, Signal::SIGSTOP);
+    wait_until("it is frozen", || {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+        threads.flatten().all(|thread| {
+            stat_in(&thread.path().join("stat")).is_some_and(|stat| stat.starts_with('T'))
+        })
+    });
+}
+
+/// The fields of `/proc/PID/stat` from the state on.
 pub fn stat(pid: i32) -> Option<String> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat_in(Path::new(&format!("/proc/{pid}/stat")))
+}
+
+fn stat_in(path: &Path) -> Option<String> {
+    let stat = std::fs::read_to_string(path).ok()?;
     Some(stat.rsplit_once(')')?.1.trim_start().to_owned())
 }
 
-/// There is no event for the end of a process that is not one's child.
+/// Polls, as there is no event for the end of a process that is not a child.
 pub fn wait_until(what: &str, reached: impl Fn() -> bool) {
     let start = StdInstant::now();
     while !reached() {
-        assert!(start.elapsed() < PATIENCE, "waited in vain until {what}");
+        assert!(start.elapsed() < PATIENCE, "timed out waiting until {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -163,7 +180,7 @@ pub fn send(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).unwrap();
 }
 
-/// Another process of this test program, which runs only one ignored test.
+/// Another process of this test program, which runs one ignored test.
 pub struct Other(pub Child);
 
 impl Other {
@@ -181,7 +198,7 @@ impl Other {
 
     pub fn folder() -> PathBuf {
         std::env::var_os("TEST_FOLDER")
-            .expect("it is run by another test")
+            .expect("only another test may run this one")
             .into()
     }
 

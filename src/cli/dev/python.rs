@@ -1,4 +1,4 @@
-//! The sample that is a program of its own, where there is a Python to run it.
+//! The sample that runs as a Python program.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -9,7 +9,7 @@ use tokio::process::Command;
 
 use crate::config::{AckTiming, Task};
 
-/// The name that its requests carry.
+/// The task's name.
 pub(super) const NAME: &str = "train-digits-python";
 
 const PROGRAM: &str = include_str!("../../../examples/python/train_digits.py");
@@ -17,7 +17,7 @@ const PROGRAM: &str = include_str!("../../../examples/python/train_digits.py");
 /// The example needs 3.9.
 const IS_NEW_ENOUGH: &str = "import sys; sys.exit(sys.version_info < (3, 9))";
 
-/// Whether there is a `python3` that can run the example.
+/// Whether `python3` is installed and new enough.
 pub(super) async fn is_there() -> bool {
     let status = Command::new("python3")
         .args(["-c", IS_NEW_ENOUGH])
@@ -29,13 +29,14 @@ pub(super) async fn is_there() -> bool {
     status.is_ok_and(|status| status.success())
 }
 
-/// Writes the program down; the task that runs it.
+/// Writes the program to a file, and returns the task that runs it.
 pub(super) fn task(dir: &Path) -> anyhow::Result<Task> {
     let program = dir.join("train_digits.py");
     std::fs::write(&program, PROGRAM)
         .with_context(|| format!("cannot write {}", program.display()))?;
     let checkpoints = text(&dir.join("checkpoints"))?;
-    std::fs::create_dir_all(&checkpoints).with_context(|| format!("cannot make {checkpoints}"))?;
+    std::fs::create_dir_all(&checkpoints)
+        .with_context(|| format!("cannot create {checkpoints}"))?;
     Ok(Task {
         command: Some(vec!["python3".to_owned(), text(&program)?]),
         env: [("CHECKPOINT_DIR".to_owned(), checkpoints)].into(),
@@ -44,7 +45,7 @@ pub(super) fn task(dir: &Path) -> anyhow::Result<Task> {
     })
 }
 
-/// A few passes over the digits, enough to tell them apart.
+/// A request with enough epochs for a good accuracy.
 pub(super) fn request(dataset: &Path) -> Value {
     json!({"name": NAME, "data": dataset, "epochs": 8})
 }

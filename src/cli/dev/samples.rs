@@ -1,4 +1,4 @@
-//! The sample jobs, and what is expected of them.
+//! The sample jobs and their expected results.
 
 use std::path::{Path, PathBuf};
 
@@ -6,13 +6,13 @@ use anyhow::Context;
 use serde_json::{Value, json};
 
 use super::{TASK, python};
-use crate::job::{Job, JobState};
+use crate::record::{Job, JobState};
 
-/// UCI's handwritten digits, inside the binary so that `dev` works anywhere.
+/// UCI's handwritten digits, embedded so that `dev` works anywhere.
 const DIGITS: &[u8] = include_bytes!("../../../examples/data/digits.csv.gz");
 
-/// What a plain linear model reaches on the digits, with room to spare.
-const LEAST_ACCURACY: f64 = 0.93;
+/// A linear model reaches more on the digits.
+const MIN_ACCURACY: f64 = 0.93;
 
 pub(super) struct Sample {
     pub(super) title: String,
@@ -21,15 +21,15 @@ pub(super) struct Sample {
     pub(super) delivered_twice: bool,
 }
 
-/// Puts the data set where the samples read it.
+/// Writes the data set to a file for the samples.
 pub(super) fn write_dataset(dir: &Path) -> anyhow::Result<PathBuf> {
-    std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     let path = dir.join("digits.csv.gz");
     std::fs::write(&path, DIGITS).with_context(|| format!("cannot write {}", path.display()))?;
     Ok(path)
 }
 
-/// With one that is a program of its own, if there is a Python to run it.
+/// All samples, with the Python program if `with_python`.
 pub(super) fn all(dataset: &Path, dir: &Path, with_python: bool) -> Vec<Sample> {
     let builtin = [
         ("heavy-task", 1, 300, true),
@@ -53,7 +53,7 @@ pub(super) fn all(dataset: &Path, dir: &Path, with_python: bool) -> Vec<Sample> 
     builtin.chain(program).collect()
 }
 
-/// A request that none of the samples has made.
+/// A request that differs from the samples.
 pub(super) fn another(dataset: &Path, dir: &Path) -> Value {
     request(dataset, dir, 5, 300)
 }
@@ -69,8 +69,8 @@ fn request(dataset: &Path, dir: &Path, seed: u64, max_iterations: u64) -> Value 
     })
 }
 
-/// In what the jobs differ from what their samples should lead to.
-pub(super) fn surprises<'a>(
+/// The differences between the jobs and the expected results.
+pub(super) fn mismatches<'a>(
     jobs: &[Job],
     samples: impl ExactSizeIterator<Item = &'a Sample>,
 ) -> Vec<String> {
@@ -84,13 +84,13 @@ pub(super) fn surprises<'a>(
     jobs.iter()
         .zip(samples)
         .filter_map(|(job, sample)| {
-            let reason = surprise(job, sample)?;
+            let reason = mismatch(job, sample)?;
             Some(format!("{}: {reason}", sample.title))
         })
         .collect()
 }
 
-fn surprise(job: &Job, sample: &Sample) -> Option<String> {
+fn mismatch(job: &Job, sample: &Sample) -> Option<String> {
     if job.state != JobState::Succeeded {
         let error = job.error.as_deref().unwrap_or("no error on record");
         return Some(format!("it is {}: {error}", job.state));
@@ -99,9 +99,9 @@ fn surprise(job: &Job, sample: &Sample) -> Option<String> {
         return Some("no result is on record".to_owned());
     };
     let accuracy = result["accuracy"].as_f64().unwrap_or_default();
-    if accuracy < LEAST_ACCURACY {
+    if accuracy < MIN_ACCURACY {
         return Some(format!(
-            "its accuracy is {accuracy:.3}, below {LEAST_ACCURACY}"
+            "its accuracy is {accuracy:.3}, below {MIN_ACCURACY}"
         ));
     }
     let duplicates = u32::from(sample.delivered_twice);

@@ -1,4 +1,4 @@
-//! Progress on the terminal: bars, or plain lines where there is none.
+//! Shows progress as bars on a terminal, and as plain lines elsewhere.
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
@@ -9,19 +9,19 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use crate::task::Progress;
 use crate::worker::EventKind;
 
-/// Bars have a thousand steps, finer than any terminal is wide.
+/// The resolution of a bar, finer than any terminal is wide.
 const STEPS: u64 = 1000;
-/// Without a terminal, a line each time this much more is done.
+/// Without a terminal, a line is printed after each such fraction.
 const LINE_EVERY: f64 = 0.25;
 
-/// Shows jobs, each by its title.
+/// Shows jobs by their titles.
 pub(super) enum Screen {
     Terminal {
         bars: MultiProgress,
         by_title: HashMap<String, ProgressBar>,
     },
     Plain {
-        told: HashMap<String, f64>,
+        printed: HashMap<String, f64>,
     },
 }
 
@@ -36,10 +36,10 @@ impl Screen {
         Self::plain()
     }
 
-    /// Lines, terminal or not.
+    /// Plain lines, even on a terminal.
     pub(super) fn plain() -> Self {
         Self::Plain {
-            told: HashMap::new(),
+            printed: HashMap::new(),
         }
     }
 
@@ -51,15 +51,15 @@ impl Screen {
                     .or_insert_with(|| bars.add(new_bar(title)));
                 draw(bar, event);
             }
-            Self::Plain { told } => {
-                if let Some(line) = plain(told, title, event) {
+            Self::Plain { printed } => {
+                if let Some(line) = plain(printed, title, event) {
                     eprintln!("{title:<15} {line}");
                 }
             }
         }
     }
 
-    /// Leaves the bars on the terminal as they are.
+    /// Leaves the bars on the terminal.
     pub(super) fn close(self) {
         if let Self::Terminal { by_title, .. } = self {
             for bar in by_title.into_values() {
@@ -70,7 +70,7 @@ impl Screen {
 }
 
 fn new_bar(title: &str) -> ProgressBar {
-    // The template is a constant of ours; were it wrong, a plain bar would do.
+    // The template is valid, so the default is never used.
     let style = ProgressStyle::with_template("{prefix:<15} {bar:20} {percent:>3}%  {wide_msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(STEPS)
@@ -102,12 +102,12 @@ fn draw(bar: &ProgressBar, event: &EventKind) {
     }
 }
 
-fn plain(told: &mut HashMap<String, f64>, title: &str, event: &EventKind) -> Option<String> {
+fn plain(printed: &mut HashMap<String, f64>, title: &str, event: &EventKind) -> Option<String> {
     match event {
         EventKind::Started { attempt, .. } => Some(format!("started, attempt {attempt}")),
         EventKind::Progressed(progress) => {
             let fraction = progress.fraction?;
-            let last = told.entry(title.to_owned()).or_default();
+            let last = printed.entry(title.to_owned()).or_default();
             if fraction < *last + LINE_EVERY {
                 return None;
             }

@@ -1,16 +1,16 @@
-//! What a task's section can get wrong.
+//! Checks for invalid values in a task's section.
 
 use std::time::Duration;
 
-use super::super::load::nearest;
-use super::super::{ConfigError, Task, Worker};
-use super::bad;
+use super::super::error::{ConfigError, bad_value};
+use super::super::nearest::nearest;
+use super::super::{Task, Worker};
 use crate::tasks::BUILTIN_NAMES;
 
-/// Fewer leave no room for a program's own libraries, nor for its keeper.
-const FEWEST_OPEN_FILES: u64 = 32;
+/// A program's libraries and the launcher need this many.
+const MIN_OPEN_FILES: u64 = 32;
 
-/// Those that the system takes.
+/// The system's limits.
 const NICE: std::ops::RangeInclusive<i32> = -20..=19;
 
 pub(super) fn check(name: &str, task: &Task, worker: &Worker) -> Result<(), ConfigError> {
@@ -20,9 +20,9 @@ pub(super) fn check(name: &str, task: &Task, worker: &Worker) -> Result<(), Conf
         ("stall_timeout", task.stall_timeout),
     ] {
         if time.is_some_and(|time| time.is_zero()) {
-            return bad(
+            return bad_value(
                 &key(limit),
-                "it must be longer than nothing; leave it out for no limit",
+                "it must be more than zero; remove it for no limit",
             );
         }
     }
@@ -32,15 +32,16 @@ pub(super) fn check(name: &str, task: &Task, worker: &Worker) -> Result<(), Conf
         && !BUILTIN_NAMES.contains(&builtin.as_str())
     {
         let known = nearest(builtin, BUILTIN_NAMES.iter().copied()).unwrap_or_default();
-        return bad(
+        return bad_value(
             &key("builtin"),
             &format!("there is no built-in task `{builtin}`; did you mean `{known}`?"),
         );
     }
     match &task.command {
-        Some(_) if task.builtin.is_some() => {
-            bad(&key("command"), "a task has either this or `builtin`")
-        }
+        Some(_) if task.builtin.is_some() => bad_value(
+            &key("command"),
+            "a task cannot have both this and `builtin`",
+        ),
         Some(command) => check_command(command, task, &key),
         None => check_no_command(task, &key),
     }
@@ -48,22 +49,22 @@ pub(super) fn check(name: &str, task: &Task, worker: &Worker) -> Result<(), Conf
 
 fn check_attempts(task: &Task, key: &impl Fn(&str) -> String) -> Result<(), ConfigError> {
     if task.max_attempts == 0 {
-        return bad(&key("max_attempts"), "at least 1 is needed");
+        return bad_value(&key("max_attempts"), "it must be at least 1");
     }
     if task.concurrency == Some(0) {
-        return bad(
+        return bad_value(
             &key("concurrency"),
-            "at least 1 is needed; leave it out for no limit",
+            "it must be at least 1; remove it for no limit",
         );
     }
     let backoff = &task.backoff;
     if backoff.max < backoff.initial {
-        return bad(&key("backoff.max"), "it is shorter than backoff.initial");
+        return bad_value(&key("backoff.max"), "it must be at least backoff.initial");
     }
     if !(1.0..=1000.0).contains(&backoff.multiplier) {
-        return bad(
+        return bad_value(
             &key("backoff.multiplier"),
-            "it must be between 1 and 1000; 1 keeps the waits the same",
+            "it must be between 1 and 1000; with 1 the waits do not grow",
         );
     }
     Ok(())
@@ -72,15 +73,15 @@ fn check_attempts(task: &Task, key: &impl Fn(&str) -> String) -> Result<(), Conf
 fn check_stop_grace(key: &str, task: &Task, worker: &Worker) -> Result<(), ConfigError> {
     let grace = task.stop_grace.unwrap_or(Duration::ZERO);
     if worker.lease < grace.saturating_mul(3) {
-        return bad(
+        return bad_value(
             key,
-            "worker.lease must be at least three times as long, so that a run whose lease is lost has ended before another begins",
+            "worker.lease must be at least three times this, so that a run that loses its lease ends before another starts",
         );
     }
     if grace > worker.shutdown_grace {
-        return bad(
+        return bad_value(
             key,
-            "it is a part of worker.shutdown_grace and cannot be longer than that",
+            "it must be at most worker.shutdown_grace, which includes it",
         );
     }
     Ok(())
@@ -92,10 +93,10 @@ fn check_command(
     key: &impl Fn(&str) -> String,
 ) -> Result<(), ConfigError> {
     if command.first().is_none_or(String::is_empty) {
-        return bad(&key("command"), "it must begin with a program");
+        return bad_value(&key("command"), "it must start with a program");
     }
     if command.iter().any(|argument| argument.contains('\0')) {
-        return bad(&key("command"), "no argument can have a NUL in it");
+        return bad_value(&key("command"), "an argument cannot contain a NUL");
     }
     let set = task.env.iter().map(|(name, value)| ("env", name, &**value));
     let passed = task.pass_env.iter().map(|name| ("pass_env", name, ""));
@@ -104,21 +105,18 @@ fn check_command(
     }
     let codes = task.permanent_exit_codes.as_deref().unwrap_or_default();
     if codes.contains(&0) {
-        return bad(&key("permanent_exit_codes"), "0 is success; write 1 to 255");
+        return bad_value(&key("permanent_exit_codes"), "0 is success; write 1 to 255");
     }
     if task.memory.is_some_and(|memory| memory.0 == 0) {
-        return bad(&key("memory"), "no program runs in no memory");
+        return bad_value(&key("memory"), "it must be more than zero");
     }
     if task.nice.is_some_and(|nice| !NICE.contains(&nice)) {
-        return bad(&key("nice"), "it must be between -20 and 19");
+        return bad_value(&key("nice"), "it must be between -20 and 19");
     }
-    if task
-        .open_files
-        .is_some_and(|files| files < FEWEST_OPEN_FILES)
-    {
-        return bad(
+    if task.open_files.is_some_and(|files| files < MIN_OPEN_FILES) {
+        return bad_value(
             &key("open_files"),
-            &format!("at least {FEWEST_OPEN_FILES} are needed"),
+            &format!("it must be at least {MIN_OPEN_FILES}"),
         );
     }
     Ok(())
@@ -127,16 +125,16 @@ fn check_command(
 fn check_variable(key: &str, name: &str, value: &str) -> Result<(), ConfigError> {
     if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
         let name = name.escape_debug();
-        return bad(key, &format!("`{name}` cannot be a variable"));
+        return bad_value(key, &format!("`{name}` cannot be set as a variable"));
     }
-    // The worker's own may hold its database's password.
+    // The worker's variables may hold the password of its database.
     if name.starts_with("TRAINYARD_") || name == "CUDA_VISIBLE_DEVICES" {
-        return bad(key, &format!("`{name}` is trainyard's own to set"));
+        return bad_value(key, &format!("`{name}` is reserved for trainyard"));
     }
     Ok(())
 }
 
-/// A limit that nobody keeps is worse than none.
+/// Refuses limits that would not be enforced.
 fn check_no_command(task: &Task, key: &impl Fn(&str) -> String) -> Result<(), ConfigError> {
     let given = [
         ("stall_timeout", task.stall_timeout.is_some()),
@@ -151,81 +149,7 @@ fn check_no_command(task: &Task, key: &impl Fn(&str) -> String) -> Result<(), Co
         ("pass_env", !task.pass_env.is_empty()),
     ];
     match given.iter().find(|(_, given)| *given) {
-        Some((name, _)) => bad(&key(name), "only a task with a `command` can have it"),
+        Some((name, _)) => bad_value(&key(name), "only a task with a `command` can have this"),
         None => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::super::load::from_toml;
-
-    #[test]
-    fn each_impossible_value_of_a_command_is_named_by_its_key() {
-        for (lines, key) in [
-            ("command = []", "command"),
-            ("command = ['']", "command"),
-            ("command = [\"a\\u0000b\"]", "command"),
-            ("command = ['sh']\nbuiltin = 'rehearsal'", "command"),
-            ("command = ['sh']\nenv = { \"A=B\" = '1' }", "env"),
-            ("command = ['sh']\nenv = { A = \"\\u0000\" }", "env"),
-            ("command = ['sh']\nenv = { TRAINYARD_FENCE = '1' }", "env"),
-            (
-                "command = ['sh']\nenv = { CUDA_VISIBLE_DEVICES = '1' }",
-                "env",
-            ),
-            (
-                "command = ['sh']\npass_env = ['TRAINYARD__DATABASE__URL']",
-                "pass_env",
-            ),
-            ("pass_env = ['HF_TOKEN']", "pass_env"),
-            (
-                "command = ['sh']\npermanent_exit_codes = [0]",
-                "permanent_exit_codes",
-            ),
-            (
-                "command = ['sh']\npermanent_exit_codes = [256]",
-                "permanent_exit_codes[0]",
-            ),
-            ("command = ['sh']\nmemory = '0B'", "memory"),
-            ("command = ['sh']\nmemory = '4'", "memory"),
-            ("command = ['sh']\nnice = 20", "nice"),
-            ("command = ['sh']\nopen_files = 3", "open_files"),
-            ("command = ['sh']\nstall_timeout = '0s'", "stall_timeout"),
-            ("command = ['sh']\nstop_grace = '26s'", "stop_grace"),
-            ("command = ['sh']\nstop_grace = '41s'", "stop_grace"),
-            ("memory = '4GiB'", "memory"),
-            ("builtin = 'rehearsal'\ngpus = 1", "gpus"),
-        ] {
-            let error = from_toml(&format!("[tasks.t]\n{lines}")).unwrap_err();
-            let error = error.to_string();
-            assert!(error.contains(&format!("`tasks.t.{key}`")), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_command_with_everything_has_no_problems() {
-        from_toml(
-            r#"
-            [worker]
-            gpus = ["0", "1"]
-            work_dir = "/var/tmp/jobs"
-            [tasks.finetune]
-            command = ["python3", "finetune.py"]
-            cwd = "/srv/finetune"
-            timeout = "12h"
-            stop_grace = "20s"
-            stall_timeout = "10m"
-            permanent_exit_codes = [2, 65]
-            memory = "4GiB"
-            nice = 10
-            open_files = 1024
-            gpus = 1
-            keep_work_dir = true
-            pass_env = ["HF_TOKEN"]
-            env = { HF_HOME = "/srv/hf", PYTHONUNBUFFERED = "1" }
-            "#,
-        )
-        .unwrap();
     }
 }

@@ -1,19 +1,18 @@
-//! Which program a command is, looked up as the command will find it.
+//! Looks up a command's program, as `execvp` would.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, access};
 
-/// Where programs are looked for when PATH is not set.
-const USUAL_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
+/// The search path if PATH is not set.
+const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 
-/// Checks that a command can be run on this machine: its working directory
-/// exists, and its program is found and executable. `path` is the PATH it will
-/// have.
+/// Checks that a command can run on this machine: its working directory exists,
+/// and its program is found and executable. `path` is the command's PATH.
 ///
 /// # Errors
-/// What is wrong, naming it.
+/// The reason, with the program or the directory.
 pub fn check_command(
     command: &[String],
     cwd: Option<&Path>,
@@ -22,7 +21,7 @@ pub fn check_command(
     find_program(command, cwd, path).map(|_| ())
 }
 
-/// The program's whole path.
+/// The program's absolute path.
 pub(super) fn find_program(
     command: &[String],
     cwd: Option<&Path>,
@@ -33,7 +32,7 @@ pub(super) fn find_program(
     };
     if let Some(cwd) = cwd.filter(|cwd| !cwd.is_dir()) {
         return Err(format!(
-            "its working directory {} does not exist, or is none",
+            "its working directory {} does not exist or is not a directory",
             cwd.display()
         ));
     }
@@ -45,10 +44,10 @@ pub(super) fn find_program(
             Err(reason) => Err(format!("its program {} {reason}", program.display())),
         };
     }
-    let path = path.unwrap_or(OsStr::new(USUAL_PATH));
+    let path = path.unwrap_or(OsStr::new(DEFAULT_PATH));
     let mut reason = format!("is not in PATH ({})", path.display());
     for folder in std::env::split_paths(path) {
-        // Relative entries count from where the command will run.
+        // Relative entries are relative to the command's working directory.
         let candidate = cwd.unwrap_or(Path::new("")).join(folder).join(name);
         let candidate = std::path::absolute(&candidate).unwrap_or(candidate);
         match can_run(&candidate) {
@@ -67,7 +66,7 @@ fn can_run(program: &Path) -> Result<(), String> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             Err("does not exist".to_owned())
         }
-        Err(error) => Err(format!("cannot be looked at: {error}")),
+        Err(error) => Err(format!("cannot be read: {error}")),
         Ok(metadata) if !metadata.is_file() => Err("is not a file".to_owned()),
         Ok(_) => access(program, Access::EXEC_OK).map_err(|_| "is not executable".to_owned()),
     }

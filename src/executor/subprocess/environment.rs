@@ -1,4 +1,4 @@
-//! What a command's environment holds, and nothing else does.
+//! The environment of a command.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -9,7 +9,7 @@ use chrono::SecondsFormat;
 
 use super::super::Attempt;
 
-/// The only variables of the daemon's own that a command gets.
+/// The variables that every command inherits from the daemon.
 const INHERITED: &[&str] = &[
     "PATH",
     "HOME",
@@ -26,11 +26,11 @@ const INHERITED: &[&str] = &[
 ];
 const INHERITED_PREFIX: &str = "LC_";
 
-/// Differs between any two attempts, so it also tells whose a process is.
+/// Unique for each attempt, so it also identifies the attempt's processes.
 pub(super) const FENCE: &str = "TRAINYARD_FENCE";
 
-/// The variables, each later source winning over the one before: the daemon's
-/// own (those that all commands get, and those that are `passed`), the task's, the attempt's.
+/// The variables. A later source overrides an earlier one: the daemon's
+/// (inherited and `passed`), the task's, the attempt's.
 pub(super) fn environment(
     own: impl Iterator<Item = (OsString, OsString)>,
     passed: impl Fn(&OsStr) -> bool,
@@ -47,7 +47,7 @@ pub(super) fn environment(
     let deadline = attempt
         .deadline
         .map(|at| at.to_rfc3339_opts(SecondsFormat::Millis, true));
-    let told = [
+    let of_attempt = [
         ("TRAINYARD_JOB_ID", Some(attempt.job_id.to_string())),
         ("TRAINYARD_TASK", Some(attempt.task.to_string())),
         (
@@ -67,7 +67,7 @@ pub(super) fn environment(
             Some(attempt.device_names().join(",")),
         ),
     ];
-    for (name, value) in told {
+    for (name, value) in of_attempt {
         match value {
             Some(value) => variables.insert(name.into(), value.into()),
             None => variables.remove(OsStr::new(name)),
@@ -80,7 +80,7 @@ pub(super) fn environment(
         .collect()
 }
 
-/// Grows with each attempt of a job, and is no other run's.
+/// The attempt number, which grows, and the lease token, which is unique.
 pub(super) fn fence(attempt: &Attempt) -> String {
     format!("{}.{}", attempt.fence.attempt, attempt.fence.token)
 }
@@ -90,8 +90,7 @@ fn is_inherited(name: &OsStr) -> bool {
         || name.as_bytes().starts_with(INHERITED_PREFIX.as_bytes())
 }
 
-/// A publisher may put a NUL into what ends up here, and no process can be
-/// started with one in its environment.
+/// A message can contain a NUL, and no environment variable can.
 fn without_nul(value: OsString) -> OsString {
     let visible = |byte| if byte == 0 { b'?' } else { byte };
     OsString::from_vec(value.into_vec().into_iter().map(visible).collect())

@@ -1,14 +1,14 @@
 //! The keeper: a process between the daemon and one job's command.
 //!
-//! It is this same program, started anew by the daemon, and it does one thing:
-//! see to it that no process of the job outlives the daemon or its lease. It
-//! learns that the daemon is gone when its lifeline closes, and it inherits
-//! every process that the command leaves behind. It is synchronous and small
-//! on purpose.
+//! The daemon starts this program again as the keeper. The keeper kills the
+//! job's processes when the daemon dies or the lease expires. It notices the
+//! daemon's death because its lifeline closes. As a subreaper it inherits the
+//! processes that the command leaves behind. It is synchronous and small on
+//! purpose.
 
-mod family;
 mod launch;
 mod launcher;
+mod process_tree;
 mod watchdog;
 
 use std::io::{self, BufRead, BufReader, PipeWriter, Read, Write};
@@ -21,24 +21,23 @@ use std::thread;
 use rustix::process::{Pid, Resource, Rlimit, Signal, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
-use super::lifeline::{self, Exit, LAUNCHER_MARK, MARK, Spec, Word};
-use family::Group;
+use super::lifeline::{self, ExitStatus, KEEPER_VARIABLE, LAUNCHER_VARIABLE, Notice, Spec};
+use process_tree::ProcessGroup;
 
-/// Becomes a keeper, and never returns, if this process was started as one.
+/// If this process was started as a keeper, runs it and does not return.
 ///
-/// The daemon starts its own program again for each job that runs a command,
-/// and that one once more, to become the command.
-/// A program that embeds trainyard therefore calls this first of all in its
-/// `main`; [`crate::run`] does it too, but what comes before that would be
-/// repeated for each job.
-pub fn keep_if_asked() {
-    let code = if let Some(keeper) = std::env::var_os(LAUNCHER_MARK) {
-        match launcher::launch(&keeper) {
+/// For each job with a command the daemon starts its own program again as the
+/// keeper, and the keeper starts it once more to become the command. So a
+/// program that embeds trainyard calls this first in its `main`. [`crate::run`]
+/// calls it too, but any code before that would run again for each job.
+pub fn run_as_keeper_if_asked() {
+    let code = if let Some(keeper_pid) = std::env::var_os(LAUNCHER_VARIABLE) {
+        match launcher::run(&keeper_pid) {
             Ok(()) => 1,
             Err(error) => failed("launcher", &error),
         }
-    } else if std::env::var_os(MARK).is_some() {
-        match keep() {
+    } else if std::env::var_os(KEEPER_VARIABLE).is_some() {
+        match run() {
             Ok(()) => 0,
             Err(error) => failed("keeper", &error),
         }
@@ -53,10 +52,10 @@ fn failed(who: &str, error: &io::Error) -> i32 {
     1
 }
 
-fn keep() -> io::Result<()> {
-    outlive_signals()?;
-    family::adopt_orphans()?;
-    // A core of a training process would fill the disk.
+fn run() -> io::Result<()> {
+    ignore_signals()?;
+    process_tree::become_subreaper()?;
+    // The core dump of a training process could fill the disk.
     let no_core = Rlimit {
         current: Some(0),
         maximum: Some(0),
@@ -69,41 +68,44 @@ fn keep() -> io::Result<()> {
     };
     let (child, stdin) = match launch::launch(&spec) {
         Ok(started) => started,
-        Err(failure) => return say(&mut lifeline, &failure.into_word()),
+        Err(failure) => return notify(&mut lifeline, &failure.into_notice()),
     };
     let leader = Pid::from_child(&child);
-    let group = Arc::new(Group::new(leader));
-    let begun = begin(stdin, payload, &mut lifeline, orders, &spec, &group);
-    if begun.is_err() {
+    let group = Arc::new(ProcessGroup::new(leader));
+    let attended = attend(stdin, payload, &mut lifeline, orders, &spec, &group);
+    if attended.is_err() {
         group.signal(Signal::KILL);
     }
-    family::wait_for(leader);
+    process_tree::wait_for_exit(leader);
     let expired = group.close();
-    let (exit, left) = family::sweep(leader);
-    begun?;
-    // A daemon that is gone need not know.
+    let (exit, left) = process_tree::kill_all(leader);
+    attended?;
+    // The daemon may be gone; then nobody reads these.
     if !left.is_empty() {
-        let _ = say(&mut lifeline, &Word::Left(left.clone()));
+        let _ = notify(&mut lifeline, &Notice::Left(left.clone()));
     }
-    let _ = say(&mut lifeline, &Word::Ended(Exit { expired, ..exit }));
+    let _ = notify(
+        &mut lifeline,
+        &Notice::Ended(ExitStatus { expired, ..exit }),
+    );
     match left.is_empty() {
         true => Ok(()),
-        // The daemon goes on killing what a keeper that has failed left.
+        // When a keeper fails, the daemon goes on killing its processes.
         false => Err(io::Error::other("processes are left")),
     }
 }
 
 /// A service manager may signal every process of the service, and a terminal
-/// every process on it. The daemon alone decides what becomes of its jobs. The
-/// command starts with the default handlers again.
-fn outlive_signals() -> io::Result<()> {
+/// every process on it, but only the daemon stops jobs. These are handlers, as the
+/// command would inherit SIG_IGN.
+fn ignore_signals() -> io::Result<()> {
     for signal in [SIGTERM, SIGINT, SIGQUIT, SIGHUP] {
         signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
     }
     Ok(())
 }
 
-/// `None` when the daemon was gone before it had said everything.
+/// `None` if the daemon died before it had sent everything.
 fn read_spec(orders: &mut BufReader<UnixStream>) -> io::Result<Option<(Spec, Vec<u8>)>> {
     let mut line = Vec::new();
     orders.read_until(b'\n', &mut line)?;
@@ -119,32 +121,32 @@ fn read_spec(orders: &mut BufReader<UnixStream>) -> io::Result<Option<(Spec, Vec
     }
 }
 
-/// What goes on beside the running command: it is fed, and watched.
-fn begin(
+/// Starts the threads that feed the command and watch the lifeline.
+fn attend(
     stdin: PipeWriter,
     payload: Vec<u8>,
     lifeline: &mut UnixStream,
     orders: BufReader<UnixStream>,
     spec: &Spec,
-    group: &Arc<Group>,
+    group: &Arc<ProcessGroup>,
 ) -> io::Result<()> {
     let (grace, valid_until) = (spec.stop_grace, spec.valid_until);
     let watched = Arc::clone(group);
     thread::Builder::new().spawn(move || watchdog::watch(orders, &watched, grace, valid_until))?;
-    // Held here too they would stay open when the command has closed them.
-    let nowhere = std::fs::File::options().write(true).open("/dev/null")?;
-    rustix::stdio::dup2_stdout(&nowhere)?;
-    rustix::stdio::dup2_stderr(&nowhere)?;
-    say(lifeline, &Word::Started(group.leader().as_raw_pid()))?;
+    // Otherwise they would stay open after the command has closed them.
+    let null = std::fs::File::options().write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&null)?;
+    notify(lifeline, &Notice::Started(group.leader().as_raw_pid()))?;
     thread::Builder::new().spawn(move || feed(stdin, &payload))?;
     Ok(())
 }
 
-/// A command need not read its payload, and may close its stdin at any time.
+/// Errors do not count: a command need not read its payload.
 fn feed(mut stdin: PipeWriter, payload: &[u8]) {
     let _ = stdin.write_all(payload);
 }
 
-fn say(lifeline: &mut UnixStream, word: &Word) -> io::Result<()> {
-    lifeline.write_all(&lifeline::line(word)?)
+fn notify(lifeline: &mut UnixStream, notice: &Notice) -> io::Result<()> {
+    lifeline.write_all(&lifeline::line(notice)?)
 }

@@ -1,6 +1,6 @@
-//! What the daemon and the keeper of a job say to each other: JSON, one line
-//! each, over the socket that is the keeper's stdin. Its other end closes when
-//! the daemon dies, however it dies.
+//! The protocol between the daemon and a keeper: lines of JSON over a socket,
+//! which is the keeper's stdin. The kernel closes the daemon's end when the
+//! daemon dies.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -9,79 +9,79 @@ use std::time::Duration;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-/// Set for a process that is to be a keeper.
-pub(super) const MARK: &str = "TRAINYARD_KEEPER";
+/// Set in the environment of a keeper.
+pub(super) const KEEPER_VARIABLE: &str = "TRAINYARD_KEEPER";
 
-/// Set for a process that is to become a command: its keeper's process id.
-pub(super) const LAUNCHER_MARK: &str = "TRAINYARD_LAUNCHER";
+/// Set in the environment of a launcher: its keeper's process id.
+pub(super) const LAUNCHER_VARIABLE: &str = "TRAINYARD_LAUNCHER";
 
-/// The first line to the keeper: what to run. The payload's bytes follow it.
+/// The first line to the keeper: the command to run. The payload's bytes
+/// follow it.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Spec {
-    /// With a path, so that nothing is looked up any more.
+    /// An absolute path.
     pub(super) program: PathBuf,
-    /// The program's own name for itself first.
+    /// The program's name comes first.
     pub(super) argv: Vec<String>,
     pub(super) cwd: Option<PathBuf>,
     pub(super) env: Vec<(OsString, OsString)>,
-    pub(super) limits: Limits,
+    pub(super) limits: ResourceLimits,
     /// From SIGTERM to SIGKILL.
     pub(super) stop_grace: Duration,
     pub(super) valid_until: Moment,
-    /// In bytes.
+    /// Its length in bytes.
     pub(super) payload: usize,
 }
 
-/// What a command may use. `None`: as much as the daemon.
+/// The resource limits of a command. `None`: the daemon's limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Limits {
-    /// Address space of each of its processes, in bytes.
+pub struct ResourceLimits {
+    /// Address space of each process, in bytes.
     pub memory: Option<u64>,
-    /// Added to the daemon's own niceness.
+    /// Added to the daemon's niceness.
     pub nice: Option<i32>,
-    /// File descriptors of each of its processes.
+    /// File descriptors of each process.
     pub open_files: Option<u64>,
 }
 
-/// What the keeper is told while the command runs.
+/// A line to the keeper while the command runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Order {
-    /// SIGTERM, and after the stop grace SIGKILL.
+    /// Send SIGTERM, and SIGKILL after the stop grace.
     Terminate,
-    /// Until then the command may run without another word.
+    /// Stop the command at this time, unless a later one follows.
     ValidUntil(Moment),
 }
 
-/// What the keeper tells.
+/// A line from the keeper.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Word {
-    /// The command runs, as the leader of the process group of this id.
+pub(super) enum Notice {
+    /// The command runs and leads the process group of this id.
     Started(i32),
     NotStarted {
         reason: String,
-        /// It would not start another time either.
+        /// It would not start at a later attempt either.
         permanent: bool,
     },
-    /// These processes do not end; said before the next.
+    /// These processes do not end. `Ended` follows.
     Left(Vec<i32>),
-    /// The command has ended, and nothing else that it started is left.
-    Ended(Exit),
+    /// The command has ended, and the processes that it started are gone.
+    Ended(ExitStatus),
 }
 
-/// How a command's process ended.
+/// How the command's process ended.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Exit {
+pub(super) struct ExitStatus {
     pub(super) code: Option<i32>,
     pub(super) signal: Option<i32>,
-    /// The daemon did not say in time that it may go on.
+    /// It was stopped because `ValidUntil` had passed.
     pub(super) expired: bool,
 }
 
-/// Milliseconds of a clock of the machine's that all its processes share: a
-/// deadline sent as one does not move while the message is on its way. A
-/// suspended machine's leases run out too, so the clock goes on meanwhile.
+/// A time in milliseconds on a clock that all processes of the machine share.
+/// The clock goes on while the machine is suspended, as leases do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub(super) struct Moment(u64);
@@ -103,21 +103,20 @@ impl Moment {
         Self(self.0.saturating_add(milliseconds))
     }
 
-    /// Nothing when it is past.
+    /// Zero if it is past.
     pub(super) fn left(self) -> Duration {
         Duration::from_millis(self.0.saturating_sub(Self::now().0))
     }
 }
 
-/// A message as a line. None of ours can fail to become JSON.
+/// Serializes a message as one line.
 pub(super) fn line(message: &impl Serialize) -> std::io::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
     Ok(line)
 }
 
-/// On Linux this is the program that runs, even when its file has been replaced
-/// by a newer one.
+/// On Linux this is the running program, even if its file has been replaced.
 pub(super) fn this_program() -> std::io::Result<PathBuf> {
     match cfg!(target_os = "linux") {
         true => Ok(PathBuf::from("/proc/self/exe")),

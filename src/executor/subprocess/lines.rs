@@ -2,20 +2,20 @@
 
 use memchr::memchr2;
 
-use super::said::PREFIX;
+use super::report_line::PREFIX;
 
-/// Of an ordinary line; the rest of a longer one is dropped.
-const LONGEST_LINE: usize = 16 << 10;
-/// Of a line that speaks to trainyard: a result may be large.
-const LONGEST_SAID: usize = 256 << 10;
+/// The rest of a longer line is dropped.
+const MAX_LINE: usize = 16 << 10;
+/// For a report line, as a result may be large.
+const MAX_REPORT_LINE: usize = 256 << 10;
 
-/// A line ends with a newline or, as progress bars have it, a carriage return.
-/// Blank ones are left out.
+/// A line ends with a newline or, for progress bars, a carriage return. Blank
+/// lines are skipped.
 #[derive(Default)]
 pub(super) struct Lines {
-    /// What has come of the line so far.
+    /// The line so far.
     line: Vec<u8>,
-    /// It was too long and has been handed on; its rest is dropped.
+    /// The line was too long and has been emitted; the rest is dropped.
     skipping: bool,
 }
 
@@ -23,12 +23,12 @@ pub(super) struct Lines {
 #[derive(Debug, PartialEq)]
 pub(super) struct Line<'a> {
     pub(super) bytes: &'a [u8],
-    /// There was more of it.
+    /// The line was longer.
     pub(super) cut: bool,
 }
 
 impl Lines {
-    /// Takes the next bytes and hands on each line that they complete.
+    /// Adds bytes, and emits each line that they complete.
     pub(super) fn feed(&mut self, mut bytes: &[u8], mut each: impl FnMut(Line<'_>)) {
         while let Some(end) = memchr2(b'\n', b'\r', bytes) {
             self.add(&bytes[..end], &mut each);
@@ -38,7 +38,7 @@ impl Lines {
         self.add(bytes, &mut each);
     }
 
-    /// The stream has ended: what is there of a line is one.
+    /// Emits the last line, which may lack a newline.
     pub(super) fn end(&mut self, mut each: impl FnMut(Line<'_>)) {
         if !self.skipping && !self.line.trim_ascii().is_empty() {
             each(Line {
@@ -54,7 +54,7 @@ impl Lines {
         if self.skipping {
             return;
         }
-        let room = self.longest(bytes) - self.line.len();
+        let room = self.max_length(bytes) - self.line.len();
         self.line.extend_from_slice(&bytes[..bytes.len().min(room)]);
         if bytes.len() > room {
             each(Line {
@@ -66,12 +66,12 @@ impl Lines {
         }
     }
 
-    /// How long the line may get, which its beginning tells.
-    fn longest(&self, more: &[u8]) -> usize {
+    /// The limit for this line, which depends on its prefix.
+    fn max_length(&self, more: &[u8]) -> usize {
         let beginning = self.line.iter().chain(more).take(PREFIX.len());
         match beginning.eq(PREFIX.as_bytes()) {
-            true => LONGEST_SAID,
-            false => LONGEST_LINE,
+            true => MAX_REPORT_LINE,
+            false => MAX_LINE,
         }
     }
 }
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_speaks_to_trainyard_may_be_longer() {
+    fn a_report_line_may_be_longer() {
         let said = format!("@trainyard {}", "x".repeat(100_000));
         for size in [1, 7, 1000, 200_000] {
             let chunks: Vec<&[u8]> = said.as_bytes().chunks(size).collect();

@@ -1,7 +1,7 @@
-//! What a command prints: read without ever holding it up, told to the log
-//! within bounds, and its end kept.
+//! Reads a command's output without ever blocking the command. Logs a limited
+//! part of it, and stores the last lines.
 
-mod gate;
+mod log_limiter;
 
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,31 +12,31 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::lines::{Line, Lines};
-use super::said::Said;
+use super::report_line::ReportLine;
 use crate::report::{Reports, Tail, readable};
-use gate::{Gate, Passage};
+use log_limiter::{Decision, LogLimiter};
 
-/// As much as a pipe holds.
-const READ_AT_ONCE: usize = 64 << 10;
+/// The capacity of a pipe.
+const BUFFER_SIZE: usize = 64 << 10;
 
-/// What becomes of a line that speaks to trainyard and does not end.
+/// Replaces a report line that is too long.
 const TOO_LONG: &str = "trainyard: the next line is ignored: it is longer than 256 KiB";
-/// Of such a line.
-const QUOTED: usize = 200;
+/// How much of such a line is logged.
+const QUOTED_BYTES: usize = 200;
 
-/// What one run prints, and what of it counts.
+/// The output of one run.
 pub(super) struct Output {
     reports: Reports,
-    heard: Mutex<Heard>,
+    state: Mutex<State>,
 }
 
-struct Heard {
-    gate: Gate,
+struct State {
+    limiter: LogLimiter,
     result: Option<Value>,
-    /// Of stderr, for the error of a run that failed.
+    /// The last lines of stderr, for the error of a failed run.
     errors: Tail,
-    /// When the run last said something to trainyard, or began.
-    sign_of_life: Instant,
+    /// When the last report line came, or the run began.
+    last_report_at: Instant,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -59,11 +59,11 @@ impl Output {
         let now = Instant::now();
         Self {
             reports,
-            heard: Mutex::new(Heard {
-                gate: Gate::new(now),
+            state: Mutex::new(State {
+                limiter: LogLimiter::new(now),
                 result: None,
                 errors: Tail::default(),
-                sign_of_life: now,
+                last_report_at: now,
             }),
         }
     }
@@ -82,32 +82,32 @@ impl Output {
 
     async fn read_stream(&self, mut source: impl AsyncRead + Unpin, stream: Stream) {
         let mut lines = Lines::default();
-        let mut room = vec![0; READ_AT_ONCE];
-        // An error is the stream's end like any other.
-        while let Ok(read) = source.read(&mut room).await
+        let mut buffer = vec![0; BUFFER_SIZE];
+        // A read error ends the stream too.
+        while let Ok(read) = source.read(&mut buffer).await
             && read > 0
         {
-            lines.feed(&room[..read], |line| self.take(&line, stream));
+            lines.feed(&buffer[..read], |line| self.handle(&line, stream));
         }
-        lines.end(|line| self.take(&line, stream));
+        lines.end(|line| self.handle(&line, stream));
     }
 
-    fn take(&self, line: &Line<'_>, stream: Stream) {
-        let said = match stream {
-            Stream::Stdout => Said::read(line.bytes),
+    fn handle(&self, line: &Line<'_>, stream: Stream) {
+        let report = match stream {
+            Stream::Stdout => ReportLine::read(line.bytes),
             Stream::Stderr => None,
         };
-        if said.is_some() {
-            // Also what cannot be understood tells that it is not stuck.
-            self.heard().sign_of_life = Instant::now();
+        if report.is_some() {
+            // A malformed report line shows too that the run is not stuck.
+            self.state().last_report_at = Instant::now();
         }
-        match said {
+        match report {
             Some(_) if line.cut => self.refuse_too_long(line, stream),
-            Some(Ok(said)) => {
-                let wrong = said.wrong.join(", ");
-                self.follow(said);
-                if !wrong.is_empty() {
-                    self.show(line, stream, Some(&wrong));
+            Some(Ok(report)) => {
+                let errors = report.errors.join(", ");
+                self.apply(report);
+                if !errors.is_empty() {
+                    self.show(line, stream, Some(&errors));
                 }
             }
             Some(Err(reason)) => self.show(line, stream, Some(&reason)),
@@ -115,9 +115,10 @@ impl Output {
         }
     }
 
-    /// It may have been the result: the log and the tail tell that it was lost.
+    /// The line may have been the result, so the log and the tail say that it is
+    /// lost.
     fn refuse_too_long(&self, line: &Line<'_>, stream: Stream) {
-        let beginning = &line.bytes[..line.bytes.len().min(QUOTED)];
+        let beginning = &line.bytes[..line.bytes.len().min(QUOTED_BYTES)];
         self.reports.output(TOO_LONG.as_bytes());
         let line = Line {
             bytes: beginning,
@@ -126,67 +127,69 @@ impl Output {
         self.show(&line, stream, Some(TOO_LONG));
     }
 
-    fn follow(&self, said: Said) {
-        // The checkpoint first: what is told later may be the last word.
-        if let Some(checkpoint) = said.checkpoint {
+    fn apply(&self, report: ReportLine) {
+        // The checkpoint first, in case the run reports nothing after this.
+        if let Some(checkpoint) = report.checkpoint {
             self.reports.checkpoint(&checkpoint);
         }
-        if let Some(progress) = said.progress {
+        if let Some(progress) = report.progress {
             self.reports.progress(progress);
         }
-        let mut heard = self.heard();
-        if said.result.is_some() {
-            heard.result = said.result;
+        let mut state = self.state();
+        if report.result.is_some() {
+            state.result = report.result;
         }
     }
 
     fn show(&self, line: &Line<'_>, stream: Stream, malformed: Option<&str>) {
         self.reports.output(line.bytes);
-        let mut heard = self.heard();
+        let mut state = self.state();
         if stream == Stream::Stderr {
-            heard.errors.push(line.bytes);
+            state.errors.push(line.bytes);
         }
-        let passage = heard.gate.pass(Instant::now(), line.bytes.len());
-        drop(heard);
-        let Passage::Shown { hidden_before } = passage else {
+        let decision = state.limiter.admit(Instant::now(), line.bytes.len());
+        drop(state);
+        let Decision::Show { hidden_before } = decision else {
             return;
         };
-        tell_hidden(hidden_before);
+        log_hidden(hidden_before);
         let text = readable(line.bytes);
-        let cut = if line.cut { " … (cut)" } else { "" };
+        let cut = if line.cut { " … (truncated)" } else { "" };
         match malformed {
             None => info!(target: "task", %stream, "{text}{cut}"),
-            Some(reason) => warn!(target: "task", %stream, %reason, "not understood: {text}{cut}"),
+            Some(reason) => {
+                warn!(target: "task", %stream, %reason, "invalid report line: {text}{cut}")
+            }
         }
     }
 
-    /// The run is over: what was counted and not shown is told.
+    /// Logs the number of lines that are still hidden.
     pub(super) fn close(&self) {
-        let hidden = self.heard().gate.close();
-        tell_hidden(hidden);
+        let hidden = self.state().limiter.take_hidden();
+        log_hidden(hidden);
     }
 
     pub(super) fn result(&self) -> Option<Value> {
-        self.heard().result.clone()
+        self.state().result.clone()
     }
 
-    /// The last lines of stderr, each of bounded length, oldest first.
+    /// The last lines of stderr, truncated, oldest first.
     pub(super) fn last_errors(&self) -> Vec<String> {
-        self.heard().errors.lines()
+        self.state().errors.lines()
     }
 
-    pub(super) fn sign_of_life(&self) -> Instant {
-        self.heard().sign_of_life
+    pub(super) fn last_report_at(&self) -> Instant {
+        self.state().last_report_at
     }
 
-    fn heard(&self) -> MutexGuard<'_, Heard> {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn tell_hidden(lines: u64) {
+fn log_hidden(lines: u64) {
     if lines > 0 {
-        info!(target: "task", lines, "more lines than are shown");
+        info!(target: "task", lines, "more lines are not shown");
     }
 }
 
@@ -209,7 +212,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_stdout_speaks_to_trainyard() {
+    async fn only_stdout_has_report_lines() {
         let reports = Reports::default();
         let output = Output::new(reports.clone());
         let stdout: &[u8] = b"hello\n@trainyard {\"step\":1}\n@trainyard {\"result\":7}\n@trainyard {\"checkpoint\":\"c\"}\n@trainyard oops\n";

@@ -1,5 +1,5 @@
-//! A job's private directory: kept between its attempts on one machine, gone
-//! when it has ended here, and some days later when it has ended elsewhere.
+//! A job's private directory. The job's attempts on one machine share it. It is
+//! removed when the job ends here, or a week later if the job ended elsewhere.
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
@@ -7,24 +7,35 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use rustix::fs::{FlockOperation, flock};
 use tracing::{info, warn};
 use uuid::Uuid;
 
-/// A huge one may take longer, and is removed beside what comes next.
-const REMOVAL: Duration = Duration::from_secs(10);
+/// Removing a huge directory may take longer; then it goes on in the background.
+const REMOVAL_LIMIT: Duration = Duration::from_secs(10);
 
-/// A job that has not been touched for so long has ended on another machine.
+/// A directory that has not changed for this long belongs to no running job.
 const OLD: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// Only this user gets in.
+/// Accessible to this user only.
 const PRIVATE: u32 = 0o700;
 
-/// Makes the job's directory, unless an earlier attempt has.
+/// A job's directory in use. Nobody tidies it up while this exists, in whichever
+/// process, however long it does not change.
+#[derive(Debug)]
+pub(super) struct WorkDir {
+    pub(super) path: PathBuf,
+    /// A shared lock, which the kernel takes back from a process that dies. None
+    /// where the file system has no locks.
+    _lock: Option<fs::File>,
+}
+
+/// Creates the job's directory, unless it exists.
 ///
 /// # Errors
-/// It cannot be made, or what is there is not this user's own directory: in a
-/// folder that everybody may write to, somebody else may have put it there.
-pub(super) async fn create(root: &Path, job_id: Uuid) -> io::Result<PathBuf> {
+/// It cannot be created, or it belongs to another user: in a world-writable
+/// folder anybody can create it first.
+pub(super) async fn create(root: &Path, job_id: Uuid) -> io::Result<WorkDir> {
     let root = std::path::absolute(root)?;
     blocking(move || {
         let mut builder = DirBuilder::new();
@@ -34,15 +45,15 @@ pub(super) async fn create(root: &Path, job_id: Uuid) -> io::Result<PathBuf> {
         let folder = root.join(job_id.to_string());
         match builder.recursive(false).create(&folder) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            made => return made.map(|()| folder),
+            created => return created.map(|()| WorkDir::of(folder)),
         }
         let found = fs::symlink_metadata(&folder)?;
         match found.is_dir() && [me(), owner].contains(&found.uid()) {
             true => {
-                // It is in use again. A network's file system may refuse.
+                // Marks it as in use. A network file system may refuse.
                 let _ = fs::File::open(&folder)
                     .and_then(|folder| folder.set_modified(SystemTime::now()));
-                Ok(folder)
+                Ok(WorkDir::of(folder))
             }
             false => Err(not_ours(&folder)),
         }
@@ -50,68 +61,83 @@ pub(super) async fn create(root: &Path, job_id: Uuid) -> io::Result<PathBuf> {
     .await
 }
 
-/// Removes it, as far as it lets itself be removed: a job that has ended has
-/// ended.
+impl WorkDir {
+    fn of(path: PathBuf) -> Self {
+        let lock = fs::File::open(&path).ok();
+        let lock = lock.filter(|folder| flock(folder, FlockOperation::LockShared).is_ok());
+        Self { path, _lock: lock }
+    }
+}
+
+/// Locks the directory against use; None if some process uses it now.
+fn lock_unless_in_use(path: &Path) -> Option<fs::File> {
+    let folder = fs::File::open(path).ok()?;
+    let lock = flock(&folder, FlockOperation::NonBlockingLockExclusive);
+    (lock != Err(rustix::io::Errno::WOULDBLOCK)).then_some(folder)
+}
+
+/// Removes the directory. A failure is only logged.
 pub(super) async fn remove(folder: PathBuf) {
     let path = folder.display().to_string();
     let removal = blocking(move || remove_all(&folder));
-    match tokio::time::timeout(REMOVAL, removal).await {
+    match tokio::time::timeout(REMOVAL_LIMIT, removal).await {
         Ok(Ok(())) | Err(_) => {}
         Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound => {}
-        Ok(Err(error)) => warn!(%path, %error, "a work directory could not be removed"),
+        Ok(Err(error)) => warn!(%path, %error, "cannot remove a work directory"),
     }
 }
 
 fn remove_all(folder: &Path) -> io::Result<()> {
     match fs::remove_dir_all(folder) {
-        // A job may have taken its own rights to what it made.
+        // The job may have removed its own write permission.
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            open_up(folder);
+            make_accessible(folder);
             fs::remove_dir_all(folder)
         }
         removed => removed,
     }
 }
 
-/// As far as it goes: the removal tells what is in its way.
-fn open_up(folder: &Path) {
+/// Errors are ignored: the removal reports them.
+fn make_accessible(folder: &Path) {
     let _ = fs::set_permissions(folder, Permissions::from_mode(PRIVATE));
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        // Not that of a symbolic link's target.
+        // Symbolic links are not followed.
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            open_up(&entry.path());
+            make_accessible(&entry.path());
         }
     }
 }
 
-/// Makes sure that jobs can have their directories there.
+/// Checks that directories can be created in the folder.
 ///
 /// # Errors
 /// They cannot.
 pub async fn probe(root: &Path) -> io::Result<()> {
     let probe = Uuid::now_v7();
     let folder = create(root, probe).await?;
-    blocking(move || fs::remove_dir(folder)).await
+    blocking(move || fs::remove_dir(&folder.path)).await
 }
 
-/// Removes the directories of jobs that nobody has touched for a week.
+/// Removes directories that have not changed for a week and that no run uses.
 pub async fn tidy(root: PathBuf) {
     let tidied = blocking(move || {
-        for folder in old_ones(&root)? {
+        for (folder, _lock) in old_ones(&root)? {
             let path = folder.display();
             match remove_all(&folder) {
-                Ok(()) => info!(%path, "an old work directory is removed"),
-                Err(error) => warn!(%path, %error, "an old work directory could not be removed"),
+                Ok(()) => info!(%path, "removed an old work directory"),
+                Err(error) => warn!(%path, %error, "cannot remove an old work directory"),
             }
         }
         Ok(())
     });
     if let Err(error) = tidied.await {
-        warn!(%error, "the work directories could not be looked through");
+        warn!(%error, "cannot read the folder of the work directories");
     }
 }
 
-fn old_ones(root: &Path) -> io::Result<Vec<PathBuf>> {
+/// Each with a lock that keeps runs from beginning in it.
+fn old_ones(root: &Path) -> io::Result<Vec<(PathBuf, fs::File)>> {
     let Some(limit) = SystemTime::now().checked_sub(OLD) else {
         return Ok(Vec::new());
     };
@@ -123,11 +149,12 @@ fn old_ones(root: &Path) -> io::Result<Vec<PathBuf>> {
         is_jobs && entry.file_type().is_ok_and(|kind| kind.is_dir())
     });
     let paths = jobs.map(|entry| entry.path());
-    Ok(paths.filter(|path| is_old(path, limit)).collect())
+    let unused = paths.filter_map(|path| Some((lock_unless_in_use(&path)?, path)));
+    let old = unused.filter(|(_, path)| is_old(path, limit));
+    Ok(old.map(|(lock, path)| (path, lock)).collect())
 }
 
-/// Nothing in it is younger: a folder's own time tells only of what is directly
-/// in it.
+/// Checks every file, as a folder's own time covers its direct entries only.
 fn is_old(path: &Path, limit: SystemTime) -> bool {
     let Ok(metadata) = fs::symlink_metadata(path) else {
         return false;
@@ -138,16 +165,16 @@ fn is_old(path: &Path, limit: SystemTime) -> bool {
         && entries.all(|entry| is_old(&entry.path(), limit))
 }
 
-/// Who could exchange what is in it. Where everybody may make a folder, as in
-/// /tmp, it must be nobody else's.
+/// The folder's owner. If its parent is world-writable, like /tmp, the owner must
+/// be this user or root.
 fn owner_of(root: &Path) -> io::Result<u32> {
     const OTHERS_WRITE: u32 = 0o002;
     let owner = fs::metadata(root)?.uid();
-    let anybodys = match root.parent() {
+    let parent_is_world_writable = match root.parent() {
         Some(parent) => fs::metadata(parent)?.mode() & OTHERS_WRITE != 0,
         None => false,
     };
-    match anybodys && ![0, me()].contains(&owner) {
+    match parent_is_world_writable && ![0, me()].contains(&owner) {
         true => Err(not_ours(root)),
         false => Ok(owner),
     }
@@ -159,7 +186,7 @@ fn me() -> u32 {
 
 fn not_ours(folder: &Path) -> io::Error {
     io::Error::other(format!(
-        "{} is not a directory of this user's own",
+        "{} is not a directory of this user",
         folder.display()
     ))
 }
@@ -183,19 +210,20 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let root = root.path().join("a/b");
         let folder = create(&root, Uuid::nil()).await.unwrap();
-        let mode = fs::metadata(&folder).unwrap().permissions().mode();
+        let path = folder.path.clone();
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700);
-        fs::write(folder.join("weights"), "w").unwrap();
-        assert_eq!(create(&root, Uuid::nil()).await.unwrap(), folder);
-        assert!(folder.join("weights").exists());
-        remove(folder.clone()).await;
-        assert!(!folder.exists());
+        fs::write(path.join("weights"), "w").unwrap();
+        assert_eq!(create(&root, Uuid::nil()).await.unwrap().path, path);
+        assert!(path.join("weights").exists());
+        remove(path.clone()).await;
+        assert!(!path.exists());
     }
 
     #[tokio::test]
-    async fn one_that_its_job_has_closed_is_removed_all_the_same() {
+    async fn a_directory_without_write_permission_is_removed() {
         let root = tempfile::tempdir().unwrap();
-        let folder = create(root.path(), Uuid::nil()).await.unwrap();
+        let folder = create(root.path(), Uuid::nil()).await.unwrap().path;
         let inner = folder.join("a/b");
         fs::create_dir_all(&inner).unwrap();
         fs::write(inner.join("weights"), "w").unwrap();
@@ -206,7 +234,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_directories_of_jobs_in_which_nothing_is_young_are_old() {
+    async fn only_old_directories_of_jobs_are_removed() {
         let root = tempfile::tempdir().unwrap();
         let eight_days_ago = SystemTime::now() - Duration::from_secs(8 * 24 * 60 * 60);
         let age = |path: &Path| {
@@ -234,7 +262,25 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_directory_that_somebody_else_could_have_put_there_is_refused() {
+    async fn an_old_directory_in_which_a_job_runs_is_not_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let used = create(root.path(), Uuid::nil()).await.unwrap();
+        let eight_days_ago = SystemTime::now() - Duration::from_secs(8 * 24 * 60 * 60);
+        let age = || {
+            let folder = fs::File::open(&used.path).unwrap();
+            folder.set_modified(eight_days_ago).unwrap();
+        };
+        age();
+        tidy(root.path().to_owned()).await;
+        assert!(used.path.exists());
+        let path = used.path.clone();
+        drop(used);
+        tidy(root.path().to_owned()).await;
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_link_to_another_directory_is_refused() {
         let root = tempfile::tempdir().unwrap();
         let elsewhere = tempfile::tempdir().unwrap();
         symlink(elsewhere.path(), root.path().join(Uuid::nil().to_string())).unwrap();

@@ -23,14 +23,14 @@ use crate::pubsub::{PubsubError, to_message};
 const MAX_MESSAGES: usize = 256;
 const MAX_KIBIBYTES: usize = 64 << 10;
 
-/// A share of [`MAX_KIBIBYTES`].
-pub(super) type Room = OwnedSemaphorePermit;
-
 /// What came on a stream.
 #[derive(Debug)]
 pub(super) struct Arrival {
     pub(super) delivery: Result<Delivery, PubsubError>,
-    pub(super) room: Option<Room>,
+    /// Which client the stream was opened with.
+    pub(super) generation: u64,
+    /// What it takes of the bounds while nobody has looked at it.
+    _share: Option<OwnedSemaphorePermit>,
 }
 
 /// Where all streams of a subscription leave what comes on them.
@@ -125,8 +125,11 @@ impl Reader {
     /// delivery is handed back.
     async fn leave(&self, delivery: Result<Delivery, PubsubError>) -> Option<()> {
         let leaving = async {
-            let room = self.room_for(&delivery).await;
-            let arrival = Arrival { delivery, room };
+            let arrival = Arrival {
+                _share: self.share_for(&delivery).await,
+                generation: self.origin.generation,
+                delivery,
+            };
             self.arrivals.send(arrival).await.ok()
         };
         tokio::select! {
@@ -137,7 +140,10 @@ impl Reader {
         }
     }
 
-    async fn room_for(&self, delivery: &Result<Delivery, PubsubError>) -> Option<Room> {
+    async fn share_for(
+        &self,
+        delivery: &Result<Delivery, PubsubError>,
+    ) -> Option<OwnedSemaphorePermit> {
         let bytes = delivery.as_ref().ok()?.message.data.len();
         let kibibytes = u32::try_from((bytes >> 10).min(MAX_KIBIBYTES)).ok()?;
         Arc::clone(&self.room)

@@ -9,12 +9,13 @@ use sqlx::{PgConnection, PgPool, Row};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::super::{
-    ClaimTerms, MAX_DUPLICATES_IN_LEDGER, Standing, StoreError, final_state, json_text, storable,
-    too_many_crashes,
-};
-use crate::job::{Acquired, Can, Claim, ClaimRequest, Fence, JobKey, Limits};
+use super::ordering::lock_places_in;
+use crate::job::{Acquired, Can, Claim, ClaimRequest, Fence, JobKey, Limits, Pick};
 use crate::outcome::DeadReason;
+use crate::store::values::{
+    MAX_DUPLICATES_IN_LEDGER, final_state, json_text, storable, too_many_crashes,
+};
+use crate::store::{ClaimTerms, StoreError};
 
 /// Answers a batch of claims in one transaction: first the new keys, then the
 /// takeovers, then how the rest stand. A new row that conflicts waits for the
@@ -34,7 +35,7 @@ pub(super) async fn claim(
     settle(&mut answers, &mut rest, inserted, claimed_at);
     let takers: Vec<Taker> = rest
         .iter()
-        .filter(|request| request.can == Can::Run)
+        .filter(|request| request.can.run())
         .map(|request| (*request).into())
         .collect();
     if !takers.is_empty() {
@@ -44,8 +45,8 @@ pub(super) async fn claim(
     if !rest.is_empty() {
         answers.extend(count_duplicates(&mut transaction, &rest, terms).await?);
     }
-    // Before the commit: were one request without an answer, the others' leases
-    // would be held by nobody.
+    // Checked before the commit: otherwise the leases of the other requests
+    // would be nobody's.
     let claims = requests
         .iter()
         .map(|request| {
@@ -62,13 +63,18 @@ pub(super) async fn claim(
 #[derive(sqlx::FromRow)]
 pub(super) struct Won {
     pub(super) token: Uuid,
-    pub(super) job_id: Uuid,
-    pub(super) attempt: i32,
+    job_id: Uuid,
+    attempt: i32,
     /// False where the new job has to wait.
     runs: bool,
     counted_attempts: i32,
     checkpoint: Option<String>,
     cancel_requested: bool,
+    /// The rest is only told to who takes the job without a delivery.
+    pub(super) task: Option<String>,
+    pub(super) message_id: Option<String>,
+    pub(super) ordering_key: Option<String>,
+    pub(super) payload: Option<Vec<u8>>,
 }
 
 impl Won {
@@ -103,22 +109,13 @@ fn settle(
             true => Claim::Acquired(won.acquired(request.key.clone(), claimed_at)),
             false => Claim::Waiting {
                 until: claimed_at,
-                acked: request.reap_delay.is_zero(),
+                acked: false,
             },
         };
         answers.insert(request.token, claim);
         false
     });
 }
-
-/// Of two transactions that put jobs of one ordering key on record, the later
-/// one must see what the earlier one wrote. In key order, against deadlocks.
-const LOCK_ORDERING_KEYS: &str = "
-SELECT pg_advisory_xact_lock(lock) FROM (
-    SELECT DISTINCT hashtextextended(subscription || chr(10) || ordering_key, 0) AS lock
-    FROM unnest($1::text[], $2::text[]) AS request (subscription, ordering_key)
-    ORDER BY lock
-) AS locks";
 
 async fn lock_ordering_keys(
     connection: &mut PgConnection,
@@ -133,15 +130,7 @@ async fn lock_ordering_keys(
             (&*request.key.subscription, ordering_key)
         })
         .unzip();
-    if keys.is_empty() {
-        return Ok(());
-    }
-    sqlx::query(LOCK_ORDERING_KEYS)
-        .bind(subscriptions)
-        .bind(keys)
-        .execute(connection)
-        .await?;
-    Ok(())
+    lock_places_in(connection, &subscriptions, &keys).await
 }
 
 /// Jobs are inserted in key order, so that two batches with keys in common
@@ -154,10 +143,11 @@ const INSERT_NEW: &str = "
 WITH input AS (
     SELECT DISTINCT ON (subscription, key) *
     FROM unnest($1::text[], $2::text[], $3::uuid[], $4::uuid[], $5::text[], $6::timestamptz[],
-                $7::text[], $8::text[], $9::bytea[], $10::text[], $11::float8[], $14::boolean[],
-                $15::boolean[]) WITH ORDINALITY
+                $7::text[], $8::text[], $9::bytea[], $10::text[], $11::float8[], $12::float8[],
+                $13::boolean[], $14::boolean[]) WITH ORDINALITY
       AS request (subscription, key, token, job_id, message_id, publish_time,
-                  ordering_key, attributes, payload, task, reap_delay, can_run, unknown, nth)
+                  ordering_key, attributes, payload, task, delay_if_runs, delay_if_waits,
+                  can_run, unknown, nth)
     ORDER BY subscription, key, nth
 ), inserted AS (
     INSERT INTO processed_messages
@@ -167,29 +157,33 @@ WITH input AS (
            payload, task, 'open'
     FROM input
     ON CONFLICT (subscription, key) DO NOTHING
-    RETURNING subscription, key, job_id
-), fresh AS (
+    RETURNING subscription, key
+), placed AS (
     SELECT input.*,
-           can_run AND (ordering_key = '' OR (
-               NOT EXISTS (SELECT 1 FROM leases
-                           WHERE leases.subscription = input.subscription
-                             AND leases.ordering_key = input.ordering_key)
-               AND row_number() OVER (PARTITION BY subscription, ordering_key ORDER BY nth) = 1
-           )) AS runs
+           ordering_key <> '' AND (
+               EXISTS (SELECT 1 FROM leases
+                       WHERE leases.subscription = input.subscription
+                         AND leases.ordering_key = input.ordering_key)
+               OR row_number() OVER (PARTITION BY subscription, ordering_key ORDER BY nth) > 1
+           ) AS is_behind
     FROM input JOIN inserted USING (subscription, key)
+), fresh AS (
+    SELECT *, can_run AND NOT is_behind AS runs FROM placed
 ), leased AS (
     INSERT INTO leases
-           (subscription, key, ordering_key, attempt, token, worker, started_at, lease_until,
-            reap_delay, unknown_since)
-    SELECT subscription, key, nullif(ordering_key, ''), runs::int, CASE WHEN runs THEN token END,
-           CASE WHEN runs THEN $12 END, CASE WHEN runs THEN now() END,
-           CASE WHEN runs THEN now() + make_interval(secs => $13) ELSE now() END,
-           reap_delay, CASE WHEN unknown THEN now() END
+           (subscription, key, job_id, task, ordering_key, attempt, token, worker, started_at,
+            run_after, lease_until, reap_delay, unknown_since)
+    SELECT subscription, key, job_id, task, nullif(ordering_key, ''), runs::int,
+           CASE WHEN runs THEN token END, CASE WHEN runs THEN $15 END,
+           CASE WHEN runs THEN now() END, CASE WHEN is_behind THEN 'infinity' ELSE now() END,
+           CASE WHEN runs THEN now() + make_interval(secs => $16) ELSE now() END,
+           CASE WHEN runs THEN delay_if_runs ELSE delay_if_waits END,
+           CASE WHEN unknown THEN now() END
     FROM fresh
     ORDER BY nth
 ), noted AS (
     INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
-    SELECT subscription, key, $12, CASE WHEN runs THEN 'claimed' ELSE 'queued' END,
+    SELECT subscription, key, $15, CASE WHEN runs THEN 'claimed' ELSE 'queued' END,
            CASE WHEN runs THEN 1 END,
            CASE WHEN runs THEN NULL
                 WHEN unknown THEN 'this worker does not know the task `' || task || '`'
@@ -197,9 +191,10 @@ WITH input AS (
                 ELSE 'this worker has no room for the task' END
     FROM fresh
 )
-SELECT fresh.token, inserted.job_id, fresh.runs::int AS attempt, fresh.runs,
-       1 AS counted_attempts, NULL::text AS checkpoint, false AS cancel_requested
-FROM fresh JOIN inserted USING (subscription, key)";
+SELECT token, job_id, runs::int AS attempt, runs, 1 AS counted_attempts, NULL::text AS checkpoint,
+       false AS cancel_requested, NULL::text AS task, NULL::text AS message_id,
+       NULL::text AS ordering_key, NULL::bytea AS payload
+FROM fresh";
 
 async fn insert_new(
     connection: &mut PgConnection,
@@ -232,21 +227,17 @@ async fn insert_new(
         .bind(attributes)
         .bind(payloads.collect::<Vec<_>>())
         .bind(column_of_text(requests, |request| &request.task))
-        .bind(delays(requests))
-        .bind(&*terms.worker)
-        .bind(terms.lease.as_secs_f64())
-        .bind(
-            requests
-                .iter()
-                .map(|r| r.can == Can::Run)
-                .collect::<Vec<_>>(),
-        )
+        .bind(delays(requests, true))
+        .bind(delays(requests, false))
+        .bind(requests.iter().map(|r| r.can.run()).collect::<Vec<_>>())
         .bind(
             requests
                 .iter()
                 .map(|r| r.can == Can::RecordUnknown)
                 .collect::<Vec<_>>(),
         )
+        .bind(&*terms.worker)
+        .bind(terms.lease.as_secs_f64())
         .fetch_all(connection)
         .await?;
     Ok(rows)
@@ -266,59 +257,67 @@ fn tokens(requests: &[&ClaimRequest]) -> Vec<Uuid> {
     requests.iter().map(|request| request.token).collect()
 }
 
-fn delays(requests: &[&ClaimRequest]) -> Vec<f64> {
+fn delays(requests: &[&ClaimRequest], runs: bool) -> Vec<f64> {
     requests
         .iter()
-        .map(|request| request.reap_delay.as_secs_f64())
+        .map(|request| request.ack.reap_delay(runs).as_secs_f64())
         .collect()
 }
 
-/// A lease row that another transaction is writing right now is somebody
-/// else's, hence SKIP LOCKED. A token that is the request's own already is the
-/// sign of an answer that was lost: the claim is confirmed as it stands.
+/// A row that another transaction is writing is somebody else's, hence SKIP
+/// LOCKED. A token that is the request's own already is the sign of an answer
+/// that was lost: the claim is confirmed as it stands. It comes before other
+/// claims of its key in the same batch, and is told once.
 ///
-/// It comes before other claims of its key in the same batch, and is told once.
-///
-/// A lease that ended without a word from its worker is a crash; at the limit
-/// of them, or of the task's attempts, the job is dead instead. No run ended it, so `finished_by` is unset:
-/// the last one that lost its lease must not take the ending for its own.
+/// A lease that expired without a word from its worker is a crash. At the limit
+/// of crashes, or of the task's attempts, the job is dead instead. No run ended
+/// it, so `finished_by` stays unset: the last run that lost its lease must not
+/// take the ending for its own.
 const TAKE_OVER: &str = "
 WITH input AS (
     SELECT DISTINCT ON (subscription, key) request.*
-    FROM unnest($1::text[], $2::text[], $3::uuid[], $4::float8[], $9::int[], $10::text[])
-      AS request (subscription, key, token, reap_delay, max_attempts, dead_letter_topic)
+    FROM unnest($1::text[], $2::text[], $3::uuid[], $4::float8[], $5::boolean[], $6::boolean[],
+                $7::boolean[], $8::int[], $9::text[])
+      AS request (subscription, key, token, delay, takes_lost, waits_delay, is_told, max_attempts,
+                  dead_letter_topic)
     LEFT JOIN leases USING (subscription, key)
     ORDER BY subscription, key, leases.token IS NOT DISTINCT FROM request.token DESC
 ), free AS (
-    SELECT leases.subscription, leases.key, input.token AS new_token, input.reap_delay AS new_delay,
+    SELECT leases.subscription, leases.key, input.token AS new_token,
+           coalesce(input.delay, leases.reap_delay) AS new_delay, input.is_told,
            input.dead_letter_topic, input.max_attempts,
            leases.token IS NOT DISTINCT FROM input.token AS mine,
            leases.token IS NOT NULL AND leases.token <> input.token AS crashed,
            leases.attempt - leases.interruptions >= input.max_attempts AS exhausted,
-           leases.crashes, leases.worker AS last_worker, leases.token AS last_token
+           leases.crashes, leases.worker AS last_worker
     FROM leases JOIN input USING (subscription, key)
-    WHERE (leases.token = input.token OR leases.lease_until <= now())
+    WHERE (leases.token = input.token
+           OR leases.token IS NULL AND leases.run_after <= now()
+           OR leases.token IS NOT NULL AND input.takes_lost
+              AND leases.lease_until + make_interval(
+                      secs => CASE WHEN input.waits_delay THEN leases.reap_delay ELSE 0 END)
+                  <= now())
       AND (leases.ordering_key IS NULL OR leases.position = (
               SELECT min(head.position) FROM leases head
               WHERE head.subscription = leases.subscription
                 AND head.ordering_key = leases.ordering_key))
     ORDER BY leases.subscription, leases.key
-    FOR UPDATE OF leases SKIP LOCKED
+    FOR NO KEY UPDATE OF leases SKIP LOCKED
 ), judged AS (
-    SELECT *, crashed AND (crashes + 1 >= $7 OR exhausted) AS ends FROM free
+    SELECT *, crashed AND (crashes + 1 >= $10 OR exhausted) AS ends FROM free
 ), taken AS (
     UPDATE leases
-    SET attempt = leases.attempt + (NOT judged.mine)::int, token = judged.new_token, worker = $5,
-        started_at = now(), lease_until = now() + make_interval(secs => $6),
+    SET attempt = leases.attempt + (NOT judged.mine)::int, token = judged.new_token, worker = $11,
+        started_at = now(), lease_until = now() + make_interval(secs => $12),
         crashes = judged.crashes + judged.crashed::int, reap_delay = judged.new_delay,
         unknown_since = NULL
     FROM judged
     WHERE leases.subscription = judged.subscription AND leases.key = judged.key
       AND NOT judged.ends
-    RETURNING leases.*, judged.mine, judged.crashed, judged.last_worker
+    RETURNING leases.*, judged.mine, judged.crashed, judged.last_worker, judged.is_told
 ), noted AS (
     INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
-    SELECT subscription, key, $5, CASE WHEN crashed THEN 'taken_over' ELSE 'claimed' END, attempt,
+    SELECT subscription, key, $11, CASE WHEN crashed THEN 'taken_over' ELSE 'claimed' END, attempt,
            CASE WHEN crashed THEN 'from ' || last_worker || ', whose lease ended' END
     FROM taken
     WHERE NOT mine
@@ -326,12 +325,12 @@ WITH input AS (
     DELETE FROM leases USING judged
     WHERE leases.subscription = judged.subscription AND leases.key = judged.key AND judged.ends
     RETURNING leases.*, judged.dead_letter_topic,
-              CASE WHEN judged.crashes + 1 >= $7 THEN $8
+              CASE WHEN judged.crashes + 1 >= $10 THEN $13
                    ELSE 'its worker was lost during attempt ' || judged.max_attempts || ' of '
                         || judged.max_attempts END AS reason
 ), dead AS (
     UPDATE processed_messages
-    SET state = 'dead', error = parked.reason, reason = $11, finished_at = now(),
+    SET state = 'dead', error = parked.reason, reason = $14, finished_at = now(),
         attempts = parked.attempt - parked.interruptions, last_attempt = parked.attempt,
         worker = parked.worker, started_at = parked.started_at, checkpoint = parked.checkpoint,
         dead_letter_topic = parked.dead_letter_topic
@@ -340,19 +339,29 @@ WITH input AS (
       AND processed_messages.key = parked.key
 ), told AS (
     INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
-    SELECT subscription, key, $5, 'parked', attempt, reason FROM parked
+    SELECT subscription, key, $11, 'parked', attempt, reason FROM parked
 )
-SELECT taken.token, processed_messages.job_id, taken.attempt, true AS runs,
+SELECT taken.token, taken.job_id, taken.attempt, true AS runs,
        taken.attempt - taken.interruptions AS counted_attempts, taken.checkpoint,
-       taken.cancel_requested
-FROM taken JOIN processed_messages USING (subscription, key)";
+       taken.cancel_requested, taken.task, taken.ordering_key, message.message_id, message.payload
+FROM taken LEFT JOIN LATERAL (
+    SELECT message_id, payload FROM processed_messages m
+    WHERE taken.is_told AND m.subscription = taken.subscription AND m.key = taken.key
+) AS message ON true";
 
 /// What a run needs to take a job over.
 pub(super) struct Taker<'a> {
-    pub(super) key: &'a JobKey,
-    pub(super) token: Uuid,
-    pub(super) reap_delay: f64,
-    pub(super) limits: Limits,
+    key: &'a JobKey,
+    token: Uuid,
+    /// In seconds. None: as it was.
+    delay: Option<f64>,
+    /// Also from a worker whose lease has expired.
+    takes_lost: bool,
+    /// But only after the row's delay.
+    waits_delay: bool,
+    /// It has no delivery, and is told what that would have told.
+    is_told: bool,
+    limits: &'a Limits,
 }
 
 impl<'a> From<&'a ClaimRequest> for Taker<'a> {
@@ -360,8 +369,25 @@ impl<'a> From<&'a ClaimRequest> for Taker<'a> {
         Self {
             key: &request.key,
             token: request.token,
-            reap_delay: request.reap_delay.as_secs_f64(),
-            limits: request.limits.clone(),
+            delay: Some(request.ack.reap_delay(true).as_secs_f64()),
+            takes_lost: request.can == Can::Run,
+            waits_delay: false,
+            is_told: false,
+            limits: &request.limits,
+        }
+    }
+}
+
+impl<'a> From<&'a Pick> for Taker<'a> {
+    fn from(pick: &'a Pick) -> Self {
+        Self {
+            key: &pick.key,
+            token: pick.token,
+            delay: pick.acked_when_claimed.then_some(0.0),
+            takes_lost: true,
+            waits_delay: true,
+            is_told: true,
+            limits: &pick.limits,
         }
     }
 }
@@ -372,7 +398,6 @@ pub(super) async fn take_over(
     terms: &ClaimTerms,
 ) -> Result<Vec<Won>, StoreError> {
     let (subscriptions, keys) = key_columns(takers.iter().map(|taker| taker.key));
-    let delays = takers.iter().map(|taker| taker.reap_delay);
     let max_attempts = takers
         .iter()
         .map(|taker| i32::try_from(taker.limits.max_attempts).unwrap_or(i32::MAX));
@@ -383,17 +408,24 @@ pub(super) async fn take_over(
         .bind(subscriptions)
         .bind(keys)
         .bind(takers.iter().map(|taker| taker.token).collect::<Vec<_>>())
-        .bind(delays.collect::<Vec<_>>())
-        .bind(&*terms.worker)
-        .bind(terms.lease.as_secs_f64())
-        .bind(terms.max_crashes.cast_signed())
-        .bind(too_many_crashes(terms.max_crashes))
+        .bind(takers.iter().map(|taker| taker.delay).collect::<Vec<_>>())
+        .bind(flags(takers, |taker| taker.takes_lost))
+        .bind(flags(takers, |taker| taker.waits_delay))
+        .bind(flags(takers, |taker| taker.is_told))
         .bind(max_attempts.collect::<Vec<_>>())
         .bind(topics.collect::<Vec<_>>())
+        .bind(terms.max_crashes.cast_signed())
+        .bind(&*terms.worker)
+        .bind(terms.lease.as_secs_f64())
+        .bind(too_many_crashes(terms.max_crashes))
         .bind(DeadReason::WorkerLost.as_str())
         .fetch_all(connection)
         .await?;
     Ok(rows)
+}
+
+fn flags(takers: &[Taker<'_>], of: fn(&Taker<'_>) -> bool) -> Vec<bool> {
+    takers.iter().map(of).collect()
 }
 
 /// The ledger keeps so many duplicates of a job; the count goes on. A message
@@ -430,7 +462,11 @@ WITH request AS (
     WHERE counted.times > 0 AND counted.duplicates - counted.times + request.nth <= $6
 )
 SELECT request.token, counted.state, counted.waiting, leases.reap_delay = 0 AS acked,
-       greatest(extract(epoch FROM leases.lease_until - now()), 0)::float8 AS remaining
+       CASE WHEN leases.token IS NOT NULL
+            THEN greatest(extract(epoch FROM leases.lease_until - now()), 0)
+            WHEN leases.run_after < 'infinity'
+            THEN greatest(extract(epoch FROM leases.run_after - now()), 0)
+            ELSE 0 END::float8 AS remaining
 FROM request
 JOIN counted USING (subscription, key)
 LEFT JOIN leases USING (subscription, key)";
@@ -471,37 +507,6 @@ fn not_acquired(row: &PgRow) -> Result<Claim, StoreError> {
         true => Claim::Waiting { until, acked },
         false => Claim::HeldUntil { until, acked },
     })
-}
-
-const LOOK: &str = "
-SELECT processed_messages.state, leases.token IS NULL AS waiting, leases.lease_until >= now() AS held,
-       leases.reap_delay = 0 AS acked,
-       greatest(extract(epoch FROM leases.lease_until - now()), 0)::float8 AS remaining
-FROM processed_messages LEFT JOIN leases USING (subscription, key)
-WHERE subscription = $1 AND key = $2";
-
-pub(super) async fn look(pool: &PgPool, key: &JobKey) -> Result<Standing, StoreError> {
-    let row = sqlx::query(LOOK)
-        .bind(&*key.subscription)
-        .bind(&*key.key)
-        .fetch_optional(pool)
-        .await?;
-    let Some(row) = row else {
-        return Ok(Standing::Free);
-    };
-    if let Some(state) = final_state(row.try_get("state")?) {
-        return Ok(Standing::Finished(state));
-    }
-    let remaining: Option<f64> = row.try_get("remaining")?;
-    let remaining = Duration::from_secs_f64(remaining.unwrap_or(0.0));
-    if row.try_get("waiting")? {
-        return Ok(Standing::Waiting { remaining });
-    }
-    if row.try_get::<Option<bool>, _>("held")? == Some(true) {
-        let acked = row.try_get::<Option<bool>, _>("acked")? == Some(true);
-        return Ok(Standing::Held { remaining, acked });
-    }
-    Ok(Standing::Free)
 }
 
 pub(super) fn key_columns<'a>(

@@ -3,9 +3,10 @@
 use sqlx::postgres::PgRow;
 use sqlx::{PgPool, Row};
 
-use super::super::{DeadLettersDue, StoreError, from_json};
 use crate::job::{DeadLetter, JobKey};
 use crate::message::Message;
+use crate::store::values::from_json;
+use crate::store::{DeadLettersDue, StoreError};
 
 /// What one worker has been given no other gets for a while, so that each is
 /// published once where nothing goes wrong.

@@ -1,21 +1,20 @@
 //! The statements that end a run: finished, released, or refused unrun.
 
 use std::collections::HashSet;
-use std::time::Duration;
 
 use sqlx::{PgPool, Row};
 use uuid::Uuid;
 
-use super::super::{
-    Finish, GivenUp, MAX_DUPLICATES_IN_LEDGER, Refusal, Refused, Release, StoreError, json_text,
-    storable,
-};
 use super::claims::{attempts, fence_tokens, key_columns};
-use crate::job::JobKey;
 use crate::outcome::DeadReason;
+use crate::store::values::{MAX_DUPLICATES_IN_LEDGER, json_text, storable};
+use crate::store::{Finish, Refusal, Refused, Release, StoreError};
 
 /// One statement: the lease goes and the job ends, or neither. A second call
 /// with the same token finds the ending that it wrote the first time.
+///
+/// All leases are locked before the first job's row is (hence the count), so
+/// that this and a claim never wait for each other.
 const FINISH: &str = "
 WITH input AS (
     SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::uuid[], $5::text[], $6::text[],
@@ -33,6 +32,7 @@ WITH input AS (
 ), ended AS (
     DELETE FROM leases USING held
     WHERE leases.subscription = held.subscription AND leases.key = held.key
+      AND (SELECT count(*) FROM held) > 0
     RETURNING held.*
 ), finished AS (
     UPDATE processed_messages
@@ -126,12 +126,12 @@ async fn ended_earlier(pool: &PgPool, finishes: &[Finish]) -> Result<Vec<Uuid>, 
     Ok(tokens)
 }
 
-/// From now on the job waits in the table: for no longer than it must, or for
-/// its next attempt. One that is to be cancelled need not wait for that.
+/// From now on the job waits in the queue, for room or for its next attempt. One that is to be cancelled need not wait for that.
 const RELEASE: &str = "
 WITH released AS (
     UPDATE leases
     SET token = NULL, interruptions = interruptions + $5,
+        run_after = now() + make_interval(secs => CASE WHEN cancel_requested THEN 0 ELSE $6 END),
         lease_until = now() + make_interval(secs => CASE WHEN cancel_requested THEN 0 ELSE $6 END),
         last_error = coalesce($7, last_error),
         checkpoint = coalesce($8, checkpoint)
@@ -199,41 +199,4 @@ pub(super) async fn refuse(pool: &PgPool, refusal: &Refusal) -> Result<Refused, 
         row.try_get("recorded")?,
         row.try_get("state")?,
     ))
-}
-
-/// Only while no worker has ever begun to run it.
-const GIVE_UP_UNKNOWN: &str = "
-WITH given_up AS (
-    DELETE FROM leases
-    WHERE subscription = $1 AND key = $2 AND token IS NULL AND attempt = 0
-      AND unknown_since <= now() - make_interval(secs => $3)
-    RETURNING subscription, key
-), dead AS (
-    UPDATE processed_messages
-    SET state = 'dead', error = $4, reason = $5, finished_at = now(), worker = $6,
-        dead_letter_topic = $7
-    FROM given_up
-    WHERE processed_messages.subscription = given_up.subscription
-      AND processed_messages.key = given_up.key
-)
-INSERT INTO ledger (subscription, key, worker, kind, detail)
-SELECT subscription, key, $6, 'refused', $4 FROM given_up";
-
-pub(super) async fn give_up_unknown(
-    pool: &PgPool,
-    key: &JobKey,
-    patience: Duration,
-    refusal: &GivenUp,
-) -> Result<bool, StoreError> {
-    let given_up = sqlx::query(GIVE_UP_UNKNOWN)
-        .bind(&*key.subscription)
-        .bind(&*key.key)
-        .bind(patience.as_secs_f64())
-        .bind(storable(&refusal.error))
-        .bind(DeadReason::UnknownTask.as_str())
-        .bind(&*refusal.worker)
-        .bind(refusal.dead_letter_topic.as_deref())
-        .execute(pool)
-        .await?;
-    Ok(given_up.rows_affected() == 1)
 }

@@ -1,13 +1,13 @@
-//! The ledger: what happened to each message, for people.
+//! What is written for people, and when it is deleted.
 
 use std::time::Duration;
 
-use sqlx::postgres::PgRow;
-use sqlx::{PgPool, Row};
+use sqlx::PgPool;
 
-use super::super::{StoreError, storable};
-use super::reading::read_job;
-use crate::job::{JobKey, LedgerEntry, Note, Story};
+use crate::job::{Fence, JobKey};
+use crate::record::{AttemptReport, Note};
+use crate::store::StoreError;
+use crate::store::values::{json_text, series_text, storable};
 
 const NOTE: &str = "
 INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
@@ -39,6 +39,32 @@ pub(super) async fn note(pool: &PgPool, worker: &str, notes: &[Note]) -> Result<
                 .map(|note| note.detail.as_deref().map(storable))
                 .collect::<Vec<_>>(),
         )
+        .execute(pool)
+        .await?;
+    Ok(())
+}
+
+const RECORD_ATTEMPT: &str = "
+INSERT INTO attempts (subscription, key, attempt, worker, outcome, log, series)
+VALUES ($1, $2, $3, $4, $5, $6::text::json, $7::text::json)
+ON CONFLICT (subscription, key, attempt) DO UPDATE
+SET ended_at = excluded.ended_at, outcome = excluded.outcome, log = excluded.log,
+    series = excluded.series";
+
+pub(super) async fn record_attempt(
+    pool: &PgPool,
+    fence: &Fence,
+    worker: &str,
+    report: &AttemptReport,
+) -> Result<(), StoreError> {
+    sqlx::query(RECORD_ATTEMPT)
+        .bind(&*fence.key.subscription)
+        .bind(&*fence.key.key)
+        .bind(fence.attempt.cast_signed())
+        .bind(worker)
+        .bind(report.outcome)
+        .bind(json_text(&report.log)?)
+        .bind(series_text(&report.series)?)
         .execute(pool)
         .await?;
     Ok(())
@@ -77,54 +103,4 @@ pub(super) async fn purge(
         .execute(pool)
         .await?;
     Ok(purged.rows_affected())
-}
-
-const JOBS_OF_MESSAGE: &str = "
-SELECT m.job_id, m.subscription, m.key, m.message_id, m.publish_time, m.ordering_key, m.task,
-       m.state, m.attempts, m.duplicates, m.worker, m.received_at, m.started_at, m.finished_at,
-       m.error, m.result, m.reason, m.checkpoint, leases.attempt - leases.interruptions AS live_attempts, leases.worker AS live_worker,
-       leases.checkpoint AS live_checkpoint, leases.last_error,
-       CASE WHEN leases.token IS NULL THEN leases.lease_until END AS waits_until,
-       leases.started_at AS live_started_at,
-       coalesce(leases.token IS NOT NULL AND leases.lease_until >= now(), false) AS held
-FROM processed_messages m LEFT JOIN leases USING (subscription, key)
-WHERE m.message_id = $1
-   OR (m.subscription, m.key) IN (SELECT subscription, key FROM ledger WHERE message_id = $1)
-ORDER BY m.job_id";
-
-const LEDGER: &str = "
-SELECT at, worker, kind, attempt, message_id, detail FROM ledger
-WHERE subscription = $1 AND key = $2
-ORDER BY id";
-
-pub(super) async fn stories(pool: &PgPool, message_id: &str) -> Result<Vec<Story>, StoreError> {
-    let jobs = sqlx::query(JOBS_OF_MESSAGE)
-        .bind(message_id)
-        .fetch_all(pool)
-        .await?;
-    let mut stories = Vec::with_capacity(jobs.len());
-    for row in &jobs {
-        let job = read_job(row)?;
-        let entries = sqlx::query(LEDGER)
-            .bind(&job.subscription)
-            .bind(&job.key)
-            .fetch_all(pool)
-            .await?;
-        let ledger = entries.iter().map(read_entry).collect::<Result<_, _>>()?;
-        stories.push(Story { job, ledger });
-    }
-    Ok(stories)
-}
-
-fn read_entry(row: &PgRow) -> Result<LedgerEntry, StoreError> {
-    Ok(LedgerEntry {
-        at: row.try_get("at")?,
-        worker: row.try_get("worker")?,
-        kind: row.try_get("kind")?,
-        attempt: row
-            .try_get::<Option<i32>, _>("attempt")?
-            .map(i32::unsigned_abs),
-        message_id: row.try_get("message_id")?,
-        detail: row.try_get("detail")?,
-    })
 }

@@ -3,8 +3,10 @@
 use sqlx::{PgPool, Row};
 use uuid::Uuid;
 
-use super::super::{StoreError, final_state};
-use crate::job::{Cancelling, Retrying};
+use super::ordering::lock_places_in;
+use crate::record::{Cancelling, Retrying};
+use crate::store::StoreError;
+use crate::store::values::final_state;
 
 /// A job that nobody runs ends here and now; a run is only asked to stop, since
 /// its end is its worker's to write. One whose worker is lost ends too.
@@ -89,55 +91,54 @@ async fn try_cancel(pool: &PgPool, id: Uuid, by: &str) -> Result<Tried, StoreErr
     )
 }
 
-/// Beside another retry, or a claim that puts a job of the same ordering key on
-/// record, the later one must see what the earlier one wrote.
-const LOCK_JOB: &str = "
-SELECT CASE WHEN ordering_key <> '' THEN
-           pg_advisory_xact_lock(
-               hashtextextended(subscription || chr(10) || ordering_key, 0))::text END
-FROM processed_messages WHERE job_id = $1
-FOR UPDATE";
+const ORDERING_KEY: &str = "
+SELECT subscription, ordering_key FROM processed_messages WHERE job_id = $1";
+
+/// A job that waits runs now; one behind another of its ordering key still
+/// waits for its turn.
+const HURRY: &str = "
+WITH hurried AS (
+    UPDATE leases
+    SET run_after = CASE WHEN run_after < 'infinity' THEN now() ELSE run_after END,
+        lease_until = now()
+    FROM processed_messages m
+    WHERE m.job_id = $1 AND leases.subscription = m.subscription AND leases.key = m.key
+      AND leases.token IS NULL
+    RETURNING leases.subscription, leases.key
+)
+INSERT INTO ledger (subscription, key, worker, kind)
+SELECT subscription, key, $2, 'retried' FROM hurried";
 
 /// The fence goes on growing from where the ended job left it, which those that
-/// an earlier version ended have in the ledger only. What was tried before does
-/// not count against the task's attempts.
-const RETRY: &str = "
-WITH job AS (
-    SELECT * FROM processed_messages WHERE job_id = $1
-), reopened AS (
+/// an earlier version ended have in the ledger only. Earlier tries do not count
+/// against the task's attempts.
+const REOPEN: &str = "
+WITH reopened AS (
     UPDATE processed_messages
     SET state = 'open', finished_at = NULL, finished_by = NULL, error = NULL, reason = NULL,
         result = NULL, dead_letter_topic = NULL, dead_letter_due = NULL
-    FROM job
-    WHERE processed_messages.subscription = job.subscription
-      AND processed_messages.key = job.key
-      AND job.state <> 'open' AND job.task IS NOT NULL AND job.payload IS NOT NULL
-    RETURNING processed_messages.*
+    WHERE job_id = $1 AND state <> 'open' AND task IS NOT NULL AND payload IS NOT NULL
+    RETURNING *
 ), queued AS (
-    INSERT INTO leases (subscription, key, ordering_key, attempt, interruptions, lease_until,
-                        checkpoint, worker, started_at)
-    SELECT subscription, key, nullif(ordering_key, ''), fence.attempt, fence.attempt, now(),
-           checkpoint, worker, started_at
+    INSERT INTO leases (subscription, key, job_id, task, ordering_key, attempt, interruptions,
+                        run_after, lease_until, checkpoint, worker, started_at)
+    SELECT subscription, key, job_id, task, nullif(ordering_key, ''), fence.attempt, fence.attempt,
+           CASE WHEN ordering_key <> '' AND EXISTS (
+                    SELECT 1 FROM leases
+                    WHERE leases.subscription = reopened.subscription
+                      AND leases.ordering_key = reopened.ordering_key) THEN 'infinity'
+                ELSE now() END,
+           now(), checkpoint, worker, started_at
     FROM reopened CROSS JOIN LATERAL (
         SELECT greatest(reopened.last_attempt, reopened.attempts, max(ledger.attempt)) AS attempt
         FROM ledger
         WHERE ledger.subscription = reopened.subscription AND ledger.key = reopened.key
     ) AS fence
-), hurried AS (
-    UPDATE leases SET lease_until = now()
-    FROM job
-    WHERE leases.subscription = job.subscription AND leases.key = job.key
-      AND job.state = 'open' AND leases.token IS NULL
-    RETURNING leases.subscription, leases.key
-), noted AS (
-    INSERT INTO ledger (subscription, key, worker, kind)
-    SELECT subscription, key, $2, 'retried' FROM reopened
-    UNION ALL
-    SELECT subscription, key, $2, 'retried' FROM hurried
 )
-SELECT job.state = 'open' AS open, EXISTS (SELECT 1 FROM reopened) AS reopened,
-       EXISTS (SELECT 1 FROM hurried) AS hurried
-FROM job";
+INSERT INTO ledger (subscription, key, worker, kind)
+SELECT subscription, key, $2, 'retried' FROM reopened";
+
+const IS_OPEN: &str = "SELECT state = 'open' FROM processed_messages WHERE job_id = $1";
 
 /// None where there is no such job.
 pub(super) async fn retry(
@@ -146,25 +147,44 @@ pub(super) async fn retry(
     by: &str,
 ) -> Result<Option<Retrying>, StoreError> {
     let mut transaction = pool.begin().await?;
-    sqlx::query(LOCK_JOB)
+    let place: Option<(String, String)> = sqlx::query_as(ORDERING_KEY)
         .bind(id)
-        .execute(&mut *transaction)
-        .await?;
-    let row = sqlx::query(RETRY)
-        .bind(id)
-        .bind(by)
         .fetch_optional(&mut *transaction)
         .await?;
-    transaction.commit().await?;
-    let Some(row) = row else {
+    let Some((subscription, ordering_key)) = place else {
         return Ok(None);
     };
-    Ok(Some(
-        match (row.try_get("reopened")?, row.try_get("hurried")?) {
-            (true, _) => Retrying::Queued,
-            (_, true) => Retrying::Hurried,
-            _ if row.try_get("open")? => Retrying::Running,
-            _ => Retrying::NothingToRun,
-        },
-    ))
+    if !ordering_key.is_empty() {
+        lock_places_in(
+            &mut transaction,
+            &[&subscription],
+            &[ordering_key.as_str().into()],
+        )
+        .await?;
+    }
+    // The queue's row before the job's, as everywhere; and once more, for a job
+    // that somebody else has just put there.
+    for (statement, answer) in [
+        (HURRY, Retrying::Hurried),
+        (REOPEN, Retrying::Queued),
+        (HURRY, Retrying::Hurried),
+    ] {
+        let changed = sqlx::query(statement)
+            .bind(id)
+            .bind(by)
+            .execute(&mut *transaction)
+            .await?;
+        if changed.rows_affected() > 0 {
+            transaction.commit().await?;
+            return Ok(Some(answer));
+        }
+    }
+    let open: bool = sqlx::query_scalar(IS_OPEN)
+        .bind(id)
+        .fetch_one(&mut *transaction)
+        .await?;
+    Ok(Some(match open {
+        true => Retrying::Running,
+        false => Retrying::NothingToRun,
+    }))
 }

@@ -1,36 +1,46 @@
 //! The statements about a run that goes on.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use super::super::{StoreError, storable};
 use super::claims::{attempts, fence_tokens, key_columns};
-use crate::job::Fence;
+use crate::job::{Fence, Renewal};
+use crate::store::StoreError;
+use crate::store::values::storable;
 
+/// A row that another transaction has locked is passed over: nobody's lease
+/// waits for somebody else's row. Whether its fence still holds is not known
+/// then, only that it did before.
 const RENEW: &str = "
-WITH held AS (
+WITH fence AS (
+    SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::uuid[])
+      AS fence (subscription, key, attempt, token)
+), held AS (
     SELECT leases.subscription, leases.key
-    FROM leases
-    JOIN unnest($1::text[], $2::text[], $3::int[], $4::uuid[])
-      AS fence (subscription, key, attempt, token) USING (subscription, key, attempt, token)
+    FROM leases JOIN fence USING (subscription, key, attempt, token)
     ORDER BY leases.subscription, leases.key
-    FOR UPDATE OF leases
+    FOR NO KEY UPDATE OF leases SKIP LOCKED
+), renewed AS (
+    UPDATE leases
+    SET lease_until = now() + make_interval(secs => $5)
+    FROM held
+    WHERE leases.subscription = held.subscription AND leases.key = held.key
+    RETURNING leases.token
 )
-UPDATE leases
-SET lease_until = now() + make_interval(secs => $5)
-FROM held
-WHERE leases.subscription = held.subscription AND leases.key = held.key
-RETURNING leases.token";
+SELECT token, renewed.token IS NOT NULL AS renewed
+FROM fence JOIN leases USING (subscription, key, attempt, token)
+LEFT JOIN renewed USING (token)";
 
 pub(super) async fn renew(
     pool: &PgPool,
     fences: &[Fence],
     lease: Duration,
-) -> Result<Vec<bool>, StoreError> {
+) -> Result<Vec<Renewal>, StoreError> {
     let (subscriptions, keys) = key_columns(fences.iter().map(|fence| &fence.key));
-    let renewed: Vec<Uuid> = sqlx::query_scalar(RENEW)
+    let held: Vec<(Uuid, bool)> = sqlx::query_as(RENEW)
         .bind(subscriptions)
         .bind(keys)
         .bind(attempts(fences.iter()))
@@ -38,9 +48,14 @@ pub(super) async fn renew(
         .bind(lease.as_secs_f64())
         .fetch_all(pool)
         .await?;
+    let held: HashMap<Uuid, bool> = held.into_iter().collect();
     Ok(fences
         .iter()
-        .map(|fence| renewed.contains(&fence.token))
+        .map(|fence| match held.get(&fence.token) {
+            Some(true) => Renewal::Renewed,
+            Some(false) => Renewal::Unknown,
+            None => Renewal::Lost,
+        })
         .collect())
 }
 

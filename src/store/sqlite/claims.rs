@@ -9,17 +9,14 @@ use sqlx::{Connection, Row, SqliteConnection};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::super::{
-    ClaimTerms, MAX_DUPLICATES_IN_LEDGER, Standing, StoreError, final_state, json_text, storable,
-    too_many_crashes,
-};
-use super::ledger::{Entry, add_to_ledger};
-use crate::job::{Acquired, Can, Claim, ClaimRequest, Fence, FinalState, JobKey, Limits};
+use super::entry::{Entry, add_to_ledger};
+use super::{BEGIN, milliseconds};
+use crate::job::{Acquired, Can, Claim, ClaimRequest, Fence, FinalState, JobKey, Limits, Pick};
 use crate::outcome::DeadReason;
-
-/// Takes the write lock at once: a transaction that began by reading could
-/// not become a writer after another one's commit.
-pub(super) const BEGIN: &str = "BEGIN IMMEDIATE";
+use crate::store::values::{
+    MAX_DUPLICATES_IN_LEDGER, final_state, json_text, storable, too_many_crashes,
+};
+use crate::store::{ClaimTerms, StoreError};
 
 pub(super) async fn claim(
     pool: &SqlitePool,
@@ -49,12 +46,12 @@ async fn answer(
         Inserted::Waits => {
             return Ok(Claim::Waiting {
                 until: claimed_at,
-                acked: request.reap_delay.is_zero(),
+                acked: false,
             });
         }
         Inserted::Known => {}
     }
-    if request.can == Can::Run
+    if request.can.run()
         && let Some(won) = take_over(connection, &request.into(), terms).await?
     {
         return Ok(acquired(won));
@@ -110,15 +107,17 @@ SELECT NOT EXISTS (SELECT 1 FROM leases WHERE subscription = $1 AND ordering_key
 /// ordering key, or for a worker that can run it.
 const INSERT_LEASE: &str = "
 INSERT INTO leases
-       (subscription, key, ordering_key, position, attempt, token, worker, started_at,
-        lease_until, reap_delay, unknown_since)
-VALUES ($1, $2, $3,
+       (subscription, key, job_id, task, ordering_key, position, attempt, token, worker,
+        started_at, run_after, lease_until, reap_delay, unknown_since)
+VALUES ($1, $2, $3, $4, $5,
         (SELECT coalesce(max(position), 0) + 1 FROM leases
-         WHERE subscription = $1 AND ordering_key = $3),
-        $4, CASE WHEN $4 THEN $5 END, CASE WHEN $4 THEN $6 END,
-        CASE WHEN $4 THEN CAST(unixepoch('subsec') * 1000 AS INTEGER) END,
-        CAST(unixepoch('subsec') * 1000 AS INTEGER) + CASE WHEN $4 THEN $7 ELSE 0 END, $8,
-        CASE WHEN $9 THEN CAST(unixepoch('subsec') * 1000 AS INTEGER) END)";
+         WHERE subscription = $1 AND ordering_key = $5),
+        $6, CASE WHEN $6 THEN $7 END, CASE WHEN $6 THEN $8 END,
+        CASE WHEN $6 THEN CAST(unixepoch('subsec') * 1000 AS INTEGER) END,
+        CASE WHEN $9 THEN CAST(unixepoch('subsec') * 1000 AS INTEGER)
+             ELSE 9223372036854775807 END,
+        CAST(unixepoch('subsec') * 1000 AS INTEGER) + CASE WHEN $6 THEN $10 ELSE 0 END, $11,
+        CASE WHEN $12 THEN CAST(unixepoch('subsec') * 1000 AS INTEGER) END)";
 
 async fn insert_new(
     connection: &mut SqliteConnection,
@@ -148,23 +147,26 @@ async fn insert_new(
         .bind(ordering_key)
         .fetch_one(&mut *connection)
         .await?;
-    let runs = request.can == Can::Run && is_first;
+    let runs = request.can.run() && is_first;
     sqlx::query(INSERT_LEASE)
         .bind(&*request.key.subscription)
         .bind(&*request.key.key)
+        .bind(request.job_id)
+        .bind(storable(&request.task))
         .bind(ordering_key)
         .bind(runs)
         .bind(request.token)
         .bind(&*terms.worker)
+        .bind(is_first)
         .bind(milliseconds(terms.lease))
-        .bind(milliseconds(request.reap_delay))
+        .bind(milliseconds(request.ack.reap_delay(runs)))
         .bind(request.can == Can::RecordUnknown)
         .execute(&mut *connection)
         .await?;
     let unknown = format!("this worker does not know the task `{}`", request.task);
     let detail = match request.can {
         _ if runs => None,
-        Can::Run => Some("an earlier job of its ordering key is unfinished"),
+        Can::Run | Can::RunUnlessLost => Some("an earlier job of its ordering key is unfinished"),
         Can::Record => Some("this worker has no room for the task"),
         Can::RecordUnknown => Some(&*unknown),
     };
@@ -192,11 +194,15 @@ async fn insert_new(
 
 /// What a run needs to take a job over.
 pub(super) struct Taker<'a> {
-    pub(super) key: &'a JobKey,
-    pub(super) token: Uuid,
-    /// In milliseconds.
-    pub(super) reap_delay: i64,
-    pub(super) limits: Limits,
+    key: &'a JobKey,
+    token: Uuid,
+    /// In milliseconds. None: as it was.
+    delay: Option<i64>,
+    /// Also from a worker whose lease has expired.
+    takes_lost: bool,
+    /// But only after the row's delay.
+    waits_delay: bool,
+    limits: &'a Limits,
 }
 
 impl<'a> From<&'a ClaimRequest> for Taker<'a> {
@@ -204,21 +210,40 @@ impl<'a> From<&'a ClaimRequest> for Taker<'a> {
         Self {
             key: &request.key,
             token: request.token,
-            reap_delay: milliseconds(request.reap_delay),
-            limits: request.limits.clone(),
+            delay: Some(milliseconds(request.ack.reap_delay(true))),
+            takes_lost: request.can == Can::Run,
+            waits_delay: false,
+            limits: &request.limits,
+        }
+    }
+}
+
+impl<'a> From<&'a Pick> for Taker<'a> {
+    fn from(pick: &'a Pick) -> Self {
+        Self {
+            key: &pick.key,
+            token: pick.token,
+            delay: pick.acked_when_claimed.then_some(0),
+            takes_lost: true,
+            waits_delay: true,
+            limits: &pick.limits,
         }
     }
 }
 
 /// A token that is the request's own already is the sign of an answer that was
-/// lost: the claim is confirmed as it stands, and told once. A lease that ended without a word
-/// from its worker is a crash.
+/// lost: the claim is confirmed as it stands, and told once. A lease that
+/// expired without a word from its worker is a crash.
 const FREE: &str = "
 SELECT token IS $3 AS mine, token IS NOT NULL AND token <> $3 AS crashed, crashes, worker,
        attempt - interruptions AS counted_attempts
 FROM leases
 WHERE subscription = $1 AND key = $2
-  AND (token = $3 OR lease_until <= CAST(unixepoch('subsec') * 1000 AS INTEGER))
+  AND (token = $3
+       OR token IS NULL AND run_after <= CAST(unixepoch('subsec') * 1000 AS INTEGER)
+       OR token IS NOT NULL AND $4
+          AND lease_until + CASE WHEN $5 THEN reap_delay ELSE 0 END
+              <= CAST(unixepoch('subsec') * 1000 AS INTEGER))
   AND (ordering_key IS NULL OR position = (
           SELECT min(head.position) FROM leases head
           WHERE head.subscription = leases.subscription
@@ -228,12 +253,12 @@ const TAKE_OVER: &str = "
 UPDATE leases
 SET attempt = attempt + (token IS NOT $3), token = $3, worker = $4,
     started_at = CAST(unixepoch('subsec') * 1000 AS INTEGER),
-    lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER) + $5, crashes = $6, reap_delay = $7,
+    lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER) + $5, crashes = $6,
+    reap_delay = coalesce($7, reap_delay),
     unknown_since = NULL
 WHERE subscription = $1 AND key = $2
 RETURNING attempt, attempt - interruptions AS counted_attempts, checkpoint, cancel_requested,
-          (SELECT job_id FROM processed_messages m
-                    WHERE m.subscription = leases.subscription AND m.key = leases.key) AS job_id";
+          job_id";
 
 pub(super) async fn take_over(
     connection: &mut SqliteConnection,
@@ -244,6 +269,8 @@ pub(super) async fn take_over(
         .bind(&*taker.key.subscription)
         .bind(&*taker.key.key)
         .bind(taker.token)
+        .bind(taker.takes_lost)
+        .bind(taker.waits_delay)
         .fetch_optional(&mut *connection)
         .await?;
     let Some(free) = free else {
@@ -270,7 +297,7 @@ pub(super) async fn take_over(
         .bind(&*terms.worker)
         .bind(milliseconds(terms.lease))
         .bind(crashes)
-        .bind(taker.reap_delay)
+        .bind(taker.delay)
         .fetch_one(&mut *connection)
         .await?;
     let attempt = taken.try_get("attempt")?;
@@ -343,7 +370,9 @@ async fn park(
 /// A message that comes again while its job waits is no duplicate: nobody has
 /// run it yet.
 const WAITING: &str = "
-SELECT max(lease_until - CAST(unixepoch('subsec') * 1000 AS INTEGER), 0) AS remaining,
+SELECT CASE WHEN run_after < 9223372036854775807
+            THEN max(run_after - CAST(unixepoch('subsec') * 1000 AS INTEGER), 0)
+            ELSE 0 END AS remaining,
        reap_delay = 0 AS acked
 FROM leases
 WHERE subscription = $1 AND key = $2 AND token IS NULL";
@@ -411,39 +440,4 @@ async fn count_duplicate(
         until: Instant::now() + remaining,
         acked: row.try_get::<Option<bool>, _>("acked")? == Some(true),
     })
-}
-
-const LOOK: &str = "
-SELECT m.state, leases.token IS NULL AS waiting, leases.reap_delay = 0 AS acked,
-       leases.lease_until >= CAST(unixepoch('subsec') * 1000 AS INTEGER) AS held,
-       max(leases.lease_until - CAST(unixepoch('subsec') * 1000 AS INTEGER), 0) AS remaining
-FROM processed_messages m LEFT JOIN leases USING (subscription, key)
-WHERE m.subscription = $1 AND m.key = $2";
-
-pub(super) async fn look(pool: &SqlitePool, key: &JobKey) -> Result<Standing, StoreError> {
-    let row = sqlx::query(LOOK)
-        .bind(&*key.subscription)
-        .bind(&*key.key)
-        .fetch_optional(pool)
-        .await?;
-    let Some(row) = row else {
-        return Ok(Standing::Free);
-    };
-    if let Some(state) = final_state(row.try_get("state")?) {
-        return Ok(Standing::Finished(state));
-    }
-    let remaining: Option<u64> = row.try_get("remaining")?;
-    let remaining = Duration::from_millis(remaining.unwrap_or(0));
-    if row.try_get("waiting")? {
-        return Ok(Standing::Waiting { remaining });
-    }
-    if row.try_get::<Option<bool>, _>("held")? == Some(true) {
-        let acked = row.try_get::<Option<bool>, _>("acked")? == Some(true);
-        return Ok(Standing::Held { remaining, acked });
-    }
-    Ok(Standing::Free)
-}
-
-pub(super) fn milliseconds(duration: Duration) -> i64 {
-    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 2)
 }

@@ -1,14 +1,15 @@
 //! Dead jobs whose message is still to be published to its topic.
 
+use chrono::DateTime;
 use sqlx::sqlite::{SqlitePool, SqliteRow};
 use sqlx::{Connection, Row};
 
-use super::super::{DeadLettersDue, StoreError, from_json, json_text};
-use super::claims::{BEGIN, milliseconds};
-use super::ledger::{Entry, add_to_ledger};
-use super::reading::time;
+use super::entry::{Entry, add_to_ledger};
+use super::{BEGIN, milliseconds};
 use crate::job::{DeadLetter, JobKey};
 use crate::message::Message;
+use crate::store::values::{from_json, json_text};
+use crate::store::{DeadLettersDue, StoreError};
 
 const DEAD_LETTERS: &str = "
 SELECT job_id, subscription, key, message_id, publish_time, ordering_key, attributes, payload,
@@ -66,7 +67,8 @@ fn read_dead_letter(row: &SqliteRow) -> Result<DeadLetter, StoreError> {
         topic: row.try_get("dead_letter_topic")?,
         message: Message {
             id: row.try_get("message_id")?,
-            publish_time: time(row, "publish_time")?.unwrap_or_default(),
+            publish_time: DateTime::from_timestamp_millis(row.try_get("publish_time")?)
+                .unwrap_or_default(),
             data: payload.unwrap_or_default().into(),
             attributes: from_json(row.try_get("attributes")?)?,
             ordering_key: row.try_get("ordering_key")?,

@@ -1,18 +1,14 @@
 //! The statements that end a run: finished, released, or refused unrun.
 
-use std::time::Duration;
-
 use sqlx::sqlite::SqlitePool;
 use sqlx::{Connection, Row, SqliteConnection};
 
-use super::super::{
-    Finish, GivenUp, MAX_DUPLICATES_IN_LEDGER, Refusal, Refused, Release, StoreError, json_text,
-    storable,
-};
-use super::claims::{BEGIN, milliseconds};
-use super::ledger::{Entry, add_to_ledger};
-use crate::job::{Fence, JobKey};
+use super::entry::{Entry, add_to_ledger};
+use super::{BEGIN, milliseconds};
+use crate::job::Fence;
 use crate::outcome::DeadReason;
+use crate::store::values::{MAX_DUPLICATES_IN_LEDGER, json_text, storable};
+use crate::store::{Finish, Refusal, Refused, Release, StoreError};
 
 const END_JOB: &str = "
 UPDATE processed_messages
@@ -98,11 +94,12 @@ async fn was_ended_by(
     Ok(ended)
 }
 
-/// From now on the job waits in the table: for no longer than it must, or for
-/// its next attempt. One that is to be cancelled need not wait for that.
+/// From now on the job waits in the queue, for room or for its next attempt. One that is to be cancelled need not wait for that.
 const RELEASE: &str = "
 UPDATE leases
 SET token = NULL, interruptions = interruptions + $5,
+    run_after = CAST(unixepoch('subsec') * 1000 AS INTEGER)
+                + CASE WHEN cancel_requested THEN 0 ELSE $6 END,
     lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER)
                   + CASE WHEN cancel_requested THEN 0 ELSE $6 END,
     last_error = coalesce($7, last_error), checkpoint = coalesce($8, checkpoint)
@@ -187,55 +184,4 @@ pub(super) async fn refuse(pool: &SqlitePool, refusal: &Refusal) -> Result<Refus
     }
     transaction.commit().await?;
     Ok(refused)
-}
-
-/// Only while no worker has ever begun to run it.
-const GIVE_UP_LEASE: &str = "
-DELETE FROM leases
-WHERE subscription = $1 AND key = $2 AND token IS NULL AND attempt = 0
-  AND unknown_since <= CAST(unixepoch('subsec') * 1000 AS INTEGER) - $3";
-
-const GIVE_UP_JOB: &str = "
-UPDATE processed_messages
-SET state = 'dead', error = $3, reason = $4,
-    finished_at = CAST(unixepoch('subsec') * 1000 AS INTEGER), worker = $5,
-    dead_letter_topic = $6
-WHERE subscription = $1 AND key = $2";
-
-pub(super) async fn give_up_unknown(
-    pool: &SqlitePool,
-    key: &JobKey,
-    patience: Duration,
-    refusal: &GivenUp,
-) -> Result<bool, StoreError> {
-    let mut connection = pool.acquire().await?;
-    let mut transaction = connection.begin_with(BEGIN).await?;
-    let given_up = sqlx::query(GIVE_UP_LEASE)
-        .bind(&*key.subscription)
-        .bind(&*key.key)
-        .bind(milliseconds(patience))
-        .execute(&mut *transaction)
-        .await?;
-    if given_up.rows_affected() == 0 {
-        return Ok(false);
-    }
-    let error = storable(&refusal.error);
-    sqlx::query(GIVE_UP_JOB)
-        .bind(&*key.subscription)
-        .bind(&*key.key)
-        .bind(&*error)
-        .bind(DeadReason::UnknownTask.as_str())
-        .bind(&*refusal.worker)
-        .bind(refusal.dead_letter_topic.as_deref())
-        .execute(&mut *transaction)
-        .await?;
-    let entry = Entry {
-        worker: &refusal.worker,
-        kind: "refused",
-        detail: Some(&error),
-        ..Entry::default()
-    };
-    add_to_ledger(&mut transaction, key, &entry).await?;
-    transaction.commit().await?;
-    Ok(true)
 }

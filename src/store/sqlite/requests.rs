@@ -4,10 +4,12 @@ use sqlx::sqlite::SqlitePool;
 use sqlx::{Connection, Row};
 use uuid::Uuid;
 
-use super::super::{StoreError, final_state};
-use super::claims::BEGIN;
-use super::ledger::{Entry, add_to_ledger};
-use crate::job::{Cancelling, JobKey, Retrying};
+use super::BEGIN;
+use super::entry::{Entry, add_to_ledger};
+use crate::job::JobKey;
+use crate::record::{Cancelling, Retrying};
+use crate::store::StoreError;
+use crate::store::values::final_state;
 
 const JOB: &str = "
 SELECT m.subscription, m.key, m.state,
@@ -78,16 +80,21 @@ pub(super) async fn cancel(
 }
 
 /// The fence goes on growing from where the ended job left it, which those that
-/// an earlier version ended have in the ledger only. What was tried before does
-/// not count against the task's attempts.
+/// an earlier version ended have in the ledger only. Earlier tries do not count
+/// against the task's attempts.
 const QUEUE: &str = "
-INSERT INTO leases (subscription, key, ordering_key, position, attempt, interruptions,
-                    lease_until, checkpoint, worker, started_at)
-SELECT m.subscription, m.key, nullif(m.ordering_key, ''),
+INSERT INTO leases (subscription, key, job_id, task, ordering_key, position, attempt,
+                    interruptions, run_after, lease_until, checkpoint, worker, started_at)
+SELECT m.subscription, m.key, m.job_id, m.task, nullif(m.ordering_key, ''),
        (SELECT coalesce(max(position), 0) + 1 FROM leases
         WHERE leases.subscription = m.subscription AND leases.ordering_key = m.ordering_key),
-       fence.attempt, fence.attempt, CAST(unixepoch('subsec') * 1000 AS INTEGER), m.checkpoint,
-       m.worker, m.started_at
+       fence.attempt, fence.attempt,
+       CASE WHEN m.ordering_key <> '' AND EXISTS (
+                SELECT 1 FROM leases
+                WHERE leases.subscription = m.subscription
+                  AND leases.ordering_key = m.ordering_key) THEN 9223372036854775807
+            ELSE CAST(unixepoch('subsec') * 1000 AS INTEGER) END,
+       CAST(unixepoch('subsec') * 1000 AS INTEGER), m.checkpoint, m.worker, m.started_at
 FROM processed_messages m
 JOIN (SELECT coalesce(max(attempt), 0) AS attempt FROM (
           SELECT attempt FROM ledger WHERE subscription = $1 AND key = $2
@@ -102,8 +109,12 @@ SET state = 'open', finished_at = NULL, finished_by = NULL, error = NULL, reason
     result = NULL, dead_letter_topic = NULL, dead_letter_due = NULL
 WHERE subscription = $1 AND key = $2";
 
+/// A job behind another of its ordering key still waits for its turn.
 const HURRY: &str = "
-UPDATE leases SET lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER)
+UPDATE leases
+SET run_after = CASE WHEN run_after < 9223372036854775807
+                     THEN CAST(unixepoch('subsec') * 1000 AS INTEGER) ELSE run_after END,
+    lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER)
 WHERE subscription = $1 AND key = $2";
 
 /// None where there is no such job.

@@ -6,9 +6,10 @@ use sqlx::Connection;
 use sqlx::sqlite::SqlitePool;
 use uuid::Uuid;
 
-use super::super::{StoreError, storable};
-use super::claims::{BEGIN, milliseconds};
-use crate::job::Fence;
+use super::{BEGIN, milliseconds};
+use crate::job::{Fence, Renewal};
+use crate::store::StoreError;
+use crate::store::values::storable;
 
 const RENEW: &str = "
 UPDATE leases
@@ -19,7 +20,7 @@ pub(super) async fn renew(
     pool: &SqlitePool,
     fences: &[Fence],
     lease: Duration,
-) -> Result<Vec<bool>, StoreError> {
+) -> Result<Vec<Renewal>, StoreError> {
     let mut connection = pool.acquire().await?;
     let mut transaction = connection.begin_with(BEGIN).await?;
     let mut renewed = Vec::with_capacity(fences.len());
@@ -32,7 +33,10 @@ pub(super) async fn renew(
             .bind(milliseconds(lease))
             .execute(&mut *transaction)
             .await?;
-        renewed.push(row.rows_affected() == 1);
+        renewed.push(match row.rows_affected() {
+            0 => Renewal::Lost,
+            _ => Renewal::Renewed,
+        });
     }
     transaction.commit().await?;
     Ok(renewed)

@@ -9,67 +9,41 @@ use uuid::Uuid;
 use super::*;
 use crate::config;
 use crate::executor::Executor;
-use crate::guard::Guard;
-use crate::job::{
-    Acquired, AttemptRecord, Cancelling, Claim, ClaimRequest, DeadLetter, Fence, Job, JobFilter,
-    JobKey, Note, Reaped, Retrying, Story, Told,
-};
+use crate::guard::Health;
+use crate::job::{Acquired, Claim, ClaimRequest, Fence, JobKey, Renewal};
 use crate::store::{
-    ClaimTerms, DatabaseError, DeadLettersDue, Finish, GivenUp, Reach, Refusal, Refused, Release,
-    SchemaError, Standing, Store, StoreError,
+    ClaimTerms, Claims, DatabaseError, Finish, Refusal, Refused, Release, StoreError,
 };
 use crate::worker::lease_keeper::LeaseKeeper;
 
 const LEASE: Duration = Duration::from_secs(100);
 const STOP_GRACE: Duration = Duration::from_secs(10);
 
-/// How the database answers one renewal.
-enum Renewal {
-    Renewed,
-    TakenOver,
-    NoAnswer,
-}
-
 /// A store that only renews, as it is told; after that it is away.
 #[derive(Default)]
 struct Renewing {
-    script: Mutex<VecDeque<Renewal>>,
+    /// None: no answer.
+    script: Mutex<VecDeque<Option<Renewal>>>,
 }
 
 #[async_trait]
-impl Store for Renewing {
-    async fn renew(&self, fences: &[Fence], _: Duration) -> Result<Vec<bool>, StoreError> {
+impl Claims for Renewing {
+    async fn renew(&self, fences: &[Fence], _: Duration) -> Result<Vec<Renewal>, StoreError> {
         let next = self.script.lock().unwrap().pop_front();
         match next {
-            Some(Renewal::Renewed) => Ok(vec![true; fences.len()]),
-            Some(Renewal::TakenOver) => Ok(vec![false; fences.len()]),
-            Some(Renewal::NoAnswer) => std::future::pending().await,
+            Some(Some(renewal)) => Ok(vec![renewal; fences.len()]),
+            Some(None) => std::future::pending().await,
             None => Err(StoreError::Unavailable(DatabaseError::PoolTimedOut)),
         }
     }
 
-    async fn migrate(&self) -> Result<usize, SchemaError> {
-        unreachable!()
-    }
-    async fn check_schema(&self) -> Result<(), SchemaError> {
-        unreachable!()
-    }
-    async fn ping(&self) -> Result<(), StoreError> {
-        unreachable!()
-    }
     async fn claim(&self, _: &[ClaimRequest], _: &ClaimTerms) -> Result<Vec<Claim>, StoreError> {
         unreachable!()
     }
-    async fn look(&self, _: &JobKey) -> Result<Standing, StoreError> {
+    async fn cancelled_runs(&self, _: &str) -> Result<Vec<Uuid>, StoreError> {
         unreachable!()
     }
-    async fn due(&self, _: &Reach, _: usize) -> Result<usize, StoreError> {
-        unreachable!()
-    }
-    async fn know(&self, _: &Reach) -> Result<(), StoreError> {
-        unreachable!()
-    }
-    async fn reap(&self, _: &Reach, _: &ClaimTerms, _: usize) -> Result<Vec<Reaped>, StoreError> {
+    async fn save_checkpoint(&self, _: &Fence, _: &str, _: bool) -> Result<bool, StoreError> {
         unreachable!()
     }
     async fn finish(&self, _: &[Finish]) -> Result<Vec<bool>, StoreError> {
@@ -79,61 +53,6 @@ impl Store for Renewing {
         unreachable!()
     }
     async fn refuse(&self, _: &Refusal) -> Result<Refused, StoreError> {
-        unreachable!()
-    }
-    async fn save_checkpoint(&self, _: &Fence, _: &str, _: bool) -> Result<bool, StoreError> {
-        unreachable!()
-    }
-    async fn keep_attempt(&self, _: &Fence, _: &str, _: &Told) -> Result<(), StoreError> {
-        unreachable!()
-    }
-    async fn attempts(&self, _: Uuid) -> Result<Vec<AttemptRecord>, StoreError> {
-        unreachable!()
-    }
-    async fn cancelled_runs(&self, _: &str) -> Result<Vec<Uuid>, StoreError> {
-        unreachable!()
-    }
-    async fn give_up_unknown(
-        &self,
-        _: &JobKey,
-        _: Duration,
-        _: &GivenUp,
-    ) -> Result<bool, StoreError> {
-        unreachable!()
-    }
-    async fn dead_letters(&self, _: &DeadLettersDue) -> Result<Vec<DeadLetter>, StoreError> {
-        unreachable!()
-    }
-    async fn dead_letter_settled(
-        &self,
-        _: &DeadLetter,
-        _: &str,
-        _: &str,
-    ) -> Result<(), StoreError> {
-        unreachable!()
-    }
-    async fn cancel(&self, _: Uuid, _: &str) -> Result<Option<Cancelling>, StoreError> {
-        unreachable!()
-    }
-    async fn retry(&self, _: Uuid, _: &str) -> Result<Option<Retrying>, StoreError> {
-        unreachable!()
-    }
-    async fn note(&self, _: &str, _: &[Note]) -> Result<(), StoreError> {
-        unreachable!()
-    }
-    async fn purge(&self, _: Duration, _: u32) -> Result<u64, StoreError> {
-        unreachable!()
-    }
-    async fn stories(&self, _: &str) -> Result<Vec<Story>, StoreError> {
-        unreachable!()
-    }
-    async fn jobs(&self, _: &JobFilter) -> Result<Vec<Job>, StoreError> {
-        unreachable!()
-    }
-    async fn job_ids_ending_with(&self, _: &str, _: u32) -> Result<Vec<Uuid>, StoreError> {
-        unreachable!()
-    }
-    async fn job(&self, _: Uuid) -> Result<Option<Job>, StoreError> {
         unreachable!()
     }
 }
@@ -161,7 +80,7 @@ struct Scene {
     runs_for: Duration,
     stops_within: Duration,
     timeout: Option<Duration>,
-    renewals: Vec<Renewal>,
+    renewals: Vec<Option<Renewal>>,
     stopping: CancellationToken,
 }
 
@@ -187,13 +106,13 @@ async fn play(scene: Scene) -> (Outcome, Duration) {
         lease: LEASE,
         max_crashes: 3,
     };
-    let keeper = LeaseKeeper::new(Guard::new(store, terms), STOP_GRACE);
+    let keeper = LeaseKeeper::new(store, Health::default(), terms, STOP_GRACE);
     let fence = Fence {
         key: JobKey::new("s", "k"),
         attempt: 1,
         token: Uuid::nil(),
     };
-    let mut lease = keeper.keep(&Acquired {
+    let mut lease = keeper.begin(&Acquired {
         fence,
         job_id: Uuid::nil(),
         claimed_at: Instant::now(),
@@ -249,7 +168,7 @@ async fn a_run_is_over_before_a_lease_that_cannot_be_renewed() {
 async fn a_renewed_lease_keeps_the_run_going() {
     let scene = Scene {
         runs_for: LEASE * 3,
-        renewals: std::iter::repeat_with(|| Renewal::Renewed)
+        renewals: std::iter::repeat_with(|| Some(Renewal::Renewed))
             .take(20)
             .collect(),
         ..Scene::default()
@@ -261,24 +180,40 @@ async fn a_renewed_lease_keeps_the_run_going() {
 async fn renewals_that_get_no_answer_are_tried_again_in_time() {
     let scene = Scene {
         runs_for: LEASE * 2,
-        renewals: [
-            Renewal::NoAnswer,
-            Renewal::NoAnswer,
-            Renewal::Renewed,
-            Renewal::NoAnswer,
-        ]
-        .into_iter()
-        .chain(std::iter::repeat_with(|| Renewal::Renewed).take(20))
-        .collect(),
+        renewals: [None, None, Some(Renewal::Renewed), None]
+            .into_iter()
+            .chain(std::iter::repeat_with(|| Some(Renewal::Renewed)).take(20))
+            .collect(),
         ..Scene::default()
     };
     assert_eq!(play(scene).await.0, done());
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_lease_whose_row_is_locked_lasts_as_long_as_it_did() {
+    let locked = || Some(Renewal::Unknown);
+    let scene = Scene {
+        runs_for: LEASE * 2,
+        renewals: std::iter::repeat_with(locked)
+            .take(8)
+            .chain(std::iter::repeat_with(|| Some(Renewal::Renewed)).take(20))
+            .collect(),
+        ..Scene::default()
+    };
+    assert_eq!(play(scene).await.0, done());
+    let scene = Scene {
+        renewals: std::iter::repeat_with(locked).take(100).collect(),
+        ..Scene::default()
+    };
+    let (outcome, took) = play(scene).await;
+    assert_eq!(outcome, Outcome::LeaseLost);
+    assert!(took > LEASE / 2 && took < LEASE, "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_lease_that_was_taken_over_stops_the_run_at_once() {
     let scene = Scene {
-        renewals: vec![Renewal::TakenOver],
+        renewals: vec![Some(Renewal::Lost)],
         ..Scene::default()
     };
     let (outcome, took) = play(scene).await;

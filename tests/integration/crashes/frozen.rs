@@ -1,7 +1,7 @@
 //! A worker that stands still for longer than its lease, and then goes on.
 
 use nix::sys::signal::Signal;
-use trainyard::job::JobState;
+use trainyard::record::JobState;
 
 use super::{FAST, Scene, Settings};
 use crate::support::eventually;
@@ -81,4 +81,5 @@ async fn only_the_heirs_ending_counts(scene: &Scene, frozen: &WorkerProcess, hei
     assert_eq!(endings.len(), 1, "{endings:?}");
     assert_eq!(endings[0].worker, worker);
     assert_ne!(frozen.pid(), heir.pid());
+    scene.nothing_is_left_to_deliver().await;
 }

@@ -1,6 +1,6 @@
 //! Workers killed in the middle of a run.
 
-use trainyard::job::JobState;
+use trainyard::record::JobState;
 
 use super::{FAST, Scene, Settings};
 use crate::support::runs::RunEvent;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use sqlx::{Connection, PgConnection};
-use trainyard::job::Job;
+use trainyard::record::Job;
 use uuid::Uuid;
 
 use super::checker::violations;

@@ -1,6 +1,6 @@
 //! The database does what it was asked, and its answer is lost.
 
-use trainyard::job::JobState;
+use trainyard::record::JobState;
 
 use super::{FAST, Scene};
 use crate::support::database::Database;

@@ -2,11 +2,14 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use google_cloud_pubsub::model::Subscription;
 use serde_json::json;
-use trainyard::job::Job;
+use trainyard::record::Job;
 use uuid::Uuid;
 
-use super::{Scene, Settings};
+use super::{SUBSCRIPTION, Scene, Settings};
+use crate::support::broker::Broker;
+use crate::support::database::Database;
 use crate::support::runs::RunEvent;
 use crate::support::scene::CALM;
 use crate::support::seeded;
@@ -18,6 +21,7 @@ const LONG_EVERY: usize = 25;
 const WORKERS: usize = 3;
 /// Each worker is replaced so often.
 const ROUNDS: usize = 3;
+const RESTARTS: usize = WORKERS * ROUNDS;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rolling_restart_costs_nothing_where_messages_are_acked_early() {
@@ -37,18 +41,17 @@ async fn a_rolling_restart_costs_nothing(ack: &'static str) {
         ack,
         ..CALM
     };
-    let Some(scene) = Scene::on_postgres(&settings).await else {
+    let Some(scene) = scene(&settings).await else {
         return;
     };
     let published = scene.publish_all(requests(&scene)).await;
     let mut workers: Vec<WorkerProcess> = (0..WORKERS)
         .map(|number| scene.yard.start_worker(&format!("worker-{number}")))
         .collect();
-    let restarts = WORKERS * ROUNDS;
-    for restart in 0..restarts {
+    for restart in 0..RESTARTS {
         // Spread over all the work.
         scene
-            .runs_have_started((restart + 1) * JOBS / (restarts + 2))
+            .runs_have_started((restart + 1) * JOBS / (RESTARTS + 2))
             .await;
         let replaced = workers.remove(0);
         assert!(replaced.stop().await.success());
@@ -61,6 +64,19 @@ async fn a_rolling_restart_costs_nothing(ack: &'static str) {
         assert!(worker.stop().await.success());
     }
     check(&scene, &jobs, &published);
+}
+
+/// A worker that stops hands back what it has, and any of the restarts may hit
+/// the same message: none costs it more than one delivery.
+async fn scene(settings: &Settings) -> Option<Scene> {
+    let database = Database::postgres().await?;
+    let broker = Broker::builtin().await?;
+    let deliveries = i32::try_from(RESTARTS + 1).unwrap();
+    let policy = broker.dead_letter_policy().await;
+    let policy = policy.set_max_delivery_attempts(deliveries);
+    let subscription = Subscription::new().set_dead_letter_policy(policy);
+    broker.subscribe_like(SUBSCRIPTION, subscription).await;
+    Some(Scene::set(broker, SUBSCRIPTION, &database, &database, settings).await)
 }
 
 fn requests(scene: &Scene) -> Vec<String> {

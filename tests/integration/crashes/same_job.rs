@@ -1,7 +1,7 @@
 //! When two deliveries are the same job, and when one message is two.
 
-use trainyard::job::JobState;
 use trainyard::pubsub::Outgoing;
+use trainyard::record::JobState;
 
 use crate::on_both_databases;
 use crate::support::broker::Broker;
@@ -20,8 +20,12 @@ const TASK: &str = "[tasks.rehearsal]\nbuiltin = \"rehearsal\"\n";
 async fn two_subscriptions_of_one_topic_each_run_the_message(database: Database) {
     let store = database.open_migrated().await;
     let broker = Broker::builtin().await.unwrap();
-    broker.subscribe_to("requests", "one").await;
-    broker.subscribe_to("requests", "other").await;
+    let policy = broker.dead_letter_policy().await;
+    for name in ["one", "other"] {
+        let wanted = broker.wanted("requests", name).await;
+        let wanted = wanted.set_dead_letter_policy(policy.clone());
+        broker.make(wanted).await;
+    }
     let yard = Yard::new(
         &broker,
         &database,
@@ -45,12 +49,13 @@ async fn two_subscriptions_of_one_topic_each_run_the_message(database: Database)
     assert!(worker.stop().await.success());
     assert_eq!(runs.of(RunEvent::End).len(), 2);
     assert_eq!((broker.backlog("one"), broker.backlog("other")), (0, 0));
+    assert_eq!(broker.given_up(), 0);
 }
 
 async fn two_messages_with_one_dedupe_key_run_once(database: Database) {
     let store = database.open_migrated().await;
     let broker = Broker::builtin().await.unwrap();
-    broker.subscribe("requests").await;
+    broker.subscribe_with_policy("requests").await;
     let section = "[subscriptions.requests]\ndedupe_key = \"attribute:request_id\"\n";
     let yard = Yard::new(&broker, &database, &format!("{section}{TASK}"));
     let runs = RunsLog::in_folder(yard.folder.path());
@@ -76,7 +81,7 @@ async fn two_messages_with_one_dedupe_key_run_once(database: Database) {
     assert_eq!((job.attempts, job.duplicates), (1, 1));
     assert!(worker.stop().await.success());
     assert_eq!(runs.of(RunEvent::Start).len(), 1);
-    assert_eq!(broker.backlog("requests"), 0);
+    assert_eq!((broker.backlog("requests"), broker.given_up()), (0, 0));
 }
 
 async fn publish_request(broker: &Broker, runs: &RunsLog, request_id: &str) -> String {

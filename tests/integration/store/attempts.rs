@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use trainyard::job::{Acquired, AttemptRecord, Told};
+use trainyard::job::Acquired;
+use trainyard::record::{AttemptRecord, AttemptReport};
 use trainyard::report::Progress;
 use trainyard::store::Store;
 use uuid::Uuid;
@@ -30,16 +31,16 @@ fn loss(step: u64, loss: f64) -> Progress {
     }
 }
 
-fn told(outcome: &'static str, series: Vec<Progress>) -> Told {
-    Told {
+fn told(outcome: &'static str, series: Vec<Progress>) -> AttemptReport {
+    AttemptReport {
         outcome,
         log: vec!["a\0b".to_owned(), "\u{1f682}".to_owned()],
         series,
     }
 }
 
-async fn keep(store: &Arc<dyn Store>, run: &Acquired, told: &Told) {
-    store.keep_attempt(&run.fence, "w1", told).await.unwrap();
+async fn keep(store: &Arc<dyn Store>, run: &Acquired, told: &AttemptReport) {
+    store.record_attempt(&run.fence, "w1", told).await.unwrap();
 }
 
 async fn kept(store: &Arc<dyn Store>, run: &Acquired) -> Vec<AttemptRecord> {

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use futures::future::join_all;
-use trainyard::job::{Claim, ClaimRequest, FinalState, JobState};
+use trainyard::job::{Claim, ClaimRequest, FinalState};
+use trainyard::record::JobState;
 use trainyard::store::Finish;
 
 use crate::on_both_databases;

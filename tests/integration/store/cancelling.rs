@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use trainyard::job::{Acquired, Can, Cancelling, Claim, FinalState, JobState};
+use trainyard::job::{Acquired, Can, Claim, FinalState, Renewal};
 use trainyard::outcome::Ending;
+use trainyard::record::{Cancelling, JobState};
 use trainyard::store::{ClaimTerms, Store};
 use uuid::Uuid;
 
@@ -106,7 +107,7 @@ async fn a_running_job_is_asked_to_stop(database: Database) {
     // Its end is its worker's to write, which holds the lease as before.
     assert_eq!(job_of(&store, &run).await.state, JobState::Running);
     let fences = std::slice::from_ref(&run.fence);
-    assert_eq!(store.renew(fences, LONG).await.unwrap(), [true]);
+    assert_eq!(store.renew(fences, LONG).await.unwrap(), [Renewal::Renewed]);
     assert!(finish(&store, &run.fence, Ending::cancelled()).await);
     assert_eq!(told(&store, "w1").await, NONE);
     let ended = Cancelling::AlreadyEnded(FinalState::Cancelled);

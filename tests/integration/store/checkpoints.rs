@@ -3,15 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use trainyard::job::{Acquired, Cancelling, Claim, Fence, JobState, Retrying};
+use trainyard::job::{Acquired, Claim, Fence, Renewal};
+use trainyard::record::{Cancelling, JobState, Retrying};
 use trainyard::report::Checkpoint;
 use trainyard::store::{Finish, Release, Released, Standing, Store};
 
 use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::jobs::{
-    ENDED, LONG, acquire, acquired, assert_none_to_reap, claim, finish, interrupted, job_of,
-    pass_the_lease, reap_one, request, send, succeeded, terms,
+    ENDED, LONG, acked_after, acquire, acquired, assert_none_to_reap, claim, finish, interrupted,
+    job_of, look, pass_the_lease, reap_one, request, send, succeeded, terms,
 };
 
 on_both_databases!(
@@ -236,14 +237,14 @@ async fn a_checkpoint_that_acks_leaves_the_job_to_the_table(database: Database) 
     let store = database.open_migrated().await;
     let tables = database.tables().await;
     let mut unacked = request("1");
-    unacked.reap_delay = Duration::from_secs(60);
+    unacked.ack = acked_after(Duration::from_secs(60));
     let run = acquired(send(&store, &unacked, &terms(LONG)).await);
     let key = &run.fence.key;
     for (acked, checkpoint) in [(false, "1"), (true, "2"), (false, "3")] {
         let saved = store.save_checkpoint(&run.fence, checkpoint, acked).await;
         assert!(saved.unwrap());
         let expected = checkpoint != "1";
-        let Standing::Held { acked, .. } = store.look(key).await.unwrap() else {
+        let Standing::Held { acked, .. } = look(&store, key).await else {
             panic!("not held");
         };
         assert_eq!(acked, expected, "at checkpoint {checkpoint}");
@@ -254,7 +255,7 @@ async fn a_checkpoint_that_acks_leaves_the_job_to_the_table(database: Database) 
             assert_none_to_reap(&store).await;
         }
         let fences = std::slice::from_ref(&run.fence);
-        assert_eq!(store.renew(fences, LONG).await.unwrap(), [true]);
+        assert_eq!(store.renew(fences, LONG).await.unwrap(), [Renewal::Renewed]);
     }
     tables.end_lease(key, Duration::from_secs(1)).await;
     let second = reap_one(&store, "1").await;

@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use trainyard::job::{Claim, FinalState, JobState};
+use trainyard::job::{Claim, FinalState};
+use trainyard::record::JobState;
 use trainyard::store::{Standing, Store};
 
 use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::jobs::{
-    ENDED, LONG, acquire, claim, finish, interrupted, job_of, kinds, pass_the_lease, reach,
-    story_of, succeeded, terms,
+    ENDED, LONG, acquire, claim, finish, interrupted, job_of, kinds, look, pass_the_lease, reach,
+    reap_within, story_of, succeeded, terms,
 };
 
 on_both_databases!(
@@ -43,7 +44,7 @@ async fn the_third_lost_lease_parks_the_job_as_dead(database: Database) {
     assert!(job.finished_at.is_some());
     assert_eq!(claim(&store, "1", LONG).await, dead);
     assert_eq!(
-        store.look(&last.fence.key).await.unwrap(),
+        look(&store, &last.fence.key).await,
         Standing::Finished(FinalState::Dead)
     );
     let story = story_of(&store, "1").await;
@@ -67,7 +68,7 @@ async fn a_reaper_parks_a_job_and_does_not_get_it(database: Database) {
     store.release(&interrupted(&released.fence)).await.unwrap();
     let last = crash(&store, "1", 3).await;
     let reach = reach();
-    let orphans = store.reap(&reach, &terms(LONG), 10).await.unwrap();
+    let orphans = reap_within(&store, &reach, &terms(LONG), 10).await;
     assert!(orphans.is_empty());
     let job = job_of(&store, &last).await;
     assert_eq!((job.state, job.attempts), (JobState::Dead, 3));

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use trainyard::job::{Acquired, Can, Claim, DeadLetter, Retrying};
+use trainyard::job::{Acquired, Can, Claim, DeadLetter};
 use trainyard::outcome::Ending;
+use trainyard::record::Retrying;
 use trainyard::store::{DeadLettersDue, Finish, GivenUp, Refusal, Store};
 use uuid::Uuid;
 

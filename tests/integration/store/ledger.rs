@@ -1,6 +1,6 @@
 //! The story of a message, in order.
 
-use trainyard::job::{Note, NoteKind};
+use trainyard::record::{Note, NoteKind};
 use trainyard::store::{ClaimTerms, Refusal};
 use uuid::Uuid;
 
@@ -156,7 +156,7 @@ async fn fifty_of_a_batch_of_suppressed_deliveries_are_told(database: Database) 
     assert_eq!((story.job.duplicates, suppressed(&story)), (90, 50));
 }
 
-fn suppressed(story: &trainyard::job::Story) -> usize {
+fn suppressed(story: &trainyard::record::Story) -> usize {
     let kinds = kinds(story);
     kinds
         .iter()

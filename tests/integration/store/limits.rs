@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use trainyard::job::{Acquired, Claim, ClaimRequest, FinalState, JobState, Limits, Retrying};
+use trainyard::job::{Acquired, Claim, ClaimRequest, FinalState, Limits};
+use trainyard::record::{JobState, Retrying};
 use trainyard::store::{ClaimTerms, Reach, Store};
 
 use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acquired, failed, finish, interrupted, job_of, kinds, letters, pass_the_lease,
-    request, send, story_of, succeeded, task_terms, terms,
+    reap_within, request, send, story_of, succeeded, task_terms, terms,
 };
 
 on_both_databases!(
@@ -81,7 +82,7 @@ async fn a_reaper_parks_a_job_by_the_limits_of_its_reach(database: Database) {
         subscriptions: [("s".to_owned(), topic.map(Into::into))].into(),
         tasks: [("train".to_owned(), task_terms(max_attempts))].into(),
     };
-    let reap = async |reach: Reach| store.reap(&reach, &many_crashes(), 10).await.unwrap();
+    let reap = async |reach: Reach| reap_within(&store, &reach, &many_crashes(), 10).await;
     // Attempts are left by what this one allows.
     let taken = reap(reach(3, Some("elsewhere"))).await;
     assert_eq!(taken[0].acquired.counted_attempts, 3);

@@ -5,16 +5,17 @@ mod races;
 use std::sync::Arc;
 use std::time::Duration;
 
-use trainyard::job::{Acquired, Can, Claim, FinalState, JobKey, JobState};
+use trainyard::job::{Acquired, Can, Claim, FinalState, JobKey};
 use trainyard::outcome::{DeadReason, Ending};
+use trainyard::record::JobState;
 use trainyard::store::{GivenUp, Refused, Standing, Store};
 
 use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acquired, assert_none_to_reap, assert_waits, claim, dead, failed, finish,
-    interrupted, job_at, kinds, ordered, pass_the_lease, reap, reap_one, reaped_keys, refusal,
-    request_of, send, story_of, succeeded, terms,
+    interrupted, job_at, kinds, look, ordered, pass_the_lease, reap, reap_one, reaped_keys,
+    refusal, request_of, send, story_of, succeeded, terms,
 };
 
 on_both_databases!(
@@ -57,14 +58,14 @@ async fn the_second_of_an_ordering_key_waits(database: Database) {
     let second = ordered("2");
     let waiting = send(&store, &second, &terms(LONG)).await;
     assert!(
-        matches!(waiting, Claim::Waiting { acked: true, .. }),
+        matches!(waiting, Claim::Waiting { acked: false, .. }),
         "{waiting:?}"
     );
     let job = job_at(&store, second.job_id).await;
     assert_eq!((job.state, job.attempts), (JobState::Waiting, 0));
     assert_eq!((job.worker, job.started_at), (None, None));
     assert!(matches!(
-        store.look(&second.key).await.unwrap(),
+        look(&store, &second.key).await,
         Standing::Waiting { .. }
     ));
     assert_eq!(kinds(&story_of(&store, "2").await), [("queued", None)]);
@@ -280,6 +281,6 @@ async fn a_refused_message_does_not_hold_up_its_ordering_key(database: Database)
     assert_eq!(store.refuse(&malformed).await.unwrap(), Refused::Recorded);
     queue_up(&store, &["2", "3"]).await;
     let key = JobKey::new("s", "1");
-    let standing = store.look(&key).await.unwrap();
+    let standing = look(&store, &key).await;
     assert_eq!(standing, Standing::Finished(FinalState::Dead));
 }

@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::join_all;
-use trainyard::job::{Claim, JobKey, JobState, Reaped};
+use trainyard::job::{Claim, JobKey, Taken};
+use trainyard::record::JobState;
 
 use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::jobs::{
-    ENDED, LONG, acquire, assert_is_stale, finish, interrupted, job_of, pass_the_lease, reap,
-    reaped_keys, request, request_of, succeeded, terms,
+    ENDED, LONG, acked_after, acquire, assert_is_stale, finish, interrupted, job_of,
+    pass_the_lease, reap, reaped_keys, request, request_of, succeeded, terms,
 };
 
 on_both_databases!(
@@ -40,7 +41,7 @@ async fn an_orphan_comes_with_its_payload_and_a_larger_fence(database: Database)
     pass_the_lease().await;
     let orphans = reap(&store, 10).await;
     assert_eq!(orphans.len(), 1);
-    let Reaped {
+    let Taken {
         acquired,
         task,
         message_id,
@@ -93,7 +94,7 @@ async fn only_tasks_within_reach_are_reaped(database: Database) {
 async fn a_job_is_reaped_only_after_its_reap_delay(database: Database) {
     let store = database.open_migrated().await;
     let mut unacked = request("1");
-    unacked.reap_delay = Duration::from_secs(60);
+    unacked.ack = acked_after(Duration::from_secs(60));
     store.claim(&[unacked], &terms(LONG)).await.unwrap();
     let tables = database.tables().await;
     let key = JobKey::new("s", "1");

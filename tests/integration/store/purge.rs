@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use trainyard::job::{Acquired, Claim, Told};
+use trainyard::job::{Acquired, Claim};
+use trainyard::record::AttemptReport;
 use trainyard::store::Store;
 use uuid::{NoContext, Timestamp, Uuid};
 
@@ -68,8 +69,8 @@ async fn an_old_ended_job_is_purged_with_its_ledger(database: Database) {
     let old = old_job(&database, &store, "old", 10).await;
     let young = old_job(&database, &store, "young", 3).await;
     for run in [&old, &young] {
-        let told = Told::default();
-        store.keep_attempt(&run.fence, "w1", &told).await.unwrap();
+        let told = AttemptReport::default();
+        store.record_attempt(&run.fence, "w1", &told).await.unwrap();
     }
     assert_eq!(store.purge(DAY * 5, 100).await.unwrap(), 1);
     assert!(store.job(old.job_id).await.unwrap().is_none());

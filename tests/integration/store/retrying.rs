@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use futures::future::join_all;
-use trainyard::job::{Acquired, Can, Claim, FinalState, JobState, Retrying};
+use trainyard::job::{Acquired, Can, Claim, FinalState};
 use trainyard::outcome::{DeadReason, Ending};
+use trainyard::record::{JobState, Retrying};
 use trainyard::store::{GivenUp, Refusal, Standing, Store};
 use uuid::Uuid;
 
@@ -12,8 +13,8 @@ use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acquire, acquired, assert_is_stale, assert_none_to_reap, assert_waits, claim,
-    dead, failed, finish, job_of, kinds, ordered, pass_the_lease, reap_one, refusal, request, send,
-    story_of, succeeded, terms,
+    dead, failed, finish, job_of, kinds, look, ordered, pass_the_lease, reap_one, refusal, request,
+    send, story_of, succeeded, terms,
 };
 
 on_both_databases!(
@@ -56,7 +57,7 @@ async fn an_ended_job_waits_again_as_if_it_had_not_ended(database: Database) {
         assert_eq!((job.result, job.finished_at), (None, None));
         assert!(job.waits_until.is_some() && job.payload.is_some());
         assert!(matches!(
-            store.look(&run.fence.key).await.unwrap(),
+            look(&store, &run.fence.key).await,
             Standing::Waiting { remaining: ENDED }
         ));
         let story = story_of(&store, key).await;

@@ -8,15 +8,16 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use tokio::time::Instant;
-use trainyard::job::{Acquired, Can, Claim, ClaimRequest, JobState};
+use trainyard::job::{Acquired, Can, Claim, ClaimRequest, Renewal};
+use trainyard::record::JobState;
 use trainyard::store::{Standing, Store};
 
 use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::jobs::{
-    ENDED, LONG, acquire, acquired, assert_is_stale, assert_none_to_reap, assert_waits, claim,
-    failed, finish, interrupted, job_at, job_of, kinds, pass_the_lease, reap, reap_one,
-    reaped_keys, request, send, story_of, succeeded, terms,
+    ENDED, LONG, acked_after, acquire, acquired, assert_is_stale, assert_none_to_reap,
+    assert_waits, claim, failed, finish, interrupted, job_at, job_of, kinds, look, pass_the_lease,
+    reap, reap_one, reaped_keys, request, send, story_of, succeeded, terms,
 };
 
 on_both_databases!(
@@ -63,7 +64,7 @@ async fn a_failed_job_is_neither_claimed_nor_reaped_before_its_time(database: Da
     assert!(remaining > LONG / 2 && remaining <= LONG, "{remaining:?}");
     assert_none_to_reap(&store).await;
     assert!(matches!(
-        store.look(&first.fence.key).await.unwrap(),
+        look(&store, &first.fence.key).await,
         Standing::Waiting { remaining } if remaining > LONG / 2
     ));
 }
@@ -176,7 +177,7 @@ async fn an_interruption_after_a_failure_costs_no_attempt(database: Database) {
 async fn a_waiting_job_is_reaped_without_its_reap_delay(database: Database) {
     let store = database.open_migrated().await;
     let mut unacked = request("1");
-    unacked.reap_delay = Duration::from_secs(60);
+    unacked.ack = acked_after(Duration::from_secs(60));
     let first = acquired(send(&store, &unacked, &terms(LONG)).await);
     fail(&store, &first, Duration::ZERO).await;
     let waiting = send(&store, &without_room("1"), &terms(LONG)).await;
@@ -216,7 +217,7 @@ async fn a_message_that_comes_while_its_job_waits_is_no_duplicate(database: Data
 async fn a_worker_without_room_puts_a_job_on_record(database: Database) {
     let store = database.open_migrated().await;
     let mut recorded = without_room("1");
-    recorded.reap_delay = Duration::from_secs(60);
+    recorded.ack = acked_after(Duration::from_secs(60));
     // The same request twice, as after a lost answer, and another delivery.
     for request in [&recorded, &recorded, &without_room("1")] {
         let waiting = send(&store, request, &terms(LONG)).await;
@@ -247,7 +248,7 @@ async fn a_recorded_job_runs_where_there_is_room(database: Database) {
 async fn a_recorded_job_is_reaped(database: Database) {
     let store = database.open_migrated().await;
     let mut recorded = without_room("1");
-    recorded.reap_delay = Duration::from_secs(60);
+    recorded.ack = acked_after(Duration::from_secs(60));
     assert_waits(&send(&store, &recorded, &terms(LONG)).await);
     let reaped = reap(&store, 10).await;
     assert_eq!(reaped_keys(&reaped), ["1"]);
@@ -263,7 +264,8 @@ async fn a_worker_without_room_takes_nothing_over(database: Database) {
     pass_the_lease().await;
     let held = send(&store, &without_room("1"), &terms(LONG)).await;
     assert!(matches!(held, Claim::HeldUntil { .. }), "{held:?}");
-    assert!(store.renew(&[lost.fence], LONG).await.unwrap()[0]);
+    let renewals = store.renew(&[lost.fence], LONG).await.unwrap();
+    assert_eq!(renewals, [Renewal::Renewed]);
 }
 
 async fn a_claim_of_a_waiting_job_sent_again_is_confirmed(database: Database) {

@@ -4,13 +4,18 @@ use std::time::Duration;
 use futures::future::try_join_all;
 use google_cloud_auth::credentials::anonymous;
 use google_cloud_pubsub::client::{Publisher, SubscriptionAdmin};
-use google_cloud_pubsub::model::{self, Message};
+use google_cloud_pubsub::model::{self, DeadLetterPolicy, Message};
 use tokio_util::sync::{CancellationToken, DropGuard};
-use trainyard::emulator::{self, Emulator, Options};
 use trainyard::pubsub::{Connection, Outgoing, Pulling, Subscription};
+use trainyard_emulator::{Emulator, Options};
 use uuid::Uuid;
 
 use super::{PATIENCE, not_tested};
+
+/// The topic, and its subscription, for what the broker gives up.
+const GIVEN_UP: &str = "given-up";
+/// The fewest that Pub/Sub allows.
+const DELIVERIES: i32 = 5;
 
 /// A broker with a project of a test's own.
 pub struct Broker {
@@ -18,7 +23,7 @@ pub struct Broker {
     pub project: String,
     pub connection: Connection,
     /// The built-in emulator's own door, for what no client can ask for.
-    pub builtin: Option<emulator::Broker>,
+    pub builtin: Option<trainyard_emulator::Broker>,
     _stop: Option<DropGuard>,
 }
 
@@ -61,13 +66,26 @@ impl Broker {
 
     /// Makes a topic and a subscription of that name.
     pub async fn subscribe(&self, name: &str) {
-        self.subscribe_to(name, name).await;
+        let wanted = self.wanted(name, name).await;
+        self.make(wanted).await;
     }
 
-    /// Makes a subscription, and its topic unless there is one.
-    pub async fn subscribe_to(&self, topic: &str, name: &str) {
-        let wanted = self.wanted(topic, name).await;
+    /// Makes a topic and a subscription of that name, with
+    /// [`Broker::dead_letter_policy`].
+    pub async fn subscribe_with_policy(&self, name: &str) {
+        let policy = self.dead_letter_policy().await;
+        let wanted = self.wanted(name, name).await;
+        self.make(wanted.set_dead_letter_policy(policy)).await;
+    }
+
+    /// Pub/Sub's own policy: it gives a message up after five deliveries that
+    /// failed. Once for each broker; subscriptions may share it.
+    pub async fn dead_letter_policy(&self) -> DeadLetterPolicy {
+        let wanted = self.wanted(GIVEN_UP, GIVEN_UP).await;
         self.make(wanted).await;
+        DeadLetterPolicy::new()
+            .set_dead_letter_topic(self.connection.topic_path(GIVEN_UP))
+            .set_max_delivery_attempts(DELIVERIES)
     }
 
     /// Makes a topic and a subscription of that name that keeps the order of
@@ -110,16 +128,14 @@ impl Broker {
             ack_deadline: Duration::from_secs(10),
             slots: 1,
             prefetch: 0,
-            held: 0,
             quiet_limit: Duration::from_secs(600),
         };
         let path = self.connection.subscription_path(name);
-        let mut subscription = Subscription::new(self.connection.clone(), path, pulling);
-        let never = CancellationToken::new();
+        let mut subscription = Subscription::new(self.connection.clients(1), path, pulling);
         let mut received = Vec::new();
         while received.len() < how_many {
-            let next = subscription.next(&never);
-            let next = tokio::time::timeout(PATIENCE, next).await.unwrap();
+            subscription.listen().await.unwrap();
+            let next = tokio::time::timeout(PATIENCE, subscription.next()).await;
             let (message, receipt) = next.unwrap().unwrap().into_parts();
             receipt.ack();
             received.push(message);
@@ -167,6 +183,11 @@ impl Broker {
         try_join_all(publishing.collect::<Vec<_>>()).await.unwrap()
     }
 
+    pub fn port(&self) -> u16 {
+        let address: SocketAddr = self.host.parse().unwrap();
+        address.port()
+    }
+
     /// How many messages the built-in emulator still waits to see acknowledged.
     pub fn backlog(&self, subscription: &str) -> usize {
         let path = self.connection.subscription_path(subscription);
@@ -177,6 +198,20 @@ impl Broker {
     pub fn outstanding(&self, subscription: &str) -> usize {
         let path = self.connection.subscription_path(subscription);
         self.builtin.as_ref().unwrap().outstanding(&path).unwrap()
+    }
+
+    /// How many deliveries of the built-in emulator were nacked or not
+    /// acknowledged in time. Each leads to another, or to a dead letter.
+    pub fn failed_deliveries(&self, subscription: &str) -> u64 {
+        let path = self.connection.subscription_path(subscription);
+        let inside = self.builtin.as_ref().unwrap();
+        inside.failed_deliveries(&path).unwrap()
+    }
+
+    /// How many messages the built-in emulator has given up by
+    /// [`Broker::dead_letter_policy`].
+    pub fn given_up(&self) -> usize {
+        self.backlog(GIVEN_UP)
     }
 
     /// Publishes bytes and returns the message id.

@@ -63,7 +63,7 @@ impl Database {
 
     pub async fn open_migrated(&self) -> Arc<dyn Store> {
         let store = self.open().await;
-        store.migrate().await.unwrap();
+        store.migrate(|_| {}).await.unwrap();
         store
     }
 }
@@ -111,12 +111,19 @@ impl Tables {
         }
     }
 
-    /// As if the lease of the key had ended that long ago.
+    /// As if the lease of the key had expired that long ago, or as if its job
+    /// could have run since then, unless it waits for its turn.
     pub async fn end_lease(&self, key: &JobKey, ago: Duration) {
         let JobKey { subscription, key } = key;
         let then = self.ago(ago);
+        let never = match self {
+            Self::Postgres(_) => "'infinity'",
+            Self::Sqlite(_) => "9223372036854775807",
+        };
         self.execute(format!(
-            "UPDATE leases SET lease_until = {then}
+            "UPDATE leases
+             SET lease_until = {then},
+                 run_after = CASE WHEN run_after < {never} THEN {then} ELSE run_after END
              WHERE subscription = '{subscription}' AND key = '{key}'"
         ))
         .await;

@@ -8,12 +8,15 @@ use bytes::Bytes;
 use chrono::{SubsecRound, Utc};
 use serde_json::json;
 use trainyard::job::{
-    Acquired, Can, Claim, ClaimRequest, DeadLetter, Fence, Job, JobKey, Limits, Reaped, Story,
+    AckTerms, Acquired, Can, Claim, ClaimRequest, DeadLetter, Fence, JobKey, Limits, Pick, Renewal,
+    Taken,
 };
 use trainyard::message::Message;
 use trainyard::outcome::{DeadReason, Ending};
+use trainyard::record::{Job, Story};
 use trainyard::store::{
-    ClaimTerms, DeadLettersDue, Finish, Reach, Refusal, Release, Released, Store, TaskTerms,
+    ClaimTerms, DeadLettersDue, Finish, Reach, Refusal, Release, Released, Standing, Store,
+    TaskTerms,
 };
 use uuid::Uuid;
 
@@ -42,12 +45,21 @@ pub fn request_of(subscription: &str, key: &str) -> ClaimRequest {
         token: Uuid::new_v4(),
         task: "train".to_owned(),
         message: message(key),
-        reap_delay: Duration::ZERO,
         can: Can::Run,
+        ack: acked_after(ENDED),
         limits: Limits {
             max_attempts: 100,
             dead_letter_topic: None,
         },
+    }
+}
+
+/// A sweep takes the job over this long after its lease has expired: at once
+/// where the message is acked with the claim.
+pub fn acked_after(delay: Duration) -> AckTerms {
+    AckTerms {
+        with_claim: delay.is_zero(),
+        deadline: delay,
     }
 }
 
@@ -140,11 +152,37 @@ pub fn assert_waits(claim: &Claim) {
     assert!(matches!(claim, Claim::Waiting { .. }), "{claim:?}");
 }
 
-pub async fn reap(store: &Arc<dyn Store>, limit: usize) -> Vec<Reaped> {
-    store.reap(&reach(), &terms(LONG), limit).await.unwrap()
+/// Takes what is due, as a worker without other jobs does it.
+pub async fn reap(store: &Arc<dyn Store>, limit: usize) -> Vec<Taken> {
+    reap_within(store, &reach(), &terms(LONG), limit).await
 }
 
-pub fn reaped_keys(reaped: &[Reaped]) -> Vec<&str> {
+pub async fn reap_within(
+    store: &Arc<dyn Store>,
+    reach: &Reach,
+    terms: &ClaimTerms,
+    limit: usize,
+) -> Vec<Taken> {
+    let mut due = store.due(reach, limit.try_into().unwrap()).await.unwrap();
+    due.truncate(limit);
+    let picks: Vec<Pick> = due
+        .into_iter()
+        .map(|job| Pick {
+            token: Uuid::new_v4(),
+            acked_when_claimed: reach.acked_when_claimed(&job.task),
+            limits: reach.limits(&job.key.subscription, &job.task),
+            key: job.key,
+        })
+        .collect();
+    store.take(&picks, terms).await.unwrap()
+}
+
+pub async fn look(store: &Arc<dyn Store>, key: &JobKey) -> Standing {
+    let standings = store.look(std::slice::from_ref(key)).await.unwrap();
+    standings[0]
+}
+
+pub fn reaped_keys(reaped: &[Taken]) -> Vec<&str> {
     let fences = reaped.iter().map(|reaped| &reaped.acquired.fence);
     fences.map(|fence| &*fence.key.key).collect()
 }
@@ -190,7 +228,7 @@ pub async fn job_at(store: &Arc<dyn Store>, id: Uuid) -> Job {
 /// Tries every write of a run under a fence that is no longer the job's.
 pub async fn assert_is_stale(store: &Arc<dyn Store>, fence: &Fence) {
     let fences = std::slice::from_ref(fence);
-    assert_eq!(store.renew(fences, LONG).await.unwrap(), [false]);
+    assert_eq!(store.renew(fences, LONG).await.unwrap(), [Renewal::Lost]);
     assert!(!store.save_checkpoint(fence, "stale", true).await.unwrap());
     assert!(!store.release(&interrupted(fence)).await.unwrap());
     let failed = failed(fence, "stale", LONG);

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 /// Which reply of the server gets lost, once.
@@ -20,11 +21,12 @@ pub enum Loss {
 
 /// Stands between a worker and Postgres. When armed, it lets the server do
 /// what it is asked, swallows the answer and cuts the connection: the worker
-/// cannot know whether it happened.
+/// cannot know whether it happened. It can also take the server away.
 pub struct LossyProxy {
     /// The database's address by way of the proxy.
     pub url: String,
     losses: Arc<Losses>,
+    away: watch::Sender<bool>,
     _stop: DropGuard,
 }
 
@@ -48,12 +50,13 @@ impl LossyProxy {
         // The proxy has to read along.
         url.set_query(Some("sslmode=disable"));
         let losses = Arc::<Losses>::default();
-        let stop = CancellationToken::new();
-        let accepting = accept(listener, server, Arc::clone(&losses));
+        let (stop, away) = (CancellationToken::new(), watch::Sender::new(false));
+        let accepting = accept(listener, server, Arc::clone(&losses), away.subscribe());
         tokio::spawn(stop.clone().run_until_cancelled_owned(accepting));
         Self {
             url: url.to_string(),
             losses,
+            away,
             _stop: stop.drop_guard(),
         }
     }
@@ -62,18 +65,37 @@ impl LossyProxy {
         *self.losses.armed.lock().unwrap() = Some(loss);
     }
 
+    /// Cuts all connections, and each new one at once.
+    pub fn take_away(&self) {
+        self.away.send_replace(true);
+    }
+
+    pub fn bring_back(&self) {
+        self.away.send_replace(false);
+    }
+
     /// How many replies were lost.
     pub fn happened(&self) -> usize {
         self.losses.happened.load(Ordering::SeqCst)
     }
 }
 
-async fn accept(listener: TcpListener, server: (String, u16), losses: Arc<Losses>) {
+async fn accept(
+    listener: TcpListener,
+    server: (String, u16),
+    losses: Arc<Losses>,
+    away: watch::Receiver<bool>,
+) {
     while let Ok((client, _)) = listener.accept().await {
-        let (server, losses) = (server.clone(), Arc::clone(&losses));
+        let (server, losses, mut away) = (server.clone(), Arc::clone(&losses), away.clone());
         tokio::spawn(async move {
-            // An error only says that one side has closed the connection.
-            let _ = pass_on(client, server, losses).await;
+            tokio::select! {
+                // Nothing gets through once it is away.
+                biased;
+                _ = away.wait_for(|away| *away) => {}
+                // An error only says that one side has closed the connection.
+                _ = pass_on(client, server, losses) => {}
+            }
         });
     }
 }

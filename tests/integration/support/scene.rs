@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use google_cloud_pubsub::model::Subscription;
-use trainyard::emulator::Faults;
-use trainyard::job::{Job, JobFilter, JobState};
+use trainyard::record::{Job, JobFilter, JobState};
 use trainyard::store::Store;
+use trainyard_emulator::Faults;
 
 use super::broker::Broker;
 use super::database::Database;
@@ -25,6 +25,11 @@ pub struct Settings {
     pub prefetch: usize,
     pub quiet_limit: &'static str,
     pub ack: &'static str,
+    pub ack_deadline: &'static str,
+    /// More lines of the subscription's section.
+    pub subscription: &'static str,
+    /// More lines of [tasks.rehearsal], and sections after it.
+    pub task: &'static str,
 }
 
 pub const FAST: Settings = Settings {
@@ -35,6 +40,9 @@ pub const FAST: Settings = Settings {
     prefetch: 0,
     quiet_limit: "10m",
     ack: "after_run",
+    ack_deadline: "10s",
+    subscription: "",
+    task: "",
 };
 
 /// For tests without a crash: no lease ends, however slow the machine is.
@@ -44,7 +52,7 @@ pub const CALM: Settings = Settings {
 };
 
 impl Settings {
-    fn toml(&self, subscription: &str) -> String {
+    fn toml(&self, name: &str) -> String {
         let Self {
             slots,
             lease,
@@ -53,12 +61,15 @@ impl Settings {
             prefetch,
             quiet_limit,
             ack,
+            ack_deadline,
+            subscription,
+            task,
         } = self;
         format!(
             "[worker]\nslots = {slots}\nlease = \"{lease}\"\nstop_grace = \"500ms\"\nshutdown_grace = \"{shutdown_grace}\"\n\
              [guard]\nmax_crashes = {max_crashes}\n\
-             [subscriptions.{subscription}]\nack_deadline = \"10s\"\nprefetch = {prefetch}\nquiet_limit = \"{quiet_limit}\"\n\
-             [tasks.rehearsal]\nbuiltin = \"rehearsal\"\nack = \"{ack}\"\n"
+             [subscriptions.{name}]\nack_deadline = \"{ack_deadline}\"\nprefetch = {prefetch}\nquiet_limit = \"{quiet_limit}\"\n{subscription}\n\
+             [tasks.rehearsal]\nbuiltin = \"rehearsal\"\nack = \"{ack}\"\n{task}\n"
         )
     }
 }
@@ -77,10 +88,13 @@ impl Scene {
         Self::subscribed(Subscription::new(), settings).await
     }
 
-    /// As [`Scene::on_postgres`], with a subscription that is like this one.
+    /// As [`Scene::on_postgres`], with a subscription that is like this one,
+    /// and has the broker's dead-letter policy.
     pub async fn subscribed(subscription: Subscription, settings: &Settings) -> Option<Self> {
         let database = Database::postgres().await?;
         let broker = Broker::builtin().await.unwrap();
+        let policy = broker.dead_letter_policy().await;
+        let subscription = subscription.set_dead_letter_policy(policy);
         broker.subscribe_like(SUBSCRIPTION, subscription).await;
         Some(Self::set(broker, SUBSCRIPTION, &database, &database, settings).await)
     }
@@ -88,12 +102,12 @@ impl Scene {
     /// The test looks at the database itself, the workers see it their way.
     pub async fn new(database: &Database, workers_see: &Database, settings: &Settings) -> Self {
         let broker = Broker::builtin().await.unwrap();
-        broker.subscribe(SUBSCRIPTION).await;
+        broker.subscribe_with_policy(SUBSCRIPTION).await;
         Self::set(broker, SUBSCRIPTION, database, workers_see, settings).await
     }
 
-    /// On a broker that has the subscription. Scenes with subscriptions of
-    /// different names can share a database.
+    /// On a broker that has the subscription and its dead-letter policy. Scenes
+    /// with subscriptions of different names can share a database.
     pub async fn set(
         broker: Broker,
         subscription: &str,
@@ -182,11 +196,36 @@ impl Scene {
         .await
     }
 
+    /// Waits until there are so many jobs and all have ended, however.
+    pub async fn all_end(&self, how_many: usize) -> Vec<Job> {
+        eventually(&format!("all {how_many} jobs have ended"), async || {
+            let jobs = self.jobs().await;
+            let ended = |job: &&Job| !matches!(job.state, JobState::Running | JobState::Waiting);
+            (jobs.iter().filter(ended).count() == how_many).then_some(jobs)
+        })
+        .await
+    }
+
+    /// How many of the messages published are no longer the broker's to give,
+    /// being with workers or acknowledged.
+    pub fn taken(&self, published: usize) -> usize {
+        let backlog = self.broker.backlog(&self.subscription);
+        published + self.broker.outstanding(&self.subscription) - backlog
+    }
+
+    pub fn failed_deliveries(&self) -> u64 {
+        self.broker.failed_deliveries(&self.subscription)
+    }
+
+    /// Waits until every message is acknowledged, and the broker has given up
+    /// none.
     pub async fn nothing_is_left_to_deliver(&self) {
         eventually("every message is acknowledged", async || {
             (self.broker.backlog(&self.subscription) == 0).then_some(())
         })
         .await;
+        let given_up = self.broker.given_up();
+        assert_eq!(given_up, 0, "messages that the broker gave up");
     }
 
     /// Waits until `trainyard explain` tells of all these, in this order.

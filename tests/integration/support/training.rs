@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use trainyard::job::{Job, JobFilter, JobState};
+use trainyard::record::{Job, JobFilter, JobState};
 use trainyard::store::Store;
 use uuid::Uuid;
 

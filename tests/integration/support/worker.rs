@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 
@@ -11,6 +12,9 @@ use super::broker::Broker;
 use super::database::Database;
 use super::runs::micros_now;
 use super::{PATIENCE, eventually};
+
+/// The state of a connection, as /proc/net/tcp has it.
+const ESTABLISHED: &str = "01";
 
 /// The program under test.
 pub fn trainyard() -> Command {
@@ -59,6 +63,12 @@ impl Yard {
     /// Runs a command to its end and returns its exit code and its output.
     pub async fn output(&self, arguments: &[&str]) -> Output {
         output_of(self.command(arguments)).await
+    }
+
+    /// Fails at once, not when nothing comes of its workers, if it is not.
+    pub async fn config_is_good(&self) {
+        let checked = self.output(&["config", "check"]).await;
+        assert_eq!(checked.code, 0, "{}{}", checked.stdout, checked.stderr);
     }
 
     /// Starts `trainyard run`; its log goes to a file of that name.
@@ -154,6 +164,32 @@ impl WorkerProcess {
 
     pub fn is_alive(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
+    }
+
+    /// How many TCP connections it has to a port.
+    pub fn connections_to(&self, port: u16) -> usize {
+        let process = PathBuf::from(format!("/proc/{}", self.pid()));
+        let files = std::fs::read_dir(process.join("fd")).unwrap();
+        let sockets: BTreeSet<String> = files
+            .filter_map(|file| std::fs::read_link(file.unwrap().path()).ok())
+            .filter_map(|link| {
+                let inode = link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
+                Some(inode.to_owned())
+            })
+            .collect();
+        let connections = ["net/tcp", "net/tcp6"].map(|table| read(&process.join(table)));
+        let lines = connections.iter().flat_map(|table| table.lines());
+        lines
+            .filter(|line| {
+                let fields: Vec<&str> = line.split_whitespace().collect();
+                let [_, _, remote, state, _, _, _, _, _, inode, ..] = fields[..] else {
+                    return false;
+                };
+                state == ESTABLISHED
+                    && remote.ends_with(&format!(":{port:04X}"))
+                    && sockets.contains(inode)
+            })
+            .count()
     }
 
     /// Waits until its log has this.

@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-use super::super::lifeline::{self, LAUNCHER_MARK, MARK, Spec, Word};
+use super::super::lifeline::{self, KEEPER_VARIABLE, LAUNCHER_VARIABLE, Notice, Spec};
 
 /// Why a command did not start.
 pub(super) struct Failure {
@@ -27,8 +27,8 @@ impl Failure {
         }
     }
 
-    /// What the program and its arguments are does not change by itself.
-    pub(super) fn of_start(spec: &Spec, error: &io::Error) -> Self {
+    /// Permanent if the error lies in the program or its arguments.
+    pub(super) fn of_exec(spec: &Spec, error: &io::Error) -> Self {
         let kind = error.kind();
         let permanent = matches!(
             kind,
@@ -48,15 +48,15 @@ impl Failure {
         }
     }
 
-    pub(super) fn into_word(self) -> Word {
+    pub(super) fn into_notice(self) -> Notice {
         let Self { reason, permanent } = self;
-        Word::NotStarted { reason, permanent }
+        Notice::NotStarted { reason, permanent }
     }
 }
 
-/// The running command, and what its stdin reads from. To be called on a
-/// thread that lives as long as the keeper: the kernel takes the end of the
-/// thread that starts a process for the death of its parent.
+/// Starts the command, and returns it with the other end of its stdin. The
+/// calling thread must live as long as the keeper: the kernel takes the end of
+/// the thread that started a process for the death of the parent.
 pub(super) fn launch(spec: &Spec) -> Result<(Child, PipeWriter), Failure> {
     let cannot = |error| Failure::transient("cannot start a launcher", &error);
     let (control, theirs) = UnixStream::pair().map_err(cannot)?;
@@ -72,21 +72,21 @@ pub(super) fn launch(spec: &Spec) -> Result<(Child, PipeWriter), Failure> {
     Err(failure)
 }
 
-/// The launcher is this program once more. It becomes the command, and so it
-/// has the command's process group from the start.
+/// The launcher is this program once more. It becomes the command, so it leads
+/// the command's process group from the start.
 fn spawn(control: UnixStream) -> io::Result<Child> {
     let program = lifeline::this_program()?;
     Command::new(program)
         .arg0("trainyard-launcher")
-        .env_remove(MARK)
-        .env(LAUNCHER_MARK, std::process::id().to_string())
+        .env_remove(KEEPER_VARIABLE)
+        .env(LAUNCHER_VARIABLE, std::process::id().to_string())
         .process_group(0)
         .stdin(Stdio::from(OwnedFd::from(control)))
         .spawn()
 }
 
-/// Tells the launcher what to become, and waits until it has. The failure, if
-/// it could not.
+/// Sends the launcher the command to become, and waits until it has. Returns
+/// the failure, if any.
 fn hand_over(
     spec: &Spec,
     mut control: UnixStream,
@@ -96,7 +96,7 @@ fn hand_over(
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     let descriptors = [stdin.as_fd()];
     ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
-    // A descriptor travels only along with data.
+    // A descriptor can be sent only along with data.
     let data = [IoSlice::new(b" ")];
     sendmsg(&control, &data, &mut ancillary, SendFlags::empty())?;
     drop(stdin);
@@ -109,7 +109,7 @@ fn hand_over(
         return Ok(None);
     }
     match serde_json::from_slice(&answer)? {
-        Word::NotStarted { reason, permanent } => Ok(Some(Failure { reason, permanent })),
-        other => Err(io::Error::other(format!("unexpected: {other:?}"))),
+        Notice::NotStarted { reason, permanent } => Ok(Some(Failure { reason, permanent })),
+        other => Err(io::Error::other(format!("unexpected answer: {other:?}"))),
     }
 }

@@ -1,6 +1,6 @@
-//! The launcher: what a command's process is until it becomes the command. It
-//! takes on itself what the command is to inherit: its limits, and to die with
-//! its keeper.
+//! The launcher: the process that becomes the command. Before that, it sets what
+//! the command inherits: the resource limits, and the signal that kills it when
+//! its keeper dies.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -17,11 +17,11 @@ use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::super::lifeline::{self, Limits, Spec};
+use super::super::lifeline::{self, ResourceLimits, Spec};
 use super::launch::Failure;
 
 const SCRIPT: &[u8] = b"#!";
-/// ELF, and what macOS has, in either order of bytes.
+/// ELF, and the formats of macOS in either byte order.
 const BINARIES: &[&[u8]] = &[
     b"\x7fELF",
     b"\xfe\xed\xfa\xce",
@@ -29,19 +29,18 @@ const BINARIES: &[&[u8]] = &[
     b"\xca\xfe\xba\xbe",
 ];
 
-/// Becomes the command, and returns only if it cannot; the keeper knows why
-/// then. `keeper` is its process id.
-pub(super) fn launch(keeper: &OsStr) -> io::Result<()> {
-    // A copy, which closes by itself when this becomes the command.
+/// Becomes the command. Returns only on failure, after telling the keeper why.
+pub(super) fn run(keeper_pid: &OsStr) -> io::Result<()> {
+    // The copy is close-on-exec: it closes when this becomes the command.
     let mut control = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let failure = match receive(&mut control) {
-        Ok((spec, stdin)) => become_command(&spec, stdin, keeper),
-        Err(error) => Failure::transient("its launcher failed", &error),
+        Ok((spec, stdin)) => become_command(&spec, stdin, keeper_pid),
+        Err(error) => Failure::transient("the launcher failed", &error),
     };
-    control.write_all(&lifeline::line(&failure.into_word())?)
+    control.write_all(&lifeline::line(&failure.into_notice())?)
 }
 
-/// What to become, and the command's stdin.
+/// The command to become, and its stdin.
 fn receive(control: &mut UnixStream) -> io::Result<(Spec, OwnedFd)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -52,16 +51,16 @@ fn receive(control: &mut UnixStream) -> io::Result<(Spec, OwnedFd)> {
         RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
         _ => None,
     });
-    let stdin = stdin.ok_or_else(|| io::Error::other("no stdin came for the command"))?;
+    let stdin = stdin.ok_or_else(|| io::Error::other("the command's stdin is missing"))?;
     fcntl_setfd(&stdin, FdFlags::CLOEXEC)?;
     let mut spec = Vec::new();
     control.read_to_end(&mut spec)?;
     Ok((serde_json::from_slice(&spec)?, stdin))
 }
 
-fn become_command(spec: &Spec, stdin: OwnedFd, keeper: &OsStr) -> Failure {
-    if let Err(error) = die_with(keeper) {
-        return Failure::transient("cannot bind it to its keeper", &error);
+fn become_command(spec: &Spec, stdin: OwnedFd, keeper_pid: &OsStr) -> Failure {
+    if let Err(error) = die_with(keeper_pid) {
+        return Failure::transient("cannot bind the command to its keeper", &error);
     }
     let mut command = Command::new(&spec.program);
     if let Some((name, arguments)) = spec.argv.split_first() {
@@ -74,16 +73,15 @@ fn become_command(spec: &Spec, stdin: OwnedFd, keeper: &OsStr) -> Failure {
     if let Some(cwd) = &spec.cwd {
         command.current_dir(cwd);
     }
-    match take_limits(&spec.limits) {
-        Ok(()) if is_program(&spec.program) => Failure::of_start(spec, &command.exec()),
-        Ok(()) => Failure::of_start(spec, &Errno::NOEXEC.into()),
+    match apply_limits(&spec.limits) {
+        Ok(()) if is_program(&spec.program) => Failure::of_exec(spec, &command.exec()),
+        Ok(()) => Failure::of_exec(spec, &Errno::NOEXEC.into()),
         Err(failure) => failure,
     }
 }
 
-/// What the kernel does not take for a program the C library hands to a shell,
-/// which would make something else of it. A file that can be run and not read
-/// is taken for one.
+/// Whether the kernel can execute the file. The C library would pass any other
+/// file to a shell. A file that cannot be read counts as a program.
 fn is_program(path: &Path) -> bool {
     let mut magic = Vec::new();
     let read = File::open(path).and_then(|file| file.take(4).read_to_end(&mut magic));
@@ -99,17 +97,17 @@ fn is_program(path: &Path) -> bool {
     read.is_err() || magic.starts_with(SCRIPT) || BINARIES.iter().any(|magic| known(magic))
 }
 
-/// The command is killed when its keeper dies. A program that gains privileges
-/// when it starts (set-user-ID) is exempt; so the kernel has it.
+/// Makes the kernel kill the command when its keeper dies. The kernel exempts
+/// programs that gain privileges when they start (set-user-ID).
 #[cfg(target_os = "linux")]
-fn die_with(keeper: &OsStr) -> io::Result<()> {
+fn die_with(keeper_pid: &OsStr) -> io::Result<()> {
     use rustix::process::{Signal, getppid, set_parent_process_death_signal};
     set_parent_process_death_signal(Some(Signal::KILL))?;
-    // It may have died before that.
+    // The keeper may have died before the call.
     let parent = getppid().map(|parent| parent.as_raw_pid().to_string());
-    match parent.is_some_and(|parent| keeper == parent.as_str()) {
+    match parent.is_some_and(|parent| keeper_pid == parent.as_str()) {
         true => Ok(()),
-        false => Err(io::Error::other("it is gone")),
+        false => Err(io::Error::other("the keeper is gone")),
     }
 }
 
@@ -119,7 +117,7 @@ fn die_with(_: &OsStr) -> io::Result<()> {
     Ok(())
 }
 
-fn take_limits(limits: &Limits) -> Result<(), Failure> {
+fn apply_limits(limits: &ResourceLimits) -> Result<(), Failure> {
     if let Some(nice) = limits.nice {
         rustix::process::nice(nice)
             .map_err(|error| Failure::transient("cannot set `nice`", &error.into()))?;
@@ -129,8 +127,8 @@ fn take_limits(limits: &Limits) -> Result<(), Failure> {
             .map_err(|error| Failure::transient("cannot set `open_files`", &error))?;
     }
     if let Some(memory) = limits.memory {
-        // It may be less than this process has already; then what it needs to
-        // become the command must be at hand.
+        // The limit may be below what this process uses already, so memory for
+        // the exec is reserved first.
         drop(black_box(Vec::<u8>::with_capacity(100 << 10)));
         lower(Resource::As, memory)
             .map_err(|error| Failure::transient("cannot set `memory`", &error))?;

@@ -1,4 +1,4 @@
-//! Follows the lifeline, and stops the command when its word runs out.
+//! Follows the lifeline, and stops the command when `ValidUntil` passes.
 
 use std::io::{self, BufRead, BufReader};
 use std::os::unix::net::UnixStream;
@@ -7,11 +7,11 @@ use std::time::Duration;
 use rustix::process::Signal;
 
 use super::super::lifeline::{Moment, Order};
-use super::family::Group;
+use super::process_tree::ProcessGroup;
 
-/// Zero would mean forever to the socket.
+/// The socket takes a timeout of zero for no timeout.
 const SHORTEST_WAIT: Duration = Duration::from_millis(1);
-/// A socket's time limit stands still while the machine is suspended.
+/// The socket's clock stands still while the machine is suspended.
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy)]
@@ -21,10 +21,10 @@ enum Phase {
     Killed,
 }
 
-/// Returns when the daemon is gone; everything has been killed then.
+/// Returns when the daemon is gone and the process group has been killed.
 pub(super) fn watch(
     mut orders: BufReader<UnixStream>,
-    group: &Group,
+    group: &ProcessGroup,
     grace: Duration,
     valid_until: Moment,
 ) {
@@ -34,8 +34,8 @@ pub(super) fn watch(
         phase = match phase {
             Phase::Valid { until } if until.left().is_zero() => {
                 group.expire();
-                // After a freeze that may be past as well: then nothing is
-                // left of the grace, since another worker may have begun.
+                // After a freeze the grace may be over too: another worker
+                // may have started the job.
                 terminate(group, until.after(grace))
             }
             Phase::Stopping { kill_at } if kill_at.left().is_zero() => {
@@ -61,13 +61,13 @@ pub(super) fn watch(
     }
 }
 
-fn terminate(group: &Group, kill_at: Moment) -> Phase {
+fn terminate(group: &ProcessGroup, kill_at: Moment) -> Phase {
     if kill_at.left().is_zero() {
         group.signal(Signal::KILL);
         return Phase::Killed;
     }
     group.signal(Signal::TERM);
-    // A stopped process takes no signal until it goes on.
+    // A stopped process handles SIGTERM only after it continues.
     group.signal(Signal::CONT);
     Phase::Stopping { kill_at }
 }
@@ -81,10 +81,10 @@ fn wait(phase: Phase) -> Duration {
     .clamp(SHORTEST_WAIT, LONGEST_WAIT)
 }
 
-/// The next order, or `None` if none came in that time.
+/// The next order, or `None` if none came in time.
 ///
 /// # Errors
-/// The daemon is gone, or says what cannot be understood.
+/// The daemon is gone, or sent an invalid line.
 fn next(
     orders: &mut BufReader<UnixStream>,
     line: &mut Vec<u8>,
@@ -98,7 +98,7 @@ fn next(
             Ok(Some(order))
         }
         Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
-        // What has come of a line stays, and the rest is added next time.
+        // A partial line stays in the buffer until the rest comes.
         Err(error) => match error.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted => {
                 Ok(None)

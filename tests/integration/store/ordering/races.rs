@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use futures::future::join_all;
 use tokio::task::yield_now;
 use tokio::time::timeout;
-use trainyard::job::{Acquired, Claim, JobFilter, JobState, Retrying};
+use trainyard::job::{Acquired, Claim};
+use trainyard::record::{JobFilter, JobState, Retrying};
 use trainyard::store::Store;
 
 use crate::on_both_databases;

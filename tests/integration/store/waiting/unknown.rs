@@ -3,14 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use trainyard::job::{Can, Claim, ClaimRequest, FinalState, JobKey, JobState};
+use trainyard::job::{Can, Claim, ClaimRequest, FinalState, JobKey};
+use trainyard::record::JobState;
 use trainyard::store::{GivenUp, Store};
 
 use crate::on_both_databases;
 use crate::support::database::{Database, Tables};
 use crate::support::jobs::{
-    LONG, acquire, acquired, assert_waits, failed, finish, interrupted, job_at, job_of, kinds,
-    pass_the_lease, reap, reap_one, reaped_keys, request, send, story_of, succeeded, terms,
+    LONG, acked_after, acquire, acquired, assert_waits, failed, finish, interrupted, job_at,
+    job_of, kinds, pass_the_lease, reap, reap_one, reaped_keys, request, send, story_of, succeeded,
+    terms,
 };
 
 on_both_databases!(
@@ -30,7 +32,7 @@ const PATIENCE: Duration = Duration::from_secs(3_600);
 fn unknown(key: &str) -> ClaimRequest {
     ClaimRequest {
         can: Can::RecordUnknown,
-        reap_delay: Duration::from_secs(60),
+        ack: acked_after(Duration::from_secs(60)),
         ..request(key)
     }
 }

@@ -1,0 +1,12 @@
+-- Nothing that a renewal changes is in an index or in an index's condition, so
+-- that renewals stay heap-only (HOT) updates.
+CREATE INDEX leases_waiting ON leases (subscription, task, run_after, position)
+    WHERE token IS NULL;
+CREATE INDEX leases_running ON leases (subscription, task) WHERE token IS NOT NULL;
+CREATE INDEX leases_to_cancel ON leases (worker) WHERE cancel_requested;
+CREATE INDEX leases_of_unknown_tasks ON leases (task) WHERE unknown_since IS NOT NULL;
+
+ALTER TABLE leases
+    ALTER COLUMN job_id SET NOT NULL,
+    ALTER COLUMN task SET NOT NULL,
+    ALTER COLUMN run_after SET NOT NULL;

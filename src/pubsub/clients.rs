@@ -1,0 +1,89 @@
+//! The client for streaming pull, one for all subscriptions of a process.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use google_cloud_auth::credentials::anonymous;
+use google_cloud_pubsub::client::Subscriber;
+
+use super::{Connection, PubsubError};
+
+/// An HTTP/2 connection carries a hundred streams, as a rule; acks need some.
+const STREAMS_PER_CHANNEL: usize = 80;
+
+/// Makes the client when it is first needed, and another when its connections
+/// seem dead. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Clients {
+    connection: Connection,
+    channels: usize,
+    newest: Arc<Mutex<Newest>>,
+}
+
+#[derive(Debug, Default)]
+struct Newest {
+    generation: u64,
+    client: Option<Subscriber>,
+}
+
+/// A client, and which one it is.
+#[derive(Debug, Clone)]
+pub(super) struct Client {
+    pub(super) subscriber: Subscriber,
+    pub(super) generation: u64,
+}
+
+impl Clients {
+    pub(super) fn new(connection: Connection, streams: usize) -> Self {
+        Self {
+            connection,
+            channels: streams.div_ceil(STREAMS_PER_CHANNEL).max(1),
+            newest: Arc::default(),
+        }
+    }
+
+    pub(super) async fn newest(&self) -> Result<Client, PubsubError> {
+        let generation = {
+            let newest = self.lock();
+            if let Some(subscriber) = newest.client.clone() {
+                let generation = newest.generation;
+                return Ok(Client {
+                    subscriber,
+                    generation,
+                });
+            }
+            newest.generation
+        };
+        let made = self.make().await?;
+        let mut newest = self.lock();
+        // Whoever was quicker has made the one that all use.
+        let subscriber = newest.client.get_or_insert(made).clone();
+        Ok(Client {
+            subscriber,
+            generation: newest.generation.max(generation),
+        })
+    }
+
+    /// The connections of that generation may be dead, without a sign. What is
+    /// open on them goes on; the next stream gets a new connection.
+    pub(super) fn replace(&self, generation: u64) {
+        let mut newest = self.lock();
+        if newest.generation == generation {
+            newest.generation += 1;
+            newest.client = None;
+        }
+    }
+
+    async fn make(&self) -> Result<Subscriber, PubsubError> {
+        let mut builder = Subscriber::builder().with_grpc_subchannel_count(self.channels);
+        if let Some(endpoint) = &self.connection.emulator {
+            builder = builder
+                .with_endpoint(endpoint)
+                .with_credentials(anonymous::Builder::new().build());
+        }
+        builder.build().await.map_err(PubsubError::not_connected)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Newest> {
+        self.newest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

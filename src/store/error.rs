@@ -1,0 +1,120 @@
+//! Why the tables could not be read or written, and what that means for the
+//! message.
+
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+/// Why the tables could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The database cannot be reached or refuses to work now. The message is
+    /// kept unacknowledged; the same call may succeed later.
+    #[error("the database is not available: {0}")]
+    Unavailable(sqlx::Error),
+    /// The database does not take the values, and never will. The message is
+    /// kept unacknowledged; a job ends without its result.
+    #[error("the database refused a statement: {0}")]
+    Refused(sqlx::Error),
+    /// The database did not answer in time. What was asked may or may not have
+    /// happened; asking again tells.
+    #[error("the database did not answer within {} ms", .0.as_millis())]
+    NoAnswer(Duration),
+    /// A row holds what this version cannot read. The message is kept
+    /// unacknowledged.
+    #[error("a stored row cannot be read: {0}")]
+    Unreadable(String),
+}
+
+impl StoreError {
+    /// Whether the database undid the transaction for another one's sake.
+    /// <https://www.postgresql.org/docs/current/mvcc-serialization-failure-handling.html>
+    pub(super) fn was_rolled_back(&self) -> bool {
+        let Self::Unavailable(sqlx::Error::Database(error)) = self else {
+            return false;
+        };
+        matches!(error.code().as_deref(), Some("40001" | "40P01"))
+    }
+
+    /// Whether the database itself is away, so that the same call may succeed
+    /// later.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Unavailable(_) | Self::NoAnswer(_))
+    }
+}
+
+/// Why the schema cannot be used. Nothing has been claimed yet.
+#[derive(Debug, thiserror::Error)]
+pub enum SchemaError {
+    #[error(
+        "the database has no trainyard tables; run `trainyard migrate`, or start with `--migrate`"
+    )]
+    Missing,
+    #[error(
+        "the database's schema is {behind} migration(s) behind this version; run `trainyard migrate`, or start with `--migrate`"
+    )]
+    Old { behind: usize },
+    #[error("a migration failed: {0}")]
+    Migration(#[from] sqlx::migrate::MigrateError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<sqlx::Error> for SchemaError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Store(error.into())
+    }
+}
+
+impl From<sqlx::Error> for StoreError {
+    /// What is not known to be about the values themselves counts as passing:
+    /// a full disk, a failover to a read-only standby, a schema in the middle
+    /// of a change. The same call may succeed later, and giving up would lose.
+    fn from(error: sqlx::Error) -> Self {
+        match &error {
+            sqlx::Error::Database(refusal) if is_about_values(refusal.code().as_deref()) => {
+                Self::Refused(error)
+            }
+            sqlx::Error::Encode(_) => Self::Refused(error),
+            sqlx::Error::ColumnDecode { .. }
+            | sqlx::Error::ColumnNotFound(_)
+            | sqlx::Error::Decode(_) => Self::Unreadable(error.to_string()),
+            _ => Self::Unavailable(error),
+        }
+    }
+}
+
+/// Postgres's classes of errors about what was to be written: data exceptions
+/// (22), constraints (23), program limits (54); SQLite's too big (18) and
+/// constraint (19).
+/// <https://www.postgresql.org/docs/current/errcodes-appendix.html>
+fn is_about_values(code: Option<&str>) -> bool {
+    let Some(code) = code else {
+        return false;
+    };
+    match code.len() {
+        5 => ["22", "23", "54"]
+            .iter()
+            .any(|class| code.starts_with(class)),
+        // The low byte is the primary code of SQLite's extended ones.
+        _ => code
+            .parse::<u32>()
+            .is_ok_and(|code| matches!(code & 0xff, 18 | 19)),
+    }
+}
+
+/// A database that takes longer counts as not answering.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// An answer of the database, unless it takes too long.
+///
+/// # Errors
+/// The database's, or [`StoreError::NoAnswer`].
+pub async fn in_time<A>(
+    asking: impl Future<Output = Result<A, StoreError>>,
+) -> Result<A, StoreError> {
+    timeout(PATIENCE, asking)
+        .await
+        .unwrap_or(Err(StoreError::NoAnswer(PATIENCE)))
+}

@@ -1,0 +1,210 @@
+//! The statements by which jobs leave the queue without a delivery.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use sqlx::postgres::PgRow;
+use sqlx::{PgPool, Row};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::claims::{Taker, Won, key_columns, take_over};
+use crate::job::{DueJob, JobKey, Pick, Taken};
+use crate::outcome::DeadReason;
+use crate::store::values::{final_state, storable};
+use crate::store::{ClaimTerms, GivenUp, Reach, Standing, StoreError};
+
+/// Each pair of a subscription and a task is a walk along an index, from the
+/// oldest job on, so that neither the ended jobs nor those out of reach cost
+/// anything. What waits may run at once; what was running when its worker was
+/// lost, only once Pub/Sub has had its time to redeliver.
+///
+/// A job behind another of its ordering key has no time to run. The position is
+/// looked at besides, since workers of an earlier version do not write that.
+const DUE: &str = "
+SELECT due.* FROM unnest($1::text[]) AS s (subscription)
+CROSS JOIN unnest($2::text[]) AS t (task)
+CROSS JOIN LATERAL (
+    (SELECT subscription, key, task, false AS is_lost,
+            extract(epoch FROM now() - run_after)::float8 AS waited, position
+     FROM leases
+     WHERE token IS NULL AND leases.subscription = s.subscription AND leases.task = t.task
+       AND run_after <= now()
+       AND (ordering_key IS NULL OR position = (
+               SELECT min(head.position) FROM leases head
+               WHERE head.subscription = leases.subscription
+                 AND head.ordering_key = leases.ordering_key))
+     ORDER BY run_after, position
+     LIMIT $3)
+    UNION ALL
+    (SELECT subscription, key, task, true,
+            extract(epoch FROM now() - lease_until)::float8 - reap_delay, position
+     FROM leases
+     WHERE token IS NOT NULL AND leases.subscription = s.subscription AND leases.task = t.task
+       AND lease_until + make_interval(secs => reap_delay) <= now()
+     ORDER BY lease_until, position
+     LIMIT $3)
+) AS due
+ORDER BY waited DESC, position";
+
+pub(super) async fn due(
+    pool: &PgPool,
+    reach: &Reach,
+    limit: u32,
+) -> Result<Vec<DueJob>, StoreError> {
+    let rows = sqlx::query(DUE)
+        .bind(reach.subscriptions.keys().collect::<Vec<_>>())
+        .bind(reach.tasks.keys().collect::<Vec<_>>())
+        .bind(i64::from(limit))
+        .fetch_all(pool)
+        .await?;
+    rows.iter().map(read_due).collect()
+}
+
+fn read_due(row: &PgRow) -> Result<DueJob, StoreError> {
+    let waited: f64 = row.try_get("waited")?;
+    Ok(DueJob {
+        key: JobKey::new(row.try_get("subscription")?, row.try_get("key")?),
+        task: row.try_get("task")?,
+        waited: Duration::try_from_secs_f64(waited).unwrap_or_default(),
+        is_lost: row.try_get("is_lost")?,
+    })
+}
+
+pub(super) async fn take(
+    pool: &PgPool,
+    picks: &[Pick],
+    terms: &ClaimTerms,
+) -> Result<Vec<Taken>, StoreError> {
+    let claimed_at = Instant::now();
+    let takers: Vec<Taker> = picks.iter().map(Taker::from).collect();
+    let mut connection = pool.acquire().await?;
+    let won = take_over(&mut connection, &takers, terms).await?;
+    let mut won: HashMap<Uuid, Won> = won.into_iter().map(|won| (won.token, won)).collect();
+    // What was parked instead is not among the won.
+    let taken = picks
+        .iter()
+        .filter_map(|pick| Some((pick, won.remove(&pick.token)?)))
+        .map(|(pick, won)| taken(pick, won, claimed_at));
+    Ok(taken.collect())
+}
+
+fn taken(pick: &Pick, mut won: Won, claimed_at: Instant) -> Taken {
+    Taken {
+        task: won.task.take().unwrap_or_default(),
+        message_id: won.message_id.take().unwrap_or_default(),
+        ordering_key: won.ordering_key.take().unwrap_or_default(),
+        payload: won.payload.take().unwrap_or_default().into(),
+        acquired: won.acquired(pick.key.clone(), claimed_at),
+    }
+}
+
+const LOOK: &str = "
+SELECT m.state, leases.token IS NULL AS waits, leases.lease_until >= now() AS holds,
+       leases.reap_delay = 0 AS acked,
+       CASE WHEN leases.token IS NOT NULL
+            THEN greatest(extract(epoch FROM leases.lease_until - now()), 0)
+            WHEN leases.run_after < 'infinity'
+            THEN greatest(extract(epoch FROM leases.run_after - now()), 0)
+            ELSE 0 END::float8 AS remaining
+FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS held (subscription, key, nth)
+LEFT JOIN leases USING (subscription, key)
+LEFT JOIN processed_messages m USING (subscription, key)
+ORDER BY nth";
+
+pub(super) async fn look(pool: &PgPool, keys: &[JobKey]) -> Result<Vec<Standing>, StoreError> {
+    let (subscriptions, keys) = key_columns(keys.iter());
+    let rows = sqlx::query(LOOK)
+        .bind(subscriptions)
+        .bind(keys)
+        .fetch_all(pool)
+        .await?;
+    rows.iter().map(read_standing).collect()
+}
+
+fn read_standing(row: &PgRow) -> Result<Standing, StoreError> {
+    let state: Option<&str> = row.try_get("state")?;
+    let Some(state) = state else {
+        return Ok(Standing::Missing);
+    };
+    if let Some(state) = final_state(state) {
+        return Ok(Standing::Finished(state));
+    }
+    let remaining = Duration::from_secs_f64(row.try_get("remaining")?);
+    if row.try_get("waits")? {
+        return Ok(Standing::Waiting { remaining });
+    }
+    if row.try_get::<Option<bool>, _>("holds")? == Some(true) {
+        let acked = row.try_get::<Option<bool>, _>("acked")? == Some(true);
+        return Ok(Standing::Held { remaining, acked });
+    }
+    Ok(Standing::Lost)
+}
+
+/// As if the lease had expired one delay earlier.
+const OFFER: &str = "
+UPDATE leases SET lease_until = now() - make_interval(secs => reap_delay)
+FROM unnest($1::text[], $2::text[]) AS offered (subscription, key)
+WHERE leases.subscription = offered.subscription AND leases.key = offered.key
+  AND token IS NOT NULL AND lease_until <= now()
+  AND lease_until + make_interval(secs => reap_delay) > now()";
+
+pub(super) async fn offer(pool: &PgPool, keys: &[JobKey]) -> Result<(), StoreError> {
+    let (subscriptions, keys) = key_columns(keys.iter());
+    sqlx::query(OFFER)
+        .bind(subscriptions)
+        .bind(keys)
+        .execute(pool)
+        .await?;
+    Ok(())
+}
+
+const KNOW: &str = "
+UPDATE leases SET unknown_since = NULL
+WHERE unknown_since IS NOT NULL AND subscription = ANY ($1) AND task = ANY ($2)";
+
+pub(super) async fn know(pool: &PgPool, reach: &Reach) -> Result<(), StoreError> {
+    sqlx::query(KNOW)
+        .bind(reach.subscriptions.keys().collect::<Vec<_>>())
+        .bind(reach.tasks.keys().collect::<Vec<_>>())
+        .execute(pool)
+        .await?;
+    Ok(())
+}
+
+/// Only while no worker has ever begun to run it.
+const GIVE_UP_UNKNOWN: &str = "
+WITH given_up AS (
+    DELETE FROM leases
+    WHERE subscription = $1 AND key = $2 AND token IS NULL AND attempt = 0
+      AND unknown_since <= now() - make_interval(secs => $3)
+    RETURNING subscription, key
+), dead AS (
+    UPDATE processed_messages
+    SET state = 'dead', error = $4, reason = $5, finished_at = now(), worker = $6,
+        dead_letter_topic = $7
+    FROM given_up
+    WHERE processed_messages.subscription = given_up.subscription
+      AND processed_messages.key = given_up.key
+)
+INSERT INTO ledger (subscription, key, worker, kind, detail)
+SELECT subscription, key, $6, 'refused', $4 FROM given_up";
+
+pub(super) async fn give_up_unknown(
+    pool: &PgPool,
+    key: &JobKey,
+    patience: Duration,
+    given_up: &GivenUp,
+) -> Result<bool, StoreError> {
+    let ended = sqlx::query(GIVE_UP_UNKNOWN)
+        .bind(&*key.subscription)
+        .bind(&*key.key)
+        .bind(patience.as_secs_f64())
+        .bind(storable(&given_up.error))
+        .bind(DeadReason::UnknownTask.as_str())
+        .bind(&*given_up.worker)
+        .bind(given_up.dead_letter_topic.as_deref())
+        .execute(pool)
+        .await?;
+    Ok(ended.rows_affected() == 1)
+}

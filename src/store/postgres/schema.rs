@@ -1,0 +1,116 @@
+//! The schema: bringing it up to date, and knowing whether it is.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use sqlx::migrate::{MigrateError, Migrator};
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{Connection, PgConnection, PgPool};
+use tokio::time::{Instant, sleep};
+
+use crate::retry::Backoff;
+use crate::store::{SchemaError, StoreError, Waiting};
+
+/// A migration that waits for a lock makes everybody wait who comes after it,
+/// renewals too. So it waits briefly, and tries again after a pause in which the
+/// others go on.
+const LOCK_TIMEOUT: &str = "1s";
+const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
+/// Then somebody has to look.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// <https://www.postgresql.org/docs/current/errcodes-appendix.html>
+const LOCK_NOT_AVAILABLE: &str = "55P03";
+
+pub(super) async fn migrate(
+    pool: &PgPool,
+    url: &str,
+    waiting: Waiting,
+) -> Result<usize, SchemaError> {
+    let migrator = migrator();
+    let outstanding = outstanding(pool, &migrator).await?;
+    // Without the limits of the workers' connections, except for locks.
+    let options = PgConnectOptions::from_str(url)?
+        .application_name("trainyard migrate")
+        .options([("lock_timeout", LOCK_TIMEOUT)]);
+    let give_up = Instant::now() + PATIENCE;
+    let mut backoff = Backoff::new(PAUSE.0, PAUSE.1);
+    loop {
+        let mut connection = PgConnection::connect_with(&options).await?;
+        let migrated = migrator.run_direct(None, &mut connection, false).await;
+        // Its end also gives back the lock on migrations.
+        connection.close().await?;
+        match migrated {
+            Ok(()) => return Ok(outstanding.unwrap_or_else(|| migrator.iter().count())),
+            Err(error) if is_locked_out(&error) && Instant::now() < give_up => {
+                waiting(&holders(pool).await?);
+                sleep(backoff.next_ceiling()).await;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn is_locked_out(error: &MigrateError) -> bool {
+    let error = match error {
+        MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => error,
+        _ => return false,
+    };
+    let code = error.as_database_error().and_then(|error| error.code());
+    code.is_some_and(|code| code == LOCK_NOT_AVAILABLE)
+}
+
+const HOLDERS: &str = "
+SELECT coalesce(string_agg(DISTINCT format(
+           'process %s (%s, %s, since %s)', activity.pid, activity.usename,
+           coalesce(nullif(activity.application_name, ''), 'unnamed'),
+           to_char(activity.xact_start, 'HH24:MI:SS')), '; '), 'somebody who has gone')
+FROM pg_locks locks JOIN pg_stat_activity activity USING (pid)
+WHERE locks.relation IN ('leases'::regclass, 'processed_messages'::regclass)
+  AND locks.granted AND activity.pid <> pg_backend_pid()
+  AND activity.xact_start < now() - interval '1 second'";
+
+/// Who holds up the tables, for people.
+async fn holders(pool: &PgPool) -> Result<String, StoreError> {
+    Ok(sqlx::query_scalar(HOLDERS).fetch_one(pool).await?)
+}
+
+pub(super) async fn check(pool: &PgPool) -> Result<(), SchemaError> {
+    match outstanding(pool, &migrator()).await? {
+        None => Err(SchemaError::Missing),
+        Some(0) => Ok(()),
+        Some(behind) => Err(SchemaError::Old { behind }),
+    }
+}
+
+/// A write, though of nothing: a database that only reads is no use.
+const PING: &str = "UPDATE leases SET attempt = attempt WHERE false";
+
+pub(super) async fn ping(pool: &PgPool) -> Result<(), StoreError> {
+    sqlx::query(PING).execute(pool).await?;
+    Ok(())
+}
+
+const HAS_MIGRATIONS: &str = "SELECT to_regclass('_sqlx_migrations') IS NOT NULL";
+const APPLIED_MIGRATIONS: &str = "SELECT version FROM _sqlx_migrations WHERE success";
+
+/// How many migrations are still to be applied; None where none ever was.
+async fn outstanding(pool: &PgPool, migrator: &Migrator) -> Result<Option<usize>, StoreError> {
+    if !sqlx::query_scalar(HAS_MIGRATIONS).fetch_one(pool).await? {
+        return Ok(None);
+    }
+    let applied: Vec<i64> = sqlx::query_scalar(APPLIED_MIGRATIONS)
+        .fetch_all(pool)
+        .await?;
+    let outstanding = migrator
+        .iter()
+        .filter(|migration| !applied.contains(&migration.version));
+    Ok(Some(outstanding.count()))
+}
+
+/// The migrations, tolerant of newer ones that another version has applied.
+fn migrator() -> Migrator {
+    let mut migrator = sqlx::migrate!("migrations/postgres");
+    migrator.set_ignore_missing(true);
+    migrator
+}

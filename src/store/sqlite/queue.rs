@@ -1,0 +1,243 @@
+//! The statements by which jobs leave the queue without a delivery.
+
+use std::time::Duration;
+
+use sqlx::sqlite::{SqlitePool, SqliteRow};
+use sqlx::{Connection, Row, SqliteConnection};
+use tokio::time::Instant;
+
+use super::claims::{Taker, take_over};
+use super::entry::{Entry, add_to_ledger};
+use super::{BEGIN, milliseconds};
+use crate::job::{Acquired, DueJob, JobKey, Pick, Taken};
+use crate::outcome::DeadReason;
+use crate::store::values::{final_state, json_text, storable};
+use crate::store::{ClaimTerms, GivenUp, Reach, Standing, StoreError};
+
+/// What waits may run at once; what was running when its worker was lost, only
+/// once Pub/Sub has had its time to redeliver. `$3` of each subscription and
+/// task.
+const DUE: &str = "
+SELECT * FROM (
+    SELECT subscription, key, task, false AS is_lost, position,
+           CAST(unixepoch('subsec') * 1000 AS INTEGER) - run_after AS waited,
+           row_number() OVER (PARTITION BY subscription, task ORDER BY run_after, position) AS nth
+    FROM leases
+    WHERE token IS NULL AND run_after <= CAST(unixepoch('subsec') * 1000 AS INTEGER)
+      AND subscription IN (SELECT value FROM json_each($1))
+      AND task IN (SELECT value FROM json_each($2))
+      AND (ordering_key IS NULL OR position = (
+              SELECT min(head.position) FROM leases head
+              WHERE head.subscription = leases.subscription
+                AND head.ordering_key = leases.ordering_key))
+    UNION ALL
+    SELECT subscription, key, task, true, position,
+           CAST(unixepoch('subsec') * 1000 AS INTEGER) - lease_until - reap_delay,
+           row_number() OVER (PARTITION BY subscription, task ORDER BY lease_until, position)
+    FROM leases
+    WHERE token IS NOT NULL
+      AND lease_until + reap_delay <= CAST(unixepoch('subsec') * 1000 AS INTEGER)
+      AND subscription IN (SELECT value FROM json_each($1))
+      AND task IN (SELECT value FROM json_each($2)))
+WHERE nth <= $3
+ORDER BY waited DESC, position";
+
+pub(super) async fn due(
+    pool: &SqlitePool,
+    reach: &Reach,
+    limit: u32,
+) -> Result<Vec<DueJob>, StoreError> {
+    let rows = sqlx::query(DUE)
+        .bind(json_text(&reach.subscriptions.keys().collect::<Vec<_>>())?)
+        .bind(json_text(&reach.tasks.keys().collect::<Vec<_>>())?)
+        .bind(limit)
+        .fetch_all(pool)
+        .await?;
+    rows.iter().map(read_due).collect()
+}
+
+fn read_due(row: &SqliteRow) -> Result<DueJob, StoreError> {
+    Ok(DueJob {
+        key: JobKey::new(row.try_get("subscription")?, row.try_get("key")?),
+        task: row.try_get("task")?,
+        waited: Duration::from_millis(row.try_get::<i64, _>("waited")?.max(0).unsigned_abs()),
+        is_lost: row.try_get("is_lost")?,
+    })
+}
+
+pub(super) async fn take(
+    pool: &SqlitePool,
+    picks: &[Pick],
+    terms: &ClaimTerms,
+) -> Result<Vec<Taken>, StoreError> {
+    let claimed_at = Instant::now();
+    let mut connection = pool.acquire().await?;
+    let mut transaction = connection.begin_with(BEGIN).await?;
+    let mut taken = Vec::with_capacity(picks.len());
+    for pick in picks {
+        let won = take_over(&mut transaction, &Taker::from(pick), terms).await?;
+        if let Some(won) = won {
+            let acquired = won.acquired(pick.key.clone(), claimed_at);
+            taken.push(with_message(&mut transaction, acquired).await?);
+        }
+    }
+    transaction.commit().await?;
+    Ok(taken)
+}
+
+const MESSAGE: &str = "
+SELECT task, message_id, ordering_key, payload FROM processed_messages
+WHERE subscription = $1 AND key = $2";
+
+async fn with_message(
+    connection: &mut SqliteConnection,
+    acquired: Acquired,
+) -> Result<Taken, StoreError> {
+    let key = &acquired.fence.key;
+    let row = sqlx::query(MESSAGE)
+        .bind(&*key.subscription)
+        .bind(&*key.key)
+        .fetch_one(connection)
+        .await?;
+    let payload: Option<Vec<u8>> = row.try_get("payload")?;
+    Ok(Taken {
+        acquired,
+        task: row.try_get("task")?,
+        message_id: row.try_get("message_id")?,
+        ordering_key: row.try_get("ordering_key")?,
+        payload: payload.unwrap_or_default().into(),
+    })
+}
+
+const LOOK: &str = "
+SELECT m.state, leases.token IS NULL AS waits, leases.reap_delay = 0 AS acked,
+       leases.lease_until >= CAST(unixepoch('subsec') * 1000 AS INTEGER) AS holds,
+       CASE WHEN leases.token IS NOT NULL
+            THEN max(leases.lease_until - CAST(unixepoch('subsec') * 1000 AS INTEGER), 0)
+            WHEN leases.run_after < 9223372036854775807
+            THEN max(leases.run_after - CAST(unixepoch('subsec') * 1000 AS INTEGER), 0)
+            ELSE 0 END AS remaining
+FROM processed_messages m LEFT JOIN leases USING (subscription, key)
+WHERE m.subscription = $1 AND m.key = $2";
+
+pub(super) async fn look(pool: &SqlitePool, keys: &[JobKey]) -> Result<Vec<Standing>, StoreError> {
+    let mut connection = pool.acquire().await?;
+    let mut standings = Vec::with_capacity(keys.len());
+    for key in keys {
+        let row = sqlx::query(LOOK)
+            .bind(&*key.subscription)
+            .bind(&*key.key)
+            .fetch_optional(&mut *connection)
+            .await?;
+        standings.push(match row {
+            Some(row) => read_standing(&row)?,
+            None => Standing::Missing,
+        });
+    }
+    Ok(standings)
+}
+
+fn read_standing(row: &SqliteRow) -> Result<Standing, StoreError> {
+    if let Some(state) = final_state(row.try_get("state")?) {
+        return Ok(Standing::Finished(state));
+    }
+    let remaining = Duration::from_millis(row.try_get("remaining")?);
+    if row.try_get("waits")? {
+        return Ok(Standing::Waiting { remaining });
+    }
+    if row.try_get::<Option<bool>, _>("holds")? == Some(true) {
+        let acked = row.try_get::<Option<bool>, _>("acked")? == Some(true);
+        return Ok(Standing::Held { remaining, acked });
+    }
+    Ok(Standing::Lost)
+}
+
+/// As if the lease had expired one delay earlier.
+const OFFER: &str = "
+UPDATE leases SET lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER) - reap_delay
+WHERE subscription = $1 AND key = $2 AND token IS NOT NULL
+  AND lease_until <= CAST(unixepoch('subsec') * 1000 AS INTEGER)
+  AND lease_until + reap_delay > CAST(unixepoch('subsec') * 1000 AS INTEGER)";
+
+pub(super) async fn offer(pool: &SqlitePool, keys: &[JobKey]) -> Result<(), StoreError> {
+    for key in keys {
+        sqlx::query(OFFER)
+            .bind(&*key.subscription)
+            .bind(&*key.key)
+            .execute(pool)
+            .await?;
+    }
+    Ok(())
+}
+
+const UNKNOWN: &str = "SELECT EXISTS (SELECT 1 FROM leases WHERE unknown_since IS NOT NULL)";
+
+const KNOW: &str = "
+UPDATE leases SET unknown_since = NULL
+WHERE unknown_since IS NOT NULL
+  AND subscription IN (SELECT value FROM json_each($1))
+  AND task IN (SELECT value FROM json_each($2))";
+
+pub(super) async fn know(pool: &SqlitePool, reach: &Reach) -> Result<(), StoreError> {
+    // As a rule there is nothing to write, and no need for the only writer's place.
+    if !sqlx::query_scalar(UNKNOWN).fetch_one(pool).await? {
+        return Ok(());
+    }
+    sqlx::query(KNOW)
+        .bind(json_text(&reach.subscriptions.keys().collect::<Vec<_>>())?)
+        .bind(json_text(&reach.tasks.keys().collect::<Vec<_>>())?)
+        .execute(pool)
+        .await?;
+    Ok(())
+}
+
+/// Only while no worker has ever begun to run it.
+const GIVE_UP_LEASE: &str = "
+DELETE FROM leases
+WHERE subscription = $1 AND key = $2 AND token IS NULL AND attempt = 0
+  AND unknown_since <= CAST(unixepoch('subsec') * 1000 AS INTEGER) - $3";
+
+const GIVE_UP_JOB: &str = "
+UPDATE processed_messages
+SET state = 'dead', error = $3, reason = $4,
+    finished_at = CAST(unixepoch('subsec') * 1000 AS INTEGER), worker = $5,
+    dead_letter_topic = $6
+WHERE subscription = $1 AND key = $2";
+
+pub(super) async fn give_up_unknown(
+    pool: &SqlitePool,
+    key: &JobKey,
+    patience: Duration,
+    given_up: &GivenUp,
+) -> Result<bool, StoreError> {
+    let mut connection = pool.acquire().await?;
+    let mut transaction = connection.begin_with(BEGIN).await?;
+    let ended = sqlx::query(GIVE_UP_LEASE)
+        .bind(&*key.subscription)
+        .bind(&*key.key)
+        .bind(milliseconds(patience))
+        .execute(&mut *transaction)
+        .await?;
+    if ended.rows_affected() == 0 {
+        return Ok(false);
+    }
+    let error = storable(&given_up.error);
+    sqlx::query(GIVE_UP_JOB)
+        .bind(&*key.subscription)
+        .bind(&*key.key)
+        .bind(&*error)
+        .bind(DeadReason::UnknownTask.as_str())
+        .bind(&*given_up.worker)
+        .bind(given_up.dead_letter_topic.as_deref())
+        .execute(&mut *transaction)
+        .await?;
+    let entry = Entry {
+        worker: &given_up.worker,
+        kind: "refused",
+        detail: Some(&error),
+        ..Entry::default()
+    };
+    add_to_ledger(&mut transaction, key, &entry).await?;
+    transaction.commit().await?;
+    Ok(true)
+}

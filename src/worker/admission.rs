@@ -1,0 +1,218 @@
+//! Decides what this worker may take now: slots, what subscriptions and tasks
+//! may use of them, GPUs, and places for deliveries that are held.
+
+mod rooms;
+mod run_time;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::devices::{DeviceSet, Devices};
+use crate::job::{DueJob, JobKey};
+use crate::store::Reach;
+
+use rooms::Rooms;
+pub(super) use rooms::{Capacity, SubscriptionCapacity, TaskCapacity};
+
+/// The room of one worker. Clones share it.
+#[derive(Clone)]
+pub(super) struct Admission {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    rooms: Mutex<Rooms>,
+    devices: Devices,
+    changed: watch::Sender<()>,
+}
+
+/// Room for one job; comes free when dropped.
+pub(super) struct Room {
+    admission: Admission,
+    id: u64,
+    /// A run that cannot be ended has them for longer than its room.
+    devices: Option<Arc<DeviceSet>>,
+}
+
+/// A place for one delivery that is held; comes free when dropped.
+pub(super) struct Place {
+    admission: Admission,
+    subscription: Arc<str>,
+    waits_for_room: bool,
+}
+
+/// Tells when there may be more room, or less.
+pub(super) struct Changes {
+    rooms: watch::Receiver<()>,
+    devices: watch::Receiver<()>,
+}
+
+impl Changes {
+    pub(super) async fn next(&mut self) {
+        // Both senders live as long as the worker, so waiting cannot fail.
+        tokio::select! {
+            _ = self.rooms.changed() => {}
+            _ = self.devices.changed() => {}
+        }
+    }
+}
+
+impl Admission {
+    pub(super) fn new(capacity: Capacity, devices: Devices) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                rooms: Mutex::new(Rooms::new(capacity, devices.total())),
+                devices,
+                changed: watch::Sender::default(),
+            }),
+        }
+    }
+
+    pub(super) fn changes(&self) -> Changes {
+        Changes {
+            rooms: self.inner.changed.subscribe(),
+            devices: self.inner.devices.freed(),
+        }
+    }
+
+    /// Room for a job, all that it needs or nothing. None also where it would
+    /// delay an older one that waits for what comes free.
+    pub(super) fn admit(&self, key: &JobKey, task: &str) -> Option<Room> {
+        let mut rooms = self.lock();
+        let free = self.inner.devices.free();
+        let id = rooms.admit(key, task, free, Instant::now())?;
+        let room = self.room(&rooms, id, task);
+        drop(rooms);
+        self.inner.changed.send_replace(());
+        Some(room)
+    }
+
+    /// Whether a message of the subscription could be begun now, whichever task it
+    /// names. Not while older jobs are looked for, or while the places for held
+    /// deliveries are taken.
+    pub(super) fn could_begin(&self, subscription: &str) -> bool {
+        let free = self.inner.devices.free();
+        self.lock().could_begin(subscription, free, Instant::now()) > 0
+    }
+
+    /// Whether another delivery of the subscription could be held.
+    pub(super) fn could_hold(&self, subscription: &str) -> bool {
+        self.lock().could_hold(subscription)
+    }
+
+    /// A place for a delivery that is held. There always is one for what has
+    /// arrived; what is asked for next depends on it.
+    pub(super) fn hold(&self, subscription: &Arc<str>) -> Place {
+        self.lock().hold(subscription, false);
+        self.inner.changed.send_replace(());
+        Place {
+            admission: self.clone(),
+            subscription: Arc::clone(subscription),
+            waits_for_room: false,
+        }
+    }
+
+    /// Whether a message that is settled may be followed by the next one.
+    pub(super) fn wants_a_successor(&self) -> bool {
+        self.lock().nothing_waits()
+    }
+
+    /// Jobs may wait in the queue that are older than what could be pulled: it
+    /// is swept before anything more is asked for.
+    pub(super) fn sweep_first(&self) {
+        self.lock().sweep_first();
+        self.inner.changed.send_replace(());
+    }
+
+    pub(super) fn is_sweep_due(&self) -> bool {
+        self.lock().is_sweep_due()
+    }
+
+    /// The queue has been swept.
+    pub(super) fn swept(&self) {
+        self.lock().swept();
+        self.inner.changed.send_replace(());
+    }
+
+    /// Of everything within reach, what is worth looking for in the queue, and
+    /// how many slots are free for it.
+    pub(super) fn within(&self, reach: &Reach) -> (Reach, usize) {
+        self.lock().within(reach)
+    }
+
+    /// Room for those jobs in the queue that fit; `due` is sorted by age. The
+    /// oldest that does not fit has what comes free reserved for it once it has
+    /// waited long enough.
+    pub(super) fn admit_due(&self, due: Vec<DueJob>) -> Vec<(DueJob, Room)> {
+        let mut rooms = self.lock();
+        let free = self.inner.devices.free();
+        let admitted = rooms.admit_due(&due, free, Instant::now());
+        let admitted: BTreeMap<usize, u64> = admitted.into_iter().collect();
+        let given = due.into_iter().enumerate().filter_map(|(nth, job)| {
+            let room = self.room(&rooms, *admitted.get(&nth)?, &job.task);
+            Some((job, room))
+        });
+        given.collect()
+    }
+
+    fn room(&self, rooms: &Rooms, id: u64, task: &str) -> Room {
+        Room {
+            admission: self.clone(),
+            id,
+            devices: match rooms.gpus_of(task) {
+                0 => None,
+                // As many were free under the same lock.
+                gpus => self.inner.devices.take(gpus).map(Arc::new),
+            },
+        }
+    }
+
+    pub(super) fn running(&self) -> usize {
+        self.lock().running()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Rooms> {
+        self.inner
+            .rooms
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Room {
+    /// The GPUs that the job has to itself.
+    pub(super) fn devices(&self) -> Option<Arc<DeviceSet>> {
+        self.devices.clone()
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        // The GPUs first: whoever hears of the room may need them.
+        self.devices = None;
+        self.admission.lock().leave(self.id, Instant::now());
+        self.admission.inner.changed.send_replace(());
+    }
+}
+
+impl Place {
+    /// The delivery's job could run here if there were room.
+    pub(super) fn wait_for_room(&mut self) {
+        let mut rooms = self.admission.lock();
+        rooms.let_go(&self.subscription, self.waits_for_room);
+        rooms.hold(&self.subscription, true);
+        self.waits_for_room = true;
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut rooms = self.admission.lock();
+        rooms.let_go(&self.subscription, self.waits_for_room);
+        drop(rooms);
+        self.admission.inner.changed.send_replace(());
+    }
+}

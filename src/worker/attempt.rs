@@ -1,0 +1,451 @@
+//! One attempt of a job, from its claim to the settled delivery.
+//!
+//! An attempt owns its claim, its lease, its delivery and its room. Invariant:
+//! the lease is renewed until the ending is written or given up; only then is
+//! the delivery settled, once; only then do lease and room go.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use chrono::{TimeDelta, Utc};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, debug, error_span, info, warn};
+
+use super::admission::{Admission, Room};
+use super::events::{EventKind, Events};
+use super::hold::{HeldDeliveries, Holding};
+use super::intake::Intake;
+use super::lease_keeper::{Lease, LeaseKeeper};
+use super::supervise::supervise;
+use crate::config::AckTiming;
+use crate::executor;
+use crate::failpoint::{self, Step};
+use crate::guard::Guard;
+use crate::job::{Acquired, Fence};
+use crate::message::Payload;
+use crate::outcome::{Ending, Outcome, Verdict};
+use crate::pubsub::Receipt;
+use crate::record::{AttemptReport, NoteKind};
+use crate::registry::ConfiguredTask;
+use crate::report::{Checkpoint, Progress, Reports};
+use crate::shutdown::Shutdown;
+use crate::store::{Finish, Release, Released};
+
+/// A failing job of an ordering key holds up those behind it, so it is tried
+/// again sooner than its task's backoff may say.
+const LONGEST_ORDERED_WAIT: Duration = Duration::from_secs(10);
+
+/// A run may report checkpoints as often as it likes; one is written this often.
+const BETWEEN_CHECKPOINTS: Duration = Duration::from_secs(1);
+/// What a run has reported is put on record this often while it goes on.
+const BETWEEN_RECORDS: Duration = Duration::from_secs(30);
+
+/// The parts of a worker that its attempts share.
+pub(super) struct Context {
+    pub(super) guard: Guard,
+    pub(super) keeper: LeaseKeeper,
+    pub(super) admission: Admission,
+    pub(super) held: HeldDeliveries,
+    pub(super) stop_grace: Duration,
+    pub(super) shutdown: Shutdown,
+    pub(super) events: Events,
+    pub(super) wake_dead_letters: Arc<Notify>,
+}
+
+/// A job with what is needed to run it.
+pub(super) struct Assignment {
+    pub(super) intake: Arc<Intake>,
+    pub(super) task: Arc<ConfiguredTask>,
+    pub(super) message_id: Arc<str>,
+    pub(super) is_ordered: bool,
+    pub(super) payload: Payload,
+    /// The message's data, which the payload is read from.
+    pub(super) data: Bytes,
+}
+
+/// An acquired job that is run.
+pub(super) struct Attempt {
+    context: Arc<Context>,
+    job: Assignment,
+    acquired: Acquired,
+    reports: Reports,
+    /// None once it is acked, or where the job came from the queue.
+    delivery: Option<Receipt>,
+    lease: Lease,
+    room: Room,
+}
+
+/// What the broker is told once the ending is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Settling {
+    Ack,
+    /// Another worker may go on, or somebody has to claim the job anew.
+    Nack,
+    /// Hold it, and look at its job then.
+    HoldUntil(Instant),
+}
+
+impl Attempt {
+    /// From here on the lease is renewed.
+    pub(super) fn new(
+        context: &Arc<Context>,
+        job: Assignment,
+        acquired: Acquired,
+        delivery: Option<Receipt>,
+        room: Room,
+    ) -> Self {
+        Self {
+            context: Arc::clone(context),
+            lease: context.keeper.begin(&acquired),
+            job,
+            acquired,
+            reports: Reports::default(),
+            delivery,
+            room,
+        }
+    }
+
+    fn fence(&self) -> &Fence {
+        &self.acquired.fence
+    }
+
+    /// Runs the job and sees to everything that follows from how it ends.
+    pub(super) async fn run(self) {
+        let span = error_span!("job", job.id = %self.acquired.job_id, task.name = self.job.task.name, attempt = self.fence().attempt);
+        self.run_to_the_end().instrument(span).await;
+    }
+
+    async fn run_to_the_end(mut self) {
+        if self.job.task.settings.ack == AckTiming::BeforeRun {
+            // The claim, payload included, has committed.
+            ack_early(
+                &self.context.guard,
+                &self.acquired.fence,
+                &mut self.delivery,
+            );
+        }
+        let outcome = match self.acquired.cancel_requested {
+            true => Outcome::Cancelled,
+            false => self.execute().await,
+        };
+        failpoint::reach(Step::AfterRun);
+        let settling = self.write_ending(outcome).await;
+        // Only of a job that has ended.
+        if settling == Settling::Ack {
+            let executor = &self.job.task.executor;
+            executor.forget(self.acquired.job_id).await;
+        }
+        if self.job.is_ordered {
+            // The next one of its key may run now, before anything is pulled.
+            self.context.admission.sweep_first();
+        }
+        self.settle(settling);
+        self.let_go();
+    }
+
+    async fn execute(&mut self) -> Outcome {
+        info!("started");
+        let started = EventKind::Started {
+            job_id: self.acquired.job_id,
+            task: self.job.task.name.clone(),
+            attempt: self.fence().attempt,
+        };
+        self.context.events.tell(&self.job.message_id, started);
+        let execution = self.execution();
+        let task = Arc::clone(&self.job.task);
+        let context = Arc::clone(&self.context);
+        let watched = Watched {
+            context: &context,
+            fence: self.acquired.fence.clone(),
+            message_id: Arc::clone(&self.job.message_id),
+            reports: self.reports.clone(),
+        };
+        let (progress, checkpoints) = (
+            self.reports.watch_progress(),
+            self.reports.watch_checkpoint(),
+        );
+        let patience = task.stop_patience(context.stop_grace);
+        let stopping = &context.shutdown.stopping;
+        failpoint::reach(Step::DuringRun);
+        let outcome = tokio::select! {
+            outcome = supervise(&task, execution, &mut self.lease, stopping, patience) => outcome,
+            never = watched.relay_progress(progress) => never,
+            never = watched.store_checkpoints(task.settings.ack, checkpoints, &mut self.delivery) => never,
+            never = watched.record_now_and_then() => never,
+        };
+        match outcome {
+            // Whoever stops this worker may have told its programs, too.
+            Outcome::Failed {
+                error,
+                permanent: false,
+            } if context.shutdown.draining.is_cancelled() => {
+                info!(%error, "failed while the worker stops: that counts as interrupted");
+                Outcome::Interrupted
+            }
+            outcome => outcome,
+        }
+    }
+
+    fn execution(&self) -> executor::Attempt {
+        let timeout = self.job.task.settings.timeout.map(TimeDelta::from_std);
+        executor::Attempt {
+            job_id: self.acquired.job_id,
+            task: self.job.task.name.as_str().into(),
+            fence: self.acquired.fence.clone(),
+            message_id: Arc::clone(&self.job.message_id),
+            payload: Arc::new(self.job.payload.clone()),
+            data: self.job.data.clone(),
+            checkpoint: self.acquired.checkpoint.clone(),
+            deadline: timeout
+                .and_then(Result::ok)
+                .and_then(|timeout| Utc::now().checked_add_signed(timeout)),
+            devices: self.room.devices(),
+            reports: self.reports.clone(),
+            valid_until: self.lease.validity(),
+            stop: CancellationToken::new(),
+        }
+    }
+
+    /// Writes what becomes of the job; tries for as long as the worker may.
+    async fn write_ending(&self, outcome: Outcome) -> Settling {
+        let name = outcome.name();
+        let policy = self.job.task.settings.retry_policy();
+        let mut verdict = outcome.verdict(&policy, self.acquired.counted_attempts);
+        if let Verdict::Retry { after, .. } = &mut verdict
+            && self.job.is_ordered
+        {
+            *after = (*after).min(LONGEST_ORDERED_WAIT);
+        }
+        let retry_in = match &verdict {
+            Verdict::Retry { after, .. } => Some(*after),
+            _ => None,
+        };
+        let report = report_so_far(name, &self.reports);
+        let (settling, ()) = tokio::join!(
+            self.write(verdict, name),
+            self.context.guard.record_attempt(self.fence(), &report),
+        );
+        let ended = EventKind::Ended {
+            outcome: name,
+            retry_in,
+        };
+        self.context.events.tell(&self.job.message_id, ended);
+        settling
+    }
+
+    async fn write(&self, verdict: Verdict, outcome: &str) -> Settling {
+        match verdict {
+            Verdict::Finish(ending) => self.finish(ending, outcome).await,
+            Verdict::Retry { error, after } => {
+                let delay = humantime::format_duration(Duration::from_secs(after.as_secs()));
+                warn!(outcome, %error, retry_in = %delay, "failed; it is tried again");
+                self.release(Released::Failed {
+                    error,
+                    retry_in: after,
+                })
+                .await;
+                Settling::HoldUntil(Instant::now() + after)
+            }
+            Verdict::Release => {
+                info!("interrupted by the shutdown; another worker may go on");
+                self.release(Released::Interrupted).await;
+                Settling::Nack
+            }
+            Verdict::Abandon => {
+                warn!("the lease is lost: the run was stopped and its outcome is not written");
+                let guard = &self.context.guard;
+                guard.note(self.fence(), NoteKind::LeaseLost, None);
+                // If nobody has taken it over, the job goes on from here.
+                self.release(Released::Failed {
+                    error: "its worker lost the lease, and stopped the run".to_owned(),
+                    retry_in: Duration::ZERO,
+                })
+                .await;
+                Settling::HoldUntil(Instant::now())
+            }
+        }
+    }
+
+    async fn finish(&self, ending: Ending, outcome: &str) -> Settling {
+        match &ending.error {
+            Some(error) => warn!(outcome, %error, "ended"),
+            None => info!(outcome, "ended"),
+        }
+        let finish = Finish {
+            fence: self.fence().clone(),
+            ending,
+            checkpoint: self.last_checkpoint(),
+            dead_letter_topic: self.job.intake.dead_letter_topic.clone(),
+        };
+        failpoint::reach(Step::BeforeFinish);
+        let giving_up = &self.context.shutdown.giving_up;
+        let finished = self.context.guard.finish(&finish, giving_up).await;
+        failpoint::reach(Step::AfterFinish);
+        match finished {
+            Some(true) => {
+                self.context.wake_dead_letters.notify_one();
+                Settling::Ack
+            }
+            Some(false) => {
+                warn!("another worker has taken the job over: finishing changed 0 rows");
+                Settling::HoldUntil(Instant::now())
+            }
+            None => {
+                warn!("stopped before the outcome could be written; the job will run again");
+                Settling::Nack
+            }
+        }
+    }
+
+    async fn release(&self, why: Released) {
+        let release = Release {
+            fence: self.fence().clone(),
+            why,
+            checkpoint: self.last_checkpoint(),
+        };
+        let giving_up = &self.context.shutdown.giving_up;
+        match self.context.guard.release(&release, giving_up).await {
+            Some(true) => info!("the claim is given back"),
+            Some(false) => warn!("another worker has taken the job over: 0 rows changed"),
+            None => warn!("the claim could not be given back; its lease will expire"),
+        }
+    }
+
+    fn last_checkpoint(&self) -> Option<Checkpoint> {
+        self.reports.watch_checkpoint().borrow().clone()
+    }
+
+    fn settle(&mut self, settling: Settling) {
+        let Some(delivery) = self.delivery.take() else {
+            return;
+        };
+        let Context {
+            guard,
+            admission,
+            held,
+            ..
+        } = &*self.context;
+        match settling {
+            Settling::Ack => {
+                guard.note(self.fence(), NoteKind::Acked, Some("after the run"));
+                failpoint::reach(Step::BeforeFinalAck);
+                match admission.wants_a_successor() {
+                    true => delivery.ack(),
+                    false => delivery.ack_without_a_successor(),
+                }
+            }
+            Settling::Nack => delivery.nack(),
+            Settling::HoldUntil(until) => held.hold(
+                delivery,
+                Holding {
+                    key: self.fence().key.clone(),
+                    place: admission.hold(&self.job.intake.name),
+                    until,
+                    unknown: None,
+                },
+            ),
+        }
+    }
+
+    /// The ending is written or given up: nobody renews the lease any more, and
+    /// the room is free for others.
+    fn let_go(self) {
+        let Self {
+            context,
+            acquired,
+            lease,
+            room,
+            ..
+        } = self;
+        drop(lease);
+        context.held.look_now(&acquired.fence.key);
+        drop(room);
+    }
+}
+
+/// What goes on beside a run.
+struct Watched<'a> {
+    context: &'a Context,
+    fence: Fence,
+    message_id: Arc<str>,
+    reports: Reports,
+}
+
+impl Watched<'_> {
+    /// Passes reports on until the run ends. Never completes.
+    async fn relay_progress(&self, mut reports: watch::Receiver<Progress>) -> Outcome {
+        while reports.changed().await.is_ok() {
+            let report = reports.borrow_and_update().clone();
+            let progressed = EventKind::Progressed(report);
+            self.context.events.tell(&self.message_id, progressed);
+        }
+        std::future::pending().await
+    }
+
+    /// Stores checkpoints as they come, the newest where several come at once;
+    /// the first one is what `after_checkpoint` acks after. Never completes.
+    async fn store_checkpoints(
+        &self,
+        ack: AckTiming,
+        mut checkpoints: watch::Receiver<Option<Checkpoint>>,
+        delivery: &mut Option<Receipt>,
+    ) -> Outcome {
+        let guard = &self.context.guard;
+        let acks = ack == AckTiming::AfterCheckpoint;
+        let mut stored: Option<Checkpoint> = None;
+        while checkpoints.changed().await.is_ok() {
+            let newest = checkpoints.borrow_and_update().clone();
+            let Some(checkpoint) = newest.filter(|newest| stored.as_ref() != Some(newest)) else {
+                continue;
+            };
+            if !guard.save_checkpoint(&self.fence, &checkpoint, acks).await {
+                warn!("a checkpoint is not stored: the job is another worker's by now");
+                continue;
+            }
+            debug!("a checkpoint is stored");
+            if stored.replace(checkpoint).is_none() {
+                let detail = stored.as_deref();
+                guard.note(&self.fence, NoteKind::Checkpointed, detail);
+            }
+            if acks {
+                ack_early(guard, &self.fence, delivery);
+            }
+            // The last one is written with the run's end in any case.
+            sleep(BETWEEN_CHECKPOINTS).await;
+        }
+        std::future::pending().await
+    }
+
+    /// Puts on record now and then what the run has reported: it stays if the
+    /// worker is lost. Never completes.
+    async fn record_now_and_then(&self) -> Outcome {
+        loop {
+            sleep(BETWEEN_RECORDS).await;
+            let report = report_so_far("running", &self.reports);
+            let guard = &self.context.guard;
+            guard.record_attempt(&self.fence, &report).await;
+        }
+    }
+}
+
+/// Acks while the job still has its room.
+fn ack_early(guard: &Guard, fence: &Fence, delivery: &mut Option<Receipt>) {
+    let Some(delivery) = delivery.take() else {
+        return;
+    };
+    failpoint::reach(Step::BeforeAck);
+    delivery.ack_without_a_successor();
+    failpoint::reach(Step::AfterAck);
+    guard.note(fence, NoteKind::Acked, Some("before the run's end"));
+}
+
+fn report_so_far(outcome: &'static str, reports: &Reports) -> AttemptReport {
+    AttemptReport {
+        outcome,
+        log: reports.tail(),
+        series: reports.series(),
+    }
+}

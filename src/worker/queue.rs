@@ -1,0 +1,132 @@
+//! Takes jobs from the queue into free room: those that wait and may run, and
+//! those whose worker is lost.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+use uuid::Uuid;
+
+use super::admission::{Admission, Room};
+use super::attempt::Context;
+use super::process::Processor;
+use crate::job::{DueJob, Pick};
+use crate::retry::jittered;
+use crate::store::{Queue, Reach, StoreError, in_time};
+
+/// Between sweeps, about: a job that a stopping worker gave back waits as long.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Jobs of one subscription and task that one sweep looks at.
+const MOST_AT_ONCE: u32 = 200;
+
+/// The worker's way from the queue to its room.
+pub(super) struct Sweeper {
+    pub(super) queue: Arc<dyn Queue>,
+    pub(super) reach: Reach,
+    pub(super) context: Arc<Context>,
+    pub(super) processor: Arc<Processor>,
+    pub(super) draining: CancellationToken,
+}
+
+impl Sweeper {
+    /// Sweeps about every second, and at once when older jobs may wait than what
+    /// could be pulled. Ends when the worker drains.
+    pub(super) async fn run(self) {
+        loop {
+            tokio::select! {
+                () = self.draining.cancelled() => return,
+                () = sleep(jittered(PAUSE)) => self.know().await,
+                () = sweep_is_due(&self.context.admission) => {}
+            }
+            loop {
+                let more = tokio::select! {
+                    more = self.sweep() => more,
+                    // A statement that is under way is seen to its end.
+                    () = self.draining.cancelled() => return,
+                };
+                match more {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(error) => {
+                        warn!(%error, "the queue was not swept");
+                        self.context.guard.health().note(Some(&error));
+                        break;
+                    }
+                }
+            }
+            self.context.admission.swept();
+        }
+    }
+
+    async fn know(&self) {
+        if let Err(error) = in_time(self.queue.know(&self.reach)).await {
+            debug!(%error, "could not tell which tasks are known here");
+        }
+    }
+
+    /// True where there may be more to take.
+    async fn sweep(&self) -> Result<bool, StoreError> {
+        let admission = &self.context.admission;
+        let (reach, free) = admission.within(&self.reach);
+        if free == 0 || reach.tasks.is_empty() {
+            return Ok(false);
+        }
+        let limit = u32::try_from(free).unwrap_or(MOST_AT_ONCE);
+        let mut due = in_time(self.queue.due(&reach, limit.min(MOST_AT_ONCE))).await?;
+        due.retain(|job| self.may_take(job));
+        let admitted = admission.admit_due(due);
+        if admitted.is_empty() {
+            return Ok(false);
+        }
+        self.take(admitted).await
+    }
+
+    /// Nobody takes over what he himself runs, nor anything just after an
+    /// outage: its worker renews first.
+    fn may_take(&self, job: &DueJob) -> bool {
+        !job.is_lost || self.context.guard.may_take_over() && !self.context.keeper.has(&job.key)
+    }
+
+    async fn take(&self, admitted: Vec<(DueJob, Room)>) -> Result<bool, StoreError> {
+        let mut rooms = HashMap::with_capacity(admitted.len());
+        let picks: Vec<Pick> = admitted
+            .into_iter()
+            .map(|(job, room)| {
+                let token = Uuid::new_v4();
+                rooms.insert(token, room);
+                Pick {
+                    acked_when_claimed: self.reach.acked_when_claimed(&job.task),
+                    limits: self.reach.limits(&job.key.subscription, &job.task),
+                    key: job.key,
+                    token,
+                }
+            })
+            .collect();
+        let terms = self.context.guard.terms();
+        let taken = in_time(self.queue.take(&picks, terms)).await?;
+        let any = !taken.is_empty();
+        for job in taken {
+            let fence = &job.acquired.fence;
+            let Some(room) = rooms.remove(&fence.token) else {
+                continue;
+            };
+            info!(job = %fence.key, attempt = fence.attempt, "took a job from the queue");
+            let processor = Arc::clone(&self.processor);
+            self.processor
+                .running
+                .spawn(async move { processor.run_taken(job, room).await });
+        }
+        // What another worker was quicker with gives its room back here.
+        Ok(any)
+    }
+}
+
+async fn sweep_is_due(admission: &Admission) {
+    let mut changes = admission.changes();
+    while !admission.is_sweep_due() {
+        changes.next().await;
+    }
+}

@@ -1,0 +1,190 @@
+//! Leases are renewed whatever others do with the tables.
+
+use std::fs::File;
+use std::path::Path;
+use std::str::FromStr;
+
+use serde_json::json;
+use sqlx::{Connection, PgConnection};
+use tokio::process::Child;
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use crate::support::database::Database;
+use crate::support::private_postgres::PrivatePostgres;
+use crate::support::runs::RunEvent;
+use crate::support::scene::{FAST, Scene, Settings};
+use crate::support::worker::WorkerProcess;
+use crate::support::{PATIENCE, eventually};
+
+const RUNS: usize = 3;
+const LEASE_SECONDS: f64 = 9.0;
+const SETTINGS: Settings = Settings {
+    slots: RUNS,
+    lease: "9s",
+    ack_deadline: "60s",
+    ..FAST
+};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_that_somebody_has_locked_stops_no_other_run() {
+    let Some(database) = Database::postgres().await else {
+        return;
+    };
+    let (scene, worker, jobs) = with_runs(&database).await;
+    let (locked, others) = jobs.split_first().unwrap();
+
+    let mut somebody = PgConnection::connect(&database.url).await.unwrap();
+    let mut transaction = somebody.begin().await.unwrap();
+    let lock = "SELECT FROM leases JOIN processed_messages USING (subscription, key)
+                WHERE leases.job_id = $1 FOR UPDATE OF leases";
+    let lock = sqlx::query(lock).bind(locked);
+    lock.execute(&mut *transaction).await.unwrap();
+    go_on_for_a_lease_or_are_stopped(&scene, &mut transaction, others).await;
+    transaction.rollback().await.unwrap();
+
+    let stopped = stopped(&scene);
+    let others_stopped = others.iter().filter(|job| stopped.contains(job)).count();
+    assert_eq!(
+        others_stopped,
+        0,
+        "{} runs in all were stopped",
+        stopped.len()
+    );
+    scene.runs.release("all");
+    let ended = scene.all_succeed(RUNS).await;
+    let mut others_ended = ended.iter().filter(|job| others.contains(&job.id));
+    assert!(others_ended.all(|job| job.attempts == 1), "{ended:#?}");
+    scene.nothing_is_left_to_deliver().await;
+    assert!(worker.stop().await.success());
+}
+
+/// The lock that a migration waits for would keep all others waiting behind it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn runs_go_on_while_a_migration_waits_for_a_reader() {
+    let Some(postgres) = PrivatePostgres::start() else {
+        return;
+    };
+    let database = postgres.database();
+    let (scene, worker, jobs) = with_runs(&database).await;
+    lack_a_migration_that_locks_leases(&database).await;
+
+    let mut reader = PgConnection::connect(&database.url).await.unwrap();
+    let mut transaction = reader.begin().await.unwrap();
+    let read = "SELECT FROM leases JOIN processed_messages USING (subscription, key)";
+    sqlx::query(read).execute(&mut *transaction).await.unwrap();
+    let said = scene.yard.folder.path().join("migrate.log");
+    let mut migration = migrate(&scene, &said);
+    it_waits_for_a_lock(&database, &said).await;
+    go_on_for_a_lease_or_are_stopped(&scene, &mut transaction, &jobs).await;
+
+    assert_eq!(stopped(&scene).len(), 0, "runs that were stopped");
+    assert!(migration.try_wait().unwrap().is_none(), "it waits");
+    let said_meanwhile = read_to_string(&said);
+    assert!(said_meanwhile.contains("lock"), "{said_meanwhile}");
+    transaction.rollback().await.unwrap();
+    let ended = timeout(PATIENCE, migration.wait()).await.unwrap().unwrap();
+    assert!(ended.success(), "{}", read_to_string(&said));
+    scene.runs.release("all");
+    let ended = scene.all_succeed(RUNS).await;
+    assert!(ended.iter().all(|job| job.attempts == 1), "{ended:#?}");
+    scene.nothing_is_left_to_deliver().await;
+    assert!(worker.stop().await.success());
+}
+
+/// A worker that is busy with some jobs until they are released.
+async fn with_runs(database: &Database) -> (Scene, WorkerProcess, Vec<Uuid>) {
+    let scene = Scene::new(database, database, &SETTINGS).await;
+    let worker = scene.yard.start_worker("worker");
+    let requests = (0..RUNS).map(|_| scene.runs.waiting("all", json!({})));
+    scene.publish_all(requests.collect()).await;
+    let started = scene.runs_have_started(RUNS).await;
+    let jobs = started.iter().map(|run| run.job).collect();
+    (scene, worker, jobs)
+}
+
+/// Waits until the leases of the jobs have been renewed a whole lease from now,
+/// or a run of theirs was stopped. Looks from a session that has read these
+/// tables already, and so does not wait behind who wants to lock them.
+async fn go_on_for_a_lease_or_are_stopped(
+    scene: &Scene,
+    session: &mut PgConnection,
+    jobs: &[Uuid],
+) {
+    let began: f64 = sqlx::query_scalar("SELECT extract(epoch FROM clock_timestamp())::float8")
+        .fetch_one(&mut *session)
+        .await
+        .unwrap();
+    eventually("the leases are renewed, or lost", async || {
+        let renewed: i64 = sqlx::query_scalar(
+            "SELECT count(*) FROM leases JOIN processed_messages USING (subscription, key)
+             WHERE leases.job_id = ANY ($1) AND token IS NOT NULL AND lease_until > to_timestamp($2)",
+        )
+        .bind(jobs)
+        .bind(began + 2.0 * LEASE_SECONDS)
+        .fetch_one(&mut *session)
+        .await
+        .unwrap();
+        let all_renewed = usize::try_from(renewed).unwrap() == jobs.len();
+        let one_stopped = stopped(scene).iter().any(|job| jobs.contains(job));
+        (all_renewed || one_stopped).then_some(())
+    })
+    .await;
+}
+
+fn stopped(scene: &Scene) -> Vec<Uuid> {
+    let stopped = scene.runs.of(RunEvent::Stopped);
+    stopped.iter().map(|run| run.job).collect()
+}
+
+/// Takes the schema a migration back, and has that one lock the leases as one
+/// that changes their table does.
+async fn lack_a_migration_that_locks_leases(database: &Database) {
+    let mut url = url::Url::from_str(&database.url).unwrap();
+    // An event trigger takes a superuser.
+    url.set_username("postgres").unwrap();
+    let mut superuser = PgConnection::connect(url.as_str()).await.unwrap();
+    for statement in [
+        "DROP INDEX processed_messages_dead_letters",
+        "CREATE FUNCTION lock_leases() RETURNS event_trigger LANGUAGE plpgsql
+         AS 'BEGIN LOCK TABLE leases IN ACCESS EXCLUSIVE MODE; END'",
+        "CREATE EVENT TRIGGER lock_leases ON ddl_command_start WHEN TAG IN ('CREATE INDEX')
+         EXECUTE FUNCTION lock_leases()",
+    ] {
+        sqlx::query(statement)
+            .execute(&mut superuser)
+            .await
+            .unwrap();
+    }
+    let undo = "DELETE FROM _sqlx_migrations WHERE description = 'index dead letters'";
+    let undone = sqlx::query(undo).execute(&mut superuser).await.unwrap();
+    assert_eq!(undone.rows_affected(), 1);
+}
+
+fn migrate(scene: &Scene, said: &Path) -> Child {
+    let output = File::create(said).unwrap();
+    let mut command = scene.yard.command(&["migrate"]);
+    command.stdout(output.try_clone().unwrap()).stderr(output);
+    command.spawn().unwrap()
+}
+
+/// As the server sees it, or as it says itself where it waits for little at a
+/// time.
+async fn it_waits_for_a_lock(database: &Database, said: &Path) {
+    let mut connection = PgConnection::connect(&database.url).await.unwrap();
+    eventually("the migration waits for a lock", async || {
+        let waits: bool = sqlx::query_scalar(
+            "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted
+                AND mode = 'AccessExclusiveLock' AND relation = 'leases'::regclass)",
+        )
+        .fetch_one(&mut connection)
+        .await
+        .unwrap();
+        (waits || read_to_string(said).contains("lock")).then_some(())
+    })
+    .await;
+}
+
+fn read_to_string(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap()
+}
