@@ -2,6 +2,11 @@
 //!
 //! Invariant: for one (subscription, key) at most one run holds a fence that
 //! the store accepts, and at most one ending is ever written.
+//!
+//! While the database is away, a claim is tried a few times and then given up:
+//! its message stays unacknowledged. Endings, releases and checkpoints are tried
+//! until the database answers. All of them may be repeated: the token of a claim
+//! and the `finished_by` of an ending tell whose they are.
 
 mod batch;
 mod health;

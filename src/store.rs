@@ -4,6 +4,24 @@
 //! Lease times are read off the database's clock only. The answer to a commit
 //! can get lost, so every method may be called again and then tells how it
 //! stands.
+//!
+//! - `processed_messages` is the guard and the record: one row per (subscription,
+//!   key), inserted at the first claim or refusal with the message's data, and
+//!   updated when the job ends. In between only its count of duplicates changes.
+//! - `leases` is the queue: one small row per open job, with its lease, its place
+//!   in its ordering key, and its counts of attempts, interruptions and crashes.
+//!   It has no index on a column that a renewal changes, so renewals stay
+//!   heap-only updates on Postgres.
+//! - `ledger` is the story of each message, and `attempts` has the last lines and
+//!   the progress of each attempt. Both are for people; no state is read from
+//!   them. The ledger's entries about claims, duplicates, releases and endings are
+//!   written with the change itself; its notes about acks, checkpoints and lost
+//!   leases follow, and are lost if the database is away.
+//! - The views (`jobs` and others) have the same columns on every database, so
+//!   that [`Records`] is written once.
+//!
+//! A renewal, an ending or a release asks only whether its fence still holds, and
+//! not whether the lease has expired: a late renewal makes the lease good again.
 
 mod error;
 mod postgres;

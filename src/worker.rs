@@ -1,4 +1,8 @@
 //! The worker: pulls deliveries into free slots and sees each run to its end.
+//!
+//! `admission` decides which jobs may begin. A job comes by a delivery (`puller`,
+//! `process`) or from the queue (`queue`); from then on `attempt` owns it. `hold`
+//! keeps the deliveries of jobs that do not run here.
 
 mod admission;
 mod attempt;

@@ -1,5 +1,11 @@
 //! Decides what this worker may take now: slots, what subscriptions and tasks
 //! may use of them, GPUs, and places for deliveries that are held.
+//!
+//! It is asked before a pull ([`Admission::could_begin`]), at an arrival
+//! ([`Admission::admit`], [`Admission::hold`]) and in a sweep
+//! ([`Admission::admit_due`]). Jobs in the queue are older than what could be
+//! pulled, so nothing is pulled between [`Admission::sweep_first`] and the end of
+//! that sweep.
 
 mod rooms;
 mod run_time;

@@ -1,5 +1,11 @@
 //! Takes jobs from the queue into free room: those that wait and may run, and
 //! those whose worker is lost.
+//!
+//! A sweep has three steps: [`Queue::due`] looks and locks nothing, admission
+//! reserves room for the oldest jobs that fit, and [`Queue::take`] takes exactly
+//! those, each on condition that it is still due. Several workers may see the
+//! same jobs; one gets each, and the others give their room back. If the answer
+//! of `take` is lost, its jobs wait for another lease, and that counts as a crash.
 
 use std::collections::HashMap;
 use std::sync::Arc;
