@@ -119,7 +119,9 @@ impl Attempt {
     }
 
     async fn run_to_the_end(mut self) {
-        if self.job.task.settings.ack == AckTiming::BeforeRun {
+        // What has not started when the worker drains is given back.
+        let starts = !self.context.shutdown.draining.is_cancelled();
+        if starts && self.job.task.settings.ack == AckTiming::BeforeRun {
             // The claim, payload included, has committed.
             ack_early(
                 &self.context.guard,
@@ -129,6 +131,7 @@ impl Attempt {
         }
         let outcome = match self.acquired.cancel_requested {
             true => Outcome::Cancelled,
+            false if !starts => Outcome::Interrupted,
             false => self.execute().await,
         };
         failpoint::reach(Step::AfterRun);

@@ -39,7 +39,7 @@ struct Arrival {
     message: Message,
     delivery: Receipt,
     turn: Option<Turn>,
-    wish: Result<Wish, Reason>,
+    wish: Result<Wish, Box<Refusal>>,
     /// Room to run it, or a place to hold it.
     space: Space,
 }
@@ -55,13 +55,6 @@ struct Wish {
     key: JobKey,
     /// None where the task is not known here.
     task: Option<Arc<ConfiguredTask>>,
-}
-
-/// Why a message is refused.
-struct Reason {
-    reason: DeadReason,
-    task: Option<String>,
-    error: String,
 }
 
 impl Processor {
@@ -146,10 +139,9 @@ impl Processor {
         }
         let wish = match wish {
             Ok(wish) => wish,
-            Err(reason) => {
+            Err(refusal) => {
                 let place = space.into_place(&self.context, &intake);
-                let refusing = self.refuse(&intake, message, reason, delivery, place);
-                let is_recorded = refusing.await;
+                let is_recorded = self.refuse(*refusal, delivery, place).await;
                 if let (true, Some(turn)) = (is_recorded, turn) {
                     turn.recorded();
                 }
@@ -244,9 +236,10 @@ impl Processor {
     }
 
     /// What a message asks for, or why it will never run.
-    fn wish(&self, intake: &Intake, message: &Message) -> Result<Wish, Reason> {
+    fn wish(&self, intake: &Intake, message: &Message) -> Result<Wish, Box<Refusal>> {
+        let refusal = |reason, task, error| self.refusal(intake, message, reason, task, error);
         let request = Request::decode(&message.data)
-            .map_err(|error| Reason::new(DeadReason::Malformed, None, error))?;
+            .map_err(|error| refusal(DeadReason::Malformed, None, error.to_string()))?;
         let settings = &intake.settings;
         let key = match settings
             .dedupe_key
@@ -257,20 +250,38 @@ impl Processor {
                 WithoutDedupeKey::MessageId => JobKey::of_message_id(&intake.name, message),
                 WithoutDedupeKey::DeadLetter => {
                     let task = Some(request.task);
-                    return Err(Reason::new(DeadReason::NoDedupeKey, task, missing));
+                    return Err(refusal(DeadReason::NoDedupeKey, task, missing.to_string()));
                 }
             },
         };
         let task = self.tasks.get(&request.task).cloned();
         if task.is_none() && self.unknown_task_patience.is_zero() {
             let error = self.unknown_task(&request.task);
-            return Err(Reason::new(
-                DeadReason::UnknownTask,
-                Some(request.task),
-                error,
-            ));
+            let task = Some(request.task);
+            return Err(refusal(DeadReason::UnknownTask, task, error));
         }
         Ok(Wish { request, key, task })
+    }
+
+    fn refusal(
+        &self,
+        intake: &Intake,
+        message: &Message,
+        reason: DeadReason,
+        task: Option<String>,
+        error: String,
+    ) -> Box<Refusal> {
+        Box::new(Refusal {
+            // By its id: a corrected request may come under the same key.
+            key: JobKey::of_message_id(&intake.name, message),
+            job_id: Uuid::now_v7(),
+            task,
+            message: message.clone(),
+            reason,
+            error,
+            worker: Arc::clone(&self.context.guard.terms().worker),
+            dead_letter_topic: intake.dead_letter_topic.clone(),
+        })
     }
 
     fn claim_request(
@@ -315,14 +326,7 @@ impl Processor {
 
     /// A message that will never run is put on record; only then is it acked.
     /// False where it could not be.
-    async fn refuse(
-        &self,
-        intake: &Intake,
-        message: Message,
-        reason: Reason,
-        delivery: Receipt,
-        place: Place,
-    ) -> bool {
+    async fn refuse(&self, refusal: Refusal, delivery: Receipt, place: Place) -> bool {
         let Context {
             guard,
             events,
@@ -330,18 +334,7 @@ impl Processor {
             wake_dead_letters,
             ..
         } = &*self.context;
-        let id: Arc<str> = message.id.as_str().into();
-        let refusal = Refusal {
-            // By its id: a corrected request may come under the same key.
-            key: JobKey::of_message_id(&intake.name, &message),
-            job_id: Uuid::now_v7(),
-            task: reason.task,
-            message,
-            reason: reason.reason,
-            error: reason.error,
-            worker: Arc::clone(&guard.terms().worker),
-            dead_letter_topic: intake.dead_letter_topic.clone(),
-        };
+        let id: Arc<str> = refusal.message.id.as_str().into();
         match guard.refuse(&refusal).await {
             Ok(Refused::Recorded) => {
                 warn!(reason = %refusal.error, "refused");
@@ -427,16 +420,6 @@ impl Space {
         match self {
             Self::Place(place) => place,
             Self::Room(_) => context.admission.hold(&intake.name),
-        }
-    }
-}
-
-impl Reason {
-    fn new(reason: DeadReason, task: Option<String>, error: impl ToString) -> Self {
-        Self {
-            reason,
-            task,
-            error: error.to_string(),
         }
     }
 }

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use uuid::Uuid;
@@ -41,29 +41,34 @@ impl Sweeper {
     /// Sweeps about every second, and at once when older jobs may wait than what
     /// could be pulled. Ends when the worker drains.
     pub(super) async fn run(self) {
+        let mut next_sweep = Instant::now() + jittered(PAUSE);
         loop {
             tokio::select! {
                 () = self.draining.cancelled() => return,
-                () = sleep(jittered(PAUSE)) => self.know().await,
+                () = sleep_until(next_sweep) => {
+                    next_sweep = Instant::now() + jittered(PAUSE);
+                    self.know().await;
+                }
                 () = sweep_is_due(&self.context.admission) => {}
             }
-            loop {
-                let more = tokio::select! {
-                    more = self.sweep() => more,
-                    // A statement that is under way is seen to its end.
-                    () = self.draining.cancelled() => return,
-                };
-                match more {
-                    Ok(true) => {}
-                    Ok(false) => break,
-                    Err(error) => {
-                        warn!(%error, "the queue was not swept");
-                        self.context.guard.health().note(Some(&error));
-                        break;
-                    }
+            self.sweep_all().await;
+            self.context.admission.swept();
+        }
+    }
+
+    /// Sweeps while there is something to take. A sweep that has begun is seen to
+    /// its end: what it takes is somebody's.
+    async fn sweep_all(&self) {
+        while !self.draining.is_cancelled() {
+            match self.sweep().await {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(error) => {
+                    warn!(%error, "the queue was not swept");
+                    self.context.guard.health().note(Some(&error));
+                    return;
                 }
             }
-            self.context.admission.swept();
         }
     }
 
