@@ -118,9 +118,8 @@ impl Worker {
         let mut background = JoinSet::new();
         background.spawn(parts.context.keeper.clone().run());
         background.spawn(parts.context.keeper.clone().watch_for_cancels());
-        let store = Arc::clone(guard.store());
-        let health = guard.health().clone();
-        background.spawn(async move { health.watch_over(&*store).await });
+        let watching = guard.clone();
+        background.spawn(async move { watching.watch_over_the_database().await });
         let draining = shutdown.draining.clone();
         background.spawn(purger::purge(guard, parts.retention, draining));
         let dead_letters = Arc::clone(&parts.dead_letters);
@@ -171,6 +170,7 @@ impl Worker {
         let held = HeldDeliveries::new(
             self.guard.clone(),
             admission.clone(),
+            self.settings.unknown_task_patience,
             running.clone(),
             shutdown.draining.clone(),
         );

@@ -205,12 +205,12 @@ impl Drop for Room {
 }
 
 impl Place {
-    /// The delivery's job could run here if there were room.
-    pub(super) fn wait_for_room(&mut self) {
+    /// Whether the delivery's job could run here if there were room.
+    pub(super) fn wait_for_room(&mut self, waits: bool) {
         let mut rooms = self.admission.lock();
         rooms.let_go(&self.subscription, self.waits_for_room);
-        rooms.hold(&self.subscription, true);
-        self.waits_for_room = true;
+        rooms.hold(&self.subscription, waits);
+        self.waits_for_room = waits;
     }
 }
 

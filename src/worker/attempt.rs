@@ -296,9 +296,15 @@ impl Attempt {
                 warn!("another worker has taken the job over: finishing changed 0 rows");
                 Settling::HoldUntil(Instant::now())
             }
-            None => {
+            None if giving_up.is_cancelled() => {
                 warn!("stopped before the outcome could be written; the job will run again");
                 Settling::Nack
+            }
+            None => {
+                warn!(
+                    "the outcome cannot be written; the job will run again once its lease expires"
+                );
+                Settling::HoldUntil(Instant::now())
             }
         }
     }

@@ -14,7 +14,7 @@ use super::attempt::{Assignment, Attempt, Context};
 use super::events::EventKind;
 use super::hold::{Holding, Unknown};
 use super::intake::Intake;
-use super::key_turns::Turn;
+use super::key_turns::{FETCHED_BEFORE, Turn};
 use crate::config::{AckTiming, WithoutDedupeKey};
 use crate::failpoint::{self, Step};
 use crate::job::{AckTerms, Can, Claim, ClaimRequest, Fence, JobKey, Limits, Taken};
@@ -134,8 +134,9 @@ impl Processor {
         if let Some(turn) = &mut turn
             && !turn.comes().await
         {
-            info!("an earlier message of its ordering key is not on record: handed back");
-            return delivery.nack();
+            info!("an earlier message of its ordering key is not on record: handed back later");
+            // Not at once, or it comes again and again until that one has come.
+            return self.context.held.hand_back_in(FETCHED_BEFORE, delivery);
         }
         let wish = match wish {
             Ok(wish) => wish,
@@ -216,13 +217,12 @@ impl Processor {
                 info!("its job waits in the queue");
                 events.tell(&id, EventKind::Queued);
                 let unknown = task.is_none().then(|| Unknown {
-                    patience: self.unknown_task_patience,
                     error: self.unknown_task(&wish.request.task),
                     dead_letter_topic: intake.dead_letter_topic.clone(),
                 });
                 let mut place = space.into_place(&self.context, &intake);
                 if can == Can::Record {
-                    place.wait_for_room();
+                    place.wait_for_room(true);
                 }
                 let holding = Holding {
                     key: wish.key,

@@ -15,8 +15,8 @@ use trainyard::message::Message;
 use trainyard::outcome::{DeadReason, Ending};
 use trainyard::record::{Job, Story};
 use trainyard::store::{
-    ClaimTerms, DeadLettersDue, Finish, Reach, Refusal, Release, Released, Standing, Store,
-    TaskTerms,
+    ClaimTerms, DeadLettersDue, Finish, Finished, Reach, Refusal, Release, Released, Standing,
+    Store, TaskTerms,
 };
 use uuid::Uuid;
 
@@ -210,7 +210,7 @@ pub async fn finish(store: &Arc<dyn Store>, fence: &Fence, ending: Ending) -> bo
         checkpoint: None,
         dead_letter_topic: None,
     };
-    store.finish(&[finish]).await.unwrap()[0]
+    store.finish(&[finish]).await.unwrap()[0] == Finished::Ended
 }
 
 pub fn succeeded() -> Ending {
