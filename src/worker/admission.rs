@@ -7,6 +7,7 @@
 //! pulled, so nothing is pulled between [`Admission::sweep_first`] and the end of
 //! that sweep.
 
+mod capacity;
 mod rooms;
 mod run_time;
 
@@ -20,8 +21,8 @@ use crate::devices::{DeviceSet, Devices};
 use crate::job::{DueJob, JobKey};
 use crate::store::Reach;
 
+pub(super) use capacity::{Capacity, SubscriptionCapacity, TaskCapacity};
 use rooms::Rooms;
-pub(super) use rooms::{Capacity, SubscriptionCapacity, TaskCapacity};
 
 /// The room of one worker. Clones share it.
 #[derive(Clone)]
@@ -47,7 +48,6 @@ pub(super) struct Room {
 pub(super) struct Place {
     admission: Admission,
     subscription: Arc<str>,
-    waits_for_room: bool,
 }
 
 /// Tells when there may be more room, or less.
@@ -84,8 +84,9 @@ impl Admission {
         }
     }
 
-    /// Room for a job, all that it needs or nothing. None also where it would
-    /// delay an older one that waits for what comes free.
+    /// Room for a job that has arrived, all that it needs or nothing. None also
+    /// where it would delay an older one that waits for what comes free, and while
+    /// older ones are looked for.
     pub(super) fn admit(&self, key: &JobKey, task: &str) -> Option<Room> {
         let mut rooms = self.lock();
         let free = self.inner.devices.free();
@@ -112,13 +113,20 @@ impl Admission {
     /// A place for a delivery that is held. There always is one for what has
     /// arrived; what is asked for next depends on it.
     pub(super) fn hold(&self, subscription: &Arc<str>) -> Place {
-        self.lock().hold(subscription, false);
+        self.lock().hold(subscription);
         self.inner.changed.send_replace(());
         Place {
             admission: self.clone(),
             subscription: Arc::clone(subscription),
-            waits_for_room: false,
         }
+    }
+
+    /// A job of the subscription was put in the queue for want of room, which may
+    /// have come free meanwhile.
+    pub(super) fn queued(&self, subscription: &str) {
+        let free = self.inner.devices.free();
+        self.lock().queued(subscription, free, Instant::now());
+        self.inner.changed.send_replace(());
     }
 
     /// Whether a message that is settled may be followed by the next one.
@@ -137,14 +145,15 @@ impl Admission {
         self.lock().is_sweep_due()
     }
 
-    /// The queue has been swept.
+    /// The queue has been swept: a sweep is due still if one was asked for after
+    /// the last call of [`Admission::within`].
     pub(super) fn swept(&self) {
         self.lock().swept();
         self.inner.changed.send_replace(());
     }
 
-    /// Of everything within reach, what is worth looking for in the queue, and
-    /// how many slots are free for it.
+    /// Begins a look into the queue. Of everything within reach, what is worth
+    /// looking for, and how many jobs of each kind.
     pub(super) fn within(&self, reach: &Reach) -> (Reach, usize) {
         self.lock().within(reach)
     }
@@ -161,7 +170,10 @@ impl Admission {
             let room = self.room(&rooms, *admitted.get(&nth)?, &job.task);
             Some((job, room))
         });
-        given.collect()
+        let given = given.collect();
+        drop(rooms);
+        self.inner.changed.send_replace(());
+        given
     }
 
     fn room(&self, rooms: &Rooms, id: u64, task: &str) -> Room {
@@ -189,8 +201,10 @@ impl Admission {
 }
 
 impl Room {
-    /// The GPUs that the job has to itself.
+    /// What a run begins with: the GPUs that the job has to itself. Its time
+    /// counts from here.
     pub(super) fn devices(&self) -> Option<Arc<DeviceSet>> {
+        self.admission.lock().begin(self.id, Instant::now());
         self.devices.clone()
     }
 }
@@ -199,26 +213,22 @@ impl Drop for Room {
     fn drop(&mut self) {
         // The GPUs first: whoever hears of the room may need them.
         self.devices = None;
-        self.admission.lock().leave(self.id, Instant::now());
-        self.admission.inner.changed.send_replace(());
-    }
-}
-
-impl Place {
-    /// Whether the delivery's job could run here if there were room.
-    pub(super) fn wait_for_room(&mut self, waits: bool) {
         let mut rooms = self.admission.lock();
-        rooms.let_go(&self.subscription, self.waits_for_room);
-        rooms.hold(&self.subscription, waits);
-        self.waits_for_room = waits;
+        let free = self.admission.inner.devices.free();
+        rooms.leave(self.id, free, Instant::now());
+        drop(rooms);
+        self.admission.inner.changed.send_replace(());
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         let mut rooms = self.admission.lock();
-        rooms.let_go(&self.subscription, self.waits_for_room);
+        rooms.let_go(&self.subscription);
         drop(rooms);
         self.admission.inner.changed.send_replace(());
     }
 }
+
+#[cfg(test)]
+mod tests;

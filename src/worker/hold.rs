@@ -232,7 +232,6 @@ impl HeldDeliveries {
                 }
                 Standing::Missing => self.settle(key, Receipt::nack),
                 Standing::Held { remaining, .. } => {
-                    self.waits_for_room_no_more(key);
                     self.look_again(std::slice::from_ref(key), |_| {
                         *remaining + jittered(AFTER_LEASE)
                     });
@@ -264,15 +263,6 @@ impl HeldDeliveries {
         let held = self.lock().remove(key);
         for (delivery, _) in held.into_iter().flat_map(|held| held.deliveries) {
             how(delivery);
-        }
-    }
-
-    /// Another worker has begun to run the job.
-    fn waits_for_room_no_more(&self, key: &JobKey) {
-        if let Some(held) = self.lock().get_mut(key) {
-            for (_, place) in &mut held.deliveries {
-                place.wait_for_room(false);
-            }
         }
     }
 

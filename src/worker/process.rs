@@ -220,17 +220,16 @@ impl Processor {
                     error: self.unknown_task(&wish.request.task),
                     dead_letter_topic: intake.dead_letter_topic.clone(),
                 });
-                let mut place = space.into_place(&self.context, &intake);
-                if can == Can::Record {
-                    place.wait_for_room(true);
-                }
                 let holding = Holding {
                     key: wish.key,
-                    place,
+                    place: space.into_place(&self.context, &intake),
                     until,
                     unknown,
                 };
                 self.context.held.hold(delivery, holding);
+                if can == Can::Record {
+                    self.context.admission.queued(&intake.name);
+                }
             }
         }
     }
