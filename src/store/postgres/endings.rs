@@ -14,9 +14,10 @@ use crate::store::{Finish, Finished, Refusal, Refused, Release, StoreError};
 /// One statement: the lease goes and the job ends, or neither. A second call
 /// with the same token finds the ending that the first one wrote.
 ///
-/// All leases are locked before the first job's row is (hence the count), so
-/// that this and a claim never wait for each other. A row that another session
-/// has locked is passed over, so that it holds up no other ending.
+/// A row that another session has locked is passed over, so that it holds up no
+/// other ending. Only the short lock of a claim on the last job of its ordering
+/// key is waited for. All leases are gone before the first job's row is touched
+/// (hence the count), so that this and a claim never wait for each other.
 const FINISH: &str = "
 WITH input AS (
     SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::uuid[], $5::text[], $6::text[],
@@ -30,11 +31,10 @@ WITH input AS (
            input.dead_letter_topic
     FROM leases JOIN input USING (subscription, key, attempt, token)
     ORDER BY leases.subscription, leases.key
-    FOR UPDATE OF leases SKIP LOCKED
+    FOR NO KEY UPDATE OF leases SKIP LOCKED
 ), ended AS (
     DELETE FROM leases USING held
     WHERE leases.subscription = held.subscription AND leases.key = held.key
-      AND (SELECT count(*) FROM held) > 0
     RETURNING held.*
 ), finished AS (
     UPDATE processed_messages
@@ -47,6 +47,7 @@ WITH input AS (
     FROM ended
     WHERE processed_messages.subscription = ended.subscription
       AND processed_messages.key = ended.key
+      AND (SELECT count(*) FROM ended) > 0
     RETURNING ended.token
 ), noted AS (
     INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
