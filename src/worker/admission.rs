@@ -12,6 +12,7 @@ mod rooms;
 mod run_time;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
@@ -24,6 +25,9 @@ use crate::store::Reach;
 pub(super) use capacity::{Capacity, SubscriptionCapacity, TaskCapacity};
 use rooms::Rooms;
 
+/// Data of messages that wait for their claim. With more, nothing is asked for.
+const MAX_LOAD: usize = 64 << 20;
+
 /// The room of one worker. Clones share it.
 #[derive(Clone)]
 pub(super) struct Admission {
@@ -33,6 +37,8 @@ pub(super) struct Admission {
 struct Inner {
     rooms: Mutex<Rooms>,
     devices: Devices,
+    /// Bytes of messages that wait for their claim.
+    load: AtomicUsize,
     changed: watch::Sender<()>,
 }
 
@@ -48,6 +54,12 @@ pub(super) struct Room {
 pub(super) struct Place {
     admission: Admission,
     subscription: Arc<str>,
+}
+
+/// The data of a message that waits for its claim.
+pub(super) struct Load {
+    admission: Admission,
+    bytes: usize,
 }
 
 /// Tells when there may be more room, or less.
@@ -72,6 +84,7 @@ impl Admission {
             inner: Arc::new(Inner {
                 rooms: Mutex::new(Rooms::new(capacity, devices.total())),
                 devices,
+                load: AtomicUsize::new(0),
                 changed: watch::Sender::default(),
             }),
         }
@@ -101,13 +114,16 @@ impl Admission {
     /// names. Not while older jobs are looked for, or while the places for held
     /// deliveries are taken.
     pub(super) fn could_begin(&self, subscription: &str) -> bool {
+        if self.is_overloaded() {
+            return false;
+        }
         let free = self.inner.devices.free();
         self.lock().could_begin(subscription, free, Instant::now()) > 0
     }
 
     /// Whether another delivery of the subscription could be held.
     pub(super) fn could_hold(&self, subscription: &str) -> bool {
-        self.lock().could_hold(subscription)
+        !self.is_overloaded() && self.lock().could_hold(subscription)
     }
 
     /// A place for a delivery that is held. There always is one for what has
@@ -119,6 +135,20 @@ impl Admission {
             admission: self.clone(),
             subscription: Arc::clone(subscription),
         }
+    }
+
+    /// Counts a message's data until its claim is answered: from then on a delivery
+    /// that is held has none.
+    pub(super) fn load(&self, bytes: usize) -> Load {
+        self.inner.load.fetch_add(bytes, Ordering::AcqRel);
+        Load {
+            admission: self.clone(),
+            bytes,
+        }
+    }
+
+    fn is_overloaded(&self) -> bool {
+        self.inner.load.load(Ordering::Acquire) >= MAX_LOAD
     }
 
     /// A job of the subscription was put in the queue for want of room, which may
@@ -227,6 +257,16 @@ impl Drop for Place {
         rooms.let_go(&self.subscription);
         drop(rooms);
         self.admission.inner.changed.send_replace(());
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        let inner = &self.admission.inner;
+        let before = inner.load.fetch_sub(self.bytes, Ordering::AcqRel);
+        if before >= MAX_LOAD {
+            inner.changed.send_replace(());
+        }
     }
 }
 

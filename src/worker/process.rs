@@ -9,7 +9,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{Instrument, error, error_span, info, warn};
 use uuid::Uuid;
 
-use super::admission::{Place, Room};
+use super::admission::{Load, Place, Room};
 use super::attempt::{Assignment, Attempt, Context};
 use super::events::EventKind;
 use super::hold::{Holding, Unknown};
@@ -40,6 +40,7 @@ struct Arrival {
     delivery: Receipt,
     turn: Option<Turn>,
     wish: Result<Wish, Box<Refusal>>,
+    load: Load,
     /// Room to run it, or a place to hold it.
     space: Space,
 }
@@ -79,12 +80,14 @@ impl Processor {
             || Space::Place(self.context.admission.hold(&intake.name)),
             Space::Room,
         );
+        let load = self.context.admission.load(message.data.len());
         let arrival = Arrival {
             intake: Arc::clone(intake),
             message,
             delivery,
             turn,
             wish,
+            load,
             space,
         };
         let processor = Arc::clone(self);
@@ -129,6 +132,7 @@ impl Processor {
             delivery,
             mut turn,
             wish,
+            load,
             space,
         } = arrival;
         if let Some(turn) = &mut turn
@@ -162,6 +166,7 @@ impl Processor {
                 };
             }
         };
+        drop(load);
         if matches!(claim, Claim::Acquired(_)) {
             failpoint::reach(Step::AfterClaim);
         }

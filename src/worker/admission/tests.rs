@@ -154,3 +154,17 @@ fn a_delivery_whose_job_could_begin_by_now_makes_a_sweep_due() {
     assert!(!admission.is_sweep_due());
     assert!(admission.wants_a_successor());
 }
+
+#[test]
+fn nothing_is_asked_for_while_much_data_waits_for_its_claim() {
+    let admission = admission(2, 0);
+    let most = admission.load(MAX_LOAD - 1);
+    assert!(admission.could_begin("jobs"));
+    let rest = admission.load(1);
+    assert!(!admission.could_begin("jobs") && !admission.could_hold("jobs"));
+    let mut changes = admission.changes();
+    drop(rest);
+    assert!(have_come(&mut changes));
+    assert!(admission.could_begin("jobs") && admission.could_hold("jobs"));
+    drop(most);
+}
