@@ -1,6 +1,7 @@
 //! Decides what this worker may take now: slots, what subscriptions and tasks
 //! may use of them, GPUs, and places for deliveries that are held.
 
+mod capacity;
 mod rooms;
 mod run_time;
 
@@ -14,8 +15,8 @@ use crate::devices::{DeviceSet, Devices};
 use crate::job::{DueJob, JobKey};
 use crate::store::Reach;
 
+pub(super) use capacity::{Capacity, SubscriptionCapacity, TaskCapacity};
 use rooms::Rooms;
-pub(super) use rooms::{Capacity, SubscriptionCapacity, TaskCapacity};
 
 /// The room of one worker. Clones share it.
 #[derive(Clone)]
@@ -41,7 +42,6 @@ pub(super) struct Room {
 pub(super) struct Place {
     admission: Admission,
     subscription: Arc<str>,
-    waits_for_room: bool,
 }
 
 /// Tells when there may be more room, or less.
@@ -78,8 +78,9 @@ impl Admission {
         }
     }
 
-    /// Room for a job, all that it needs or nothing. None also where it would
-    /// delay an older one that waits for what comes free.
+    /// Room for a job that has arrived, all that it needs or nothing. None also
+    /// where it would delay an older one that waits for what comes free, and while
+    /// older ones are looked for.
     pub(super) fn admit(&self, key: &JobKey, task: &str) -> Option<Room> {
         let mut rooms = self.lock();
         let free = self.inner.devices.free();
@@ -104,14 +105,19 @@ impl Admission {
     }
 
     /// A place for a delivery that is held. There always is one for what has
-    /// arrived; what is asked for next depends on it.
+    /// arrived; what is asked for next depends on it. One that waits for room has
+    /// its job in the queue by now.
     pub(super) fn hold(&self, subscription: &Arc<str>, waits_for_room: bool) -> Place {
-        self.lock().hold(subscription, waits_for_room);
+        let mut rooms = self.lock();
+        rooms.hold(subscription);
+        if waits_for_room {
+            rooms.queued(subscription, self.inner.devices.free(), Instant::now());
+        }
+        drop(rooms);
         self.inner.changed.send_replace(());
         Place {
             admission: self.clone(),
             subscription: Arc::clone(subscription),
-            waits_for_room,
         }
     }
 
@@ -131,14 +137,15 @@ impl Admission {
         self.lock().is_sweep_due()
     }
 
-    /// The queue has been swept.
+    /// The queue has been swept: a sweep is due still if one was asked for after
+    /// the last call of [`Admission::within`].
     pub(super) fn swept(&self) {
         self.lock().swept();
         self.inner.changed.send_replace(());
     }
 
-    /// Of everything within reach, what is worth looking for in the queue, and
-    /// how many slots are free for it.
+    /// Begins a look into the queue. Of everything within reach, what is worth
+    /// looking for, and how many jobs of each kind.
     pub(super) fn within(&self, reach: &Reach) -> (Reach, usize) {
         self.lock().within(reach)
     }
@@ -155,7 +162,10 @@ impl Admission {
             let room = self.room(&rooms, *admitted.get(&nth)?, &job.task);
             Some((job, room))
         });
-        given.collect()
+        let given = given.collect();
+        drop(rooms);
+        self.inner.changed.send_replace(());
+        given
     }
 
     fn room(&self, rooms: &Rooms, id: u64, task: &str) -> Room {
@@ -183,8 +193,10 @@ impl Admission {
 }
 
 impl Room {
-    /// The GPUs that the job has to itself.
+    /// What a run begins with: the GPUs that the job has to itself. Its time
+    /// counts from here.
     pub(super) fn devices(&self) -> Option<Arc<DeviceSet>> {
+        self.admission.lock().begin(self.id, Instant::now());
         self.devices.clone()
     }
 }
@@ -193,7 +205,10 @@ impl Drop for Room {
     fn drop(&mut self) {
         // The GPUs first: whoever hears of the room may need them.
         self.devices = None;
-        self.admission.lock().leave(self.id, Instant::now());
+        let mut rooms = self.admission.lock();
+        let free = self.admission.inner.devices.free();
+        rooms.leave(self.id, free, Instant::now());
+        drop(rooms);
         self.admission.inner.changed.send_replace(());
     }
 }
@@ -201,8 +216,11 @@ impl Drop for Room {
 impl Drop for Place {
     fn drop(&mut self) {
         let mut rooms = self.admission.lock();
-        rooms.let_go(&self.subscription, self.waits_for_room);
+        rooms.let_go(&self.subscription);
         drop(rooms);
         self.admission.inner.changed.send_replace(());
     }
 }
+
+#[cfg(test)]
+mod tests;
