@@ -231,9 +231,9 @@ impl Admission {
 }
 
 impl Room {
-    /// What a run begins with: the GPUs that the job has to itself. Its time
-    /// counts from here.
-    pub(super) fn devices(&self) -> Option<Arc<DeviceSet>> {
+    /// The run begins: its time counts from here. Returns the GPUs that the job has
+    /// to itself.
+    pub(super) fn begin(&self) -> Option<Arc<DeviceSet>> {
         self.admission.lock().begin(self.id, Instant::now());
         self.devices.clone()
     }

@@ -205,7 +205,7 @@ impl Attempt {
             deadline: timeout
                 .and_then(Result::ok)
                 .and_then(|timeout| Utc::now().checked_add_signed(timeout)),
-            devices: self.room.devices(),
+            devices: self.room.begin(),
             reports: self.reports.clone(),
             valid_until: self.lease.validity(),
             stop: CancellationToken::new(),

@@ -9,8 +9,8 @@
 //! <https://slurm.schedmd.com/sched_config.html>).
 //!
 //! No job waits for ever: by when whatever passes is over, is set when the
-//! reservation is made, and one reservation stands until its job has begun or
-//! gone. GPUs stand idle for a reservation during at most a fifth of the time:
+//! reservation is made, and a reservation stands until its job begins or is
+//! gone. GPUs stand idle for reservations during at most a fifth of the time:
 //! after each there is none for a while.
 
 use std::collections::BTreeMap;

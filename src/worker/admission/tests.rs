@@ -76,7 +76,7 @@ fn gpus_come_back_with_the_last_that_holds_them_and_wake_who_waits() {
     let admission = admission(2, 1);
     let room = admission.admit(&key("first"), "single").unwrap();
     // A run that cannot be ended has them for longer than its room.
-    let devices = room.devices().unwrap();
+    let devices = room.begin().unwrap();
     assert_eq!(devices.names(), ["0"]);
     drop(room);
     assert_eq!(admission.running(), 0);
@@ -91,7 +91,7 @@ fn gpus_come_back_with_the_last_that_holds_them_and_wake_who_waits() {
 fn a_room_gives_its_gpus_back_before_it_is_free_itself() {
     let admission = admission(2, 2);
     let room = admission.admit(&key("first"), "pair").unwrap();
-    room.devices();
+    room.begin();
     assert!(admission.admit_due(vec![due("second", "pair")]).is_empty());
     drop(room);
     assert!(admission.is_sweep_due(), "it fits by then");
@@ -107,7 +107,7 @@ fn rooms_for_jobs_from_the_queue_have_gpus_of_their_own() {
     assert!(have_come(&mut changes), "less may be asked for");
     let names: Vec<(&str, Vec<String>)> = given
         .iter()
-        .map(|(job, room)| (&*job.key.key, room.devices().unwrap().names().to_vec()))
+        .map(|(job, room)| (&*job.key.key, room.begin().unwrap().names().to_vec()))
         .collect();
     let expected = [("first", vec!["0", "1"]), ("fourth", vec!["2"])];
     assert_eq!(names, expected.map(|(job, of)| (job, strings(&of))));

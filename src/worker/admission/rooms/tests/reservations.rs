@@ -202,6 +202,15 @@ fn a_jobs_share_of_its_subscription_is_kept_for_it() {
 }
 
 #[test]
+fn a_share_is_kept_also_while_the_reservation_is_another_jobs() {
+    let mut bench = where_a_pair_has_waited(8, LONG);
+    let due = [("pair", "a-2", LONG), ("few/pair", "a-2", LONG)];
+    assert!(bench.sweep(&due).is_empty());
+    assert!(bench.arrives("few/without a GPU", "cpu-0"));
+    assert!(!bench.arrives("few/one too many", "cpu-0"));
+}
+
+#[test]
 fn nothing_is_kept_for_a_job_whose_task_is_at_its_limit() {
     let mut bench = Bench::with(8, 2);
     assert!(bench.arrives("few/first", "one-1"));
