@@ -12,7 +12,9 @@ use crate::devices::Devices;
 use crate::executor::subprocess::{run_as_keeper_if_asked, tidy_work_dir};
 use crate::guard::Guard;
 use crate::nvidia;
-use crate::pubsub::{Connection, Publishers, PubsubError, Pulling, Subscription};
+use crate::pubsub::{
+    Connection, Publishers, PubsubError, Pulling, Subscription, SubscriptionFacts,
+};
 use crate::registry::{ConfiguredTasks, Registry, work_dir_of_commands};
 use crate::shutdown::Shutdown;
 use crate::store::{self, ClaimTerms, Missing, Store};
@@ -130,7 +132,7 @@ pub async fn build_worker(
     }
     let mut pulled = Vec::new();
     for (name, settings) in &config.subscriptions {
-        check_subscription(connection, name).await?;
+        check_subscription(connection, name, config).await?;
         if let Some(topic) = &settings.dead_letter_topic {
             check_dead_letter_topic(connection, name, topic).await?;
         }
@@ -199,9 +201,18 @@ fn warn_of_missing_gpus(tasks: &ConfiguredTasks, devices: &Devices) {
 
 /// A subscription that does not exist is found now rather than in the log. A
 /// worker may be allowed to pull and not to look; then pulling tells.
-async fn check_subscription(connection: &Connection, name: &str) -> anyhow::Result<()> {
-    match connection.topic_of(name).await {
-        Ok(_) => Ok(()),
+async fn check_subscription(
+    connection: &Connection,
+    name: &str,
+    config: &Config,
+) -> anyhow::Result<()> {
+    match connection.subscription(name).await {
+        Ok(facts) => {
+            for concern in concerns_about(&facts, config) {
+                warn!(subscription = name, "{concern}");
+            }
+            Ok(())
+        }
         Err(PubsubError::NotFound { what }) => Err(invalid(&format!(
             "{what} does not exist: create it, or mend [subscriptions.{name}]"
         ))),
@@ -211,6 +222,30 @@ async fn check_subscription(connection: &Connection, name: &str) -> anyhow::Resu
         }
         Err(other) => Err(other.into()),
     }
+}
+
+/// With fewer, a few crashes or restarts of workers use them up.
+const ENOUGH_DELIVERY_ATTEMPTS: u32 = 20;
+
+/// What is risky about a subscription's settings in Pub/Sub.
+pub fn concerns_about(facts: &SubscriptionFacts, config: &Config) -> Vec<String> {
+    let mut concerns = Vec::new();
+    if facts.retention > config.guard.retention {
+        concerns.push(format!(
+            "Pub/Sub retains messages for {}, longer than [guard] retention = {}: a message that is redelivered later runs a second time",
+            humantime::format_duration(facts.retention),
+            humantime::format_duration(config.guard.retention)
+        ));
+    }
+    if let Some(attempts) = facts
+        .max_delivery_attempts
+        .filter(|attempts| *attempts < ENOUGH_DELIVERY_ATTEMPTS)
+    {
+        concerns.push(format!(
+            "Pub/Sub's own dead-letter policy gives a message up after {attempts} deliveries, and each crash or restart of a worker that holds it uses one up: remove the policy and set `dead_letter_topic`, or allow {ENOUGH_DELIVERY_ATTEMPTS} deliveries or more"
+        ));
+    }
+    concerns
 }
 
 /// A dead message that cannot be published stays in the database, but nobody

@@ -2,11 +2,16 @@
 //!
 //! Invariant: for one (subscription, key) at most one run holds a fence that
 //! the store accepts, and at most one ending is ever written.
+//!
+//! While the database is away, a claim is tried a few times and then given up:
+//! its message stays unacknowledged. Endings, releases and checkpoints are tried
+//! until the database answers. All of them may be repeated: the token of a claim
+//! and the `finished_by` of an ending tell whose they are.
 
 mod batch;
 mod health;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -14,13 +19,14 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
+use uuid::Uuid;
 
-use crate::job::{Claim, ClaimRequest, Fence};
+use crate::job::{Claim, ClaimRequest, Fence, JobKey};
 use crate::outcome::{DeadReason, Ending};
 use crate::record::{AttemptReport, Note, NoteKind};
 use crate::retry::Backoff;
 use crate::store::{
-    ClaimTerms, Finish, Refusal, Refused, Release, Requests, Store, StoreError, in_time,
+    ClaimTerms, Finish, Finished, Refusal, Refused, Release, Requests, Store, StoreError, in_time,
 };
 use batch::Batcher;
 
@@ -32,6 +38,9 @@ const TRY_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::f
 /// How often a claim is sent before its delivery is put off. The tries carry
 /// one token, so that a claim whose answer was lost is found to be one's own.
 const CLAIM_TRIES: u32 = 3;
+
+/// How long workers take to reach a database that is back.
+const RECONNECTED: Duration = Duration::from_secs(2);
 
 /// Nobody waits for long for what only people read.
 const NOTE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -45,16 +54,21 @@ pub struct Guard {
     store: Arc<dyn Store>,
     terms: ClaimTerms,
     claims: Batcher<ClaimRequest, Claim>,
-    finishes: Batcher<Finish, bool>,
+    /// Those with an ordering key: they may have to wait for another session.
+    ordered_claims: Batcher<ClaimRequest, Claim>,
+    finishes: Batcher<Finish, Finished>,
     notes: mpsc::Sender<Note>,
     health: Health,
+    /// Claims that were given up. What they have acquired all the same, nobody
+    /// runs.
+    unanswered: Arc<Mutex<Vec<(JobKey, Uuid)>>>,
 }
 
 impl Guard {
     /// Must be called within a runtime: it sends its statements from there.
     #[must_use]
     pub fn new(store: Arc<dyn Store>, terms: ClaimTerms) -> Self {
-        let claims = {
+        let claims = || {
             let (store, terms) = (Arc::clone(&store), terms.clone());
             let bytes = |request: &ClaimRequest| request.message.data.len();
             Batcher::new(bytes, move |requests: Vec<ClaimRequest>| {
@@ -62,6 +76,7 @@ impl Guard {
                 async move { store.claim(&requests, &terms).await }.boxed()
             })
         };
+        let (claims, ordered_claims) = (claims(), claims());
         let finishes = {
             let store = Arc::clone(&store);
             Batcher::new(
@@ -79,9 +94,11 @@ impl Guard {
             store,
             terms,
             claims,
+            ordered_claims,
             finishes,
             notes,
             health: Health::default(),
+            unanswered: Arc::default(),
         }
     }
 
@@ -101,10 +118,44 @@ impl Guard {
     }
 
     /// Whether jobs may be taken over whose lease has expired. Not while the
-    /// database is away, nor just after: their workers renew first.
+    /// database is away, nor just after, nor just after the start: their workers
+    /// renew first, which they try every thirty-second part of a lease.
     #[must_use]
     pub fn may_take_over(&self) -> bool {
-        self.health.is_up_for(self.terms.lease / 4)
+        let lease = self.terms.lease;
+        let renewed = (lease / 16 + RECONNECTED).min(lease / 4);
+        self.health.is_up_for(renewed)
+    }
+
+    /// Notices when the database is back, and first gives back what claims have
+    /// acquired that were never answered. Never ends.
+    pub async fn watch_over_the_database(&self) {
+        loop {
+            self.health.answers_again(&*self.store).await;
+            self.disown_unanswered().await;
+            self.health.is_back();
+        }
+    }
+
+    async fn disown_unanswered(&self) {
+        let claims = self.take_unanswered();
+        if claims.is_empty() {
+            return;
+        }
+        if let Err(error) = in_time(self.store.disown(&claims)).await {
+            warn!(%error, claims = claims.len(), "unanswered claims are not given back yet");
+            self.unanswered().extend(claims);
+        }
+    }
+
+    fn take_unanswered(&self) -> Vec<(JobKey, Uuid)> {
+        std::mem::take(&mut *self.unanswered())
+    }
+
+    fn unanswered(&self) -> MutexGuard<'_, Vec<(JobKey, Uuid)>> {
+        self.unanswered
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Asks to run a message's job.
@@ -116,13 +167,21 @@ impl Guard {
         let mut backoff = Backoff::new(TRY_AGAIN.0, TRY_AGAIN.1);
         let mut tries = 1;
         loop {
-            let answer = self.noted(self.claims.ask(request.clone()).await);
-            match answer {
+            let claims = match request.message.ordering_key.is_empty() {
+                true => &self.claims,
+                false => &self.ordered_claims,
+            };
+            match claims.ask(request.clone()).await {
                 Err(error) if error.is_passing() && tries < CLAIM_TRIES => {
                     tries += 1;
                     tokio::time::sleep(backoff.next_delay()).await;
                 }
-                answer => return answer,
+                answer => {
+                    if answer.as_ref().is_err_and(|error| error.is_passing()) {
+                        self.unanswered().push((request.key, request.token));
+                    }
+                    return self.noted(answer);
+                }
             }
         }
     }
@@ -161,7 +220,11 @@ impl Guard {
     async fn try_to_finish(&self, finish: &Finish, give_up: &CancellationToken) -> Option<bool> {
         let asking = || async {
             let finished = self.finishes.ask(finish.clone()).await;
-            self.noted(finished)
+            match self.noted(finished)? {
+                Finished::Ended => Ok(true),
+                Finished::NotMine => Ok(false),
+                Finished::Locked => Err(Arc::new(StoreError::Locked)),
+            }
         };
         let not_yet = "the outcome is not written yet";
         until_answered(not_yet, &finish.fence, give_up, asking).await

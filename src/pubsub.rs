@@ -17,6 +17,7 @@ use google_cloud_pubsub::model;
 
 use crate::message::Message;
 
+pub use admin::SubscriptionFacts;
 pub use clients::Clients;
 pub use counters::{Counters, Figures};
 pub use delivery::{Delivery, Receipt};

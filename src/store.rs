@@ -4,6 +4,24 @@
 //! Lease times are read off the database's clock only. The answer to a commit
 //! can get lost, so every method may be called again and then tells how it
 //! stands.
+//!
+//! - `processed_messages` is the guard and the record: one row per (subscription,
+//!   key), inserted at the first claim or refusal with the message's data, and
+//!   updated when the job ends. In between only its count of duplicates changes.
+//! - `leases` is the queue: one small row per open job, with its lease, its place
+//!   in its ordering key, and its counts of attempts, interruptions and crashes.
+//!   It has no index on a column that a renewal changes, so renewals stay
+//!   heap-only updates on Postgres.
+//! - `ledger` is the story of each message, and `attempts` has the last lines and
+//!   the progress of each attempt. Both are for people; no state is read from
+//!   them. The ledger's entries about claims, duplicates, releases and endings are
+//!   written with the change itself; its notes about acks, checkpoints and lost
+//!   leases follow, and are lost if the database is away.
+//! - The views (`jobs` and others) have the same columns on every database, so
+//!   that [`Records`] is written once.
+//!
+//! A renewal, an ending or a release asks only whether its fence still holds, and
+//! not whether the lease has expired: a late renewal makes the lease good again.
 
 mod error;
 mod postgres;
@@ -27,8 +45,8 @@ pub use error::{SchemaError, StoreError, in_time};
 pub use postgres::PostgresStore;
 pub use sqlite::SqliteStore;
 pub use terms::{
-    ClaimTerms, DeadLettersDue, Finish, GivenUp, Reach, Refusal, Refused, Release, Released,
-    Standing, TaskTerms,
+    ClaimTerms, DeadLettersDue, Finish, Finished, GivenUp, Reach, Refusal, Refused, Release,
+    Released, Standing, TaskTerms,
 };
 
 /// The database driver's error.
@@ -89,13 +107,17 @@ pub trait Claims: Send + Sync + 'static {
         acked: bool,
     ) -> Result<bool, StoreError>;
 
-    /// Ends each job whose fence still holds. Returns for each whether this
-    /// run ended it, also when an earlier call did and its answer was lost.
-    async fn finish(&self, finishes: &[Finish]) -> Result<Vec<bool>, StoreError>;
+    /// Ends each job whose fence still holds. Never waits for a row that another
+    /// transaction has locked.
+    async fn finish(&self, finishes: &[Finish]) -> Result<Vec<Finished>, StoreError>;
 
     /// Gives the claim back if the fence still holds: the job waits in the
     /// queue. Returns whether it did.
     async fn release(&self, release: &Release) -> Result<bool, StoreError>;
+
+    /// Gives back what a claim has acquired that was never answered, by its token.
+    /// It costs no attempt.
+    async fn disown(&self, claims: &[(JobKey, Uuid)]) -> Result<(), StoreError>;
 
     /// Records a message that will never run; counts a duplicate instead where
     /// its key is on record already.
@@ -125,14 +147,13 @@ pub trait Queue: Send + Sync + 'static {
     /// that knows them any more.
     async fn know(&self, reach: &Reach) -> Result<(), StoreError>;
 
-    /// Ends a job whose task no worker has known for `patience`. Returns
-    /// whether it did: not if one has come to know it meanwhile.
+    /// Ends those jobs whose task no worker has known for `patience`, and returns
+    /// which they are: not one whose task a worker has come to know meanwhile.
     async fn give_up_unknown(
         &self,
-        key: &JobKey,
+        unknown: &[GivenUp],
         patience: Duration,
-        given_up: &GivenUp,
-    ) -> Result<bool, StoreError>;
+    ) -> Result<Vec<JobKey>, StoreError>;
 }
 
 /// What people ask for, and what is written for people.

@@ -1,4 +1,8 @@
 //! The worker: pulls deliveries into free slots and sees each run to its end.
+//!
+//! `admission` decides which jobs may begin. A job comes by a delivery (`puller`,
+//! `process`) or from the queue (`queue`); from then on `attempt` owns it. `hold`
+//! keeps the deliveries of jobs that do not run here.
 
 mod admission;
 mod attempt;
@@ -15,9 +19,11 @@ mod queue;
 mod supervise;
 
 use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -112,35 +118,39 @@ impl Worker {
 
         // These go on while runs drain: leases are renewed to the end.
         let mut background = JoinSet::new();
-        background.spawn(parts.context.keeper.clone().run());
-        background.spawn(parts.context.keeper.clone().watch_for_cancels());
-        let store = Arc::clone(guard.store());
-        let health = guard.health().clone();
-        background.spawn(async move { health.watch_over(&*store).await });
-        let draining = shutdown.draining.clone();
-        background.spawn(purger::purge(guard, parts.retention, draining));
+        let keeper = parts.context.keeper.clone();
+        background.spawn(supervised("lease keeper", &shutdown, keeper.clone().run()));
+        let watching = keeper.watch_for_cancels();
+        background.spawn(supervised("watch for cancels", &shutdown, watching));
+        let watching = guard.clone();
+        let watching = async move { watching.watch_over_the_database().await };
+        background.spawn(supervised("watch over the database", &shutdown, watching));
+        let purging = purger::purge(guard, parts.retention, shutdown.draining.clone());
+        background.spawn(supervised("purger", &shutdown, purging));
         let dead_letters = Arc::clone(&parts.dead_letters);
-        background.spawn(async move { dead_letters.run().await });
+        let publishing = async move { dead_letters.run().await };
+        background.spawn(supervised(
+            "publisher of dead letters",
+            &shutdown,
+            publishing,
+        ));
 
-        let holding = tokio::spawn(parts.context.held.clone().run());
-        let sweeping = tokio::spawn(parts.sweeper.run());
+        let held = parts.context.held.clone();
+        let holding = tokio::spawn(supervised("holder of deliveries", &shutdown, held.run()));
+        let sweeping = tokio::spawn(supervised("sweeper", &shutdown, parts.sweeper.run()));
         let mut pullers = JoinSet::new();
         for puller in parts.pullers {
-            pullers.spawn(puller.run());
+            pullers.spawn(supervised("puller", &shutdown, puller.run()));
         }
 
         let last_words = stop_grace + LAST_WRITES;
         let giving_up = shutdown.giving_up.clone();
         let stopping = tokio::spawn(async move { shutdown.stop_after(patience, last_words).await });
-        let subscriptions = pullers.join_all().await;
+        let subscriptions = pullers.join_all().await.into_iter().flatten().collect();
         info!(running = admission.running(), "pulling has stopped");
         let ending = async {
             // A sweep that was in the middle has jobs to hand over.
-            for (name, loops) in [("sweeper", sweeping), ("holder", holding)] {
-                if loops.await.is_err() {
-                    error!("the {name} has panicked");
-                }
-            }
+            let _ = tokio::join!(sweeping, holding);
             running.close();
             running.wait().await;
         };
@@ -167,6 +177,7 @@ impl Worker {
         let held = HeldDeliveries::new(
             self.guard.clone(),
             admission.clone(),
+            self.settings.unknown_task_patience,
             running.clone(),
             shutdown.draining.clone(),
         );
@@ -296,6 +307,24 @@ struct Parts {
     pullers: Vec<Puller>,
     dead_letters: Arc<DeadLetters>,
     retention: Duration,
+}
+
+/// A loop that panics leaves a worker that looks alive and does not do its work:
+/// it is stopped instead, and whatever runs it starts another.
+fn supervised<T, F: Future<Output = T>>(
+    name: &'static str,
+    shutdown: &Shutdown,
+    work: F,
+) -> impl Future<Output = Option<T>> + use<T, F> {
+    let shutdown = shutdown.clone();
+    async move {
+        let done = AssertUnwindSafe(work).catch_unwind().await;
+        if done.is_err() {
+            error!("the {name} has panicked: the worker stops");
+            shutdown.drain();
+        }
+        done.ok()
+    }
 }
 
 /// Leaves what was given up the time to notice.

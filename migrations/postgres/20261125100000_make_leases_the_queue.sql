@@ -37,17 +37,23 @@ CREATE TRIGGER fill_run_after BEFORE UPDATE OF lease_until ON leases
     EXECUTE FUNCTION trainyard_fill_run_after();
 
 -- When a job of an ordering key leaves the queue, however it does, the next one
--- may run. A trigger, because its query sees what was committed while the
--- deleting statement waited for the row.
+-- may run. A trigger, because its queries see what was committed while the
+-- deleting statement waited for the row. The next job may be leaving as well:
+-- then the update waits for that, changes nothing, and the one behind it is next.
 CREATE FUNCTION trainyard_promote_next() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    next record;
 BEGIN
-    UPDATE leases SET run_after = now()
-    WHERE run_after = 'infinity'
-      AND (subscription, key) = (
-          SELECT next.subscription, next.key FROM leases next
-          WHERE next.subscription = OLD.subscription AND next.ordering_key = OLD.ordering_key
-          ORDER BY next.position
-          LIMIT 1);
+    LOOP
+        SELECT subscription, key, run_after INTO next FROM leases
+        WHERE subscription = OLD.subscription AND ordering_key = OLD.ordering_key
+        ORDER BY position
+        LIMIT 1;
+        EXIT WHEN NOT FOUND OR next.run_after < 'infinity';
+        UPDATE leases SET run_after = now()
+        WHERE subscription = next.subscription AND key = next.key AND run_after = 'infinity';
+        EXIT WHEN FOUND;
+    END LOOP;
     RETURN NULL;
 END $$;
 

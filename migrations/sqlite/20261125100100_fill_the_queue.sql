@@ -1,11 +1,6 @@
+-- A job behind another of its ordering key gets a time, too: what is written from
+-- here could be out of date by now, and the order is looked at in any case.
 UPDATE leases
-SET job_id = m.job_id, task = m.task,
-    run_after = CASE
-        WHEN leases.ordering_key IS NOT NULL AND EXISTS (
-            SELECT 1 FROM leases earlier
-            WHERE earlier.subscription = leases.subscription
-              AND earlier.ordering_key = leases.ordering_key
-              AND earlier.position < leases.position) THEN 9223372036854775807
-        ELSE leases.lease_until END
+SET job_id = m.job_id, task = m.task, run_after = leases.lease_until
 FROM processed_messages m
 WHERE m.subscription = leases.subscription AND m.key = leases.key AND leases.job_id IS NULL;

@@ -17,8 +17,8 @@ pub(super) enum ConfigCommand {
 /// Check the configuration and print the settings in force.
 ///
 /// Prints the settings of all layers, with secrets masked, and a timeline of each
-/// task. Compares the message retention of the subscriptions in Pub/Sub, where
-/// this user may read them.
+/// task. Compares the settings of the subscriptions in Pub/Sub, where this user may
+/// read them.
 #[derive(Debug, Args)]
 pub(super) struct Check {
     /// Do not connect to Pub/Sub
@@ -39,7 +39,7 @@ impl ConfigCommand {
         warn_of_commands(&config);
         work_dir_of_commands(&config).await?;
         if !offline {
-            check_retention(&config).await;
+            check_subscriptions(&config).await;
         }
         Ok(())
     }
@@ -100,20 +100,20 @@ fn comment(text: &str) {
     }
 }
 
-/// If Pub/Sub retains a message longer than the guard, it may run a second time.
-async fn check_retention(config: &Config) {
+/// Compares the subscriptions in Pub/Sub with the configuration.
+async fn check_subscriptions(config: &Config) {
     let Ok(connection) = app::connection(config) else {
         println!("# subscriptions: not checked, as no project is set");
         return;
     };
     for name in config.subscriptions.keys() {
-        match connection.message_retention_of(name).await {
-            Ok(retention) if retention > config.guard.retention => println!(
-                "# warning: subscription {name} retains messages for {}, longer than [guard] retention = {}: a message that is redelivered later runs a second time",
-                humantime::format_duration(retention),
-                humantime::format_duration(config.guard.retention)
-            ),
-            Ok(_) => println!("# subscription {name}: found"),
+        match connection.subscription(name).await {
+            Ok(facts) => {
+                println!("# subscription {name}: found");
+                for concern in app::concerns_about(&facts, config) {
+                    println!("# warning: subscription {name}: {concern}");
+                }
+            }
             Err(error) => println!("# subscription {name}: not checked: {error}"),
         }
     }

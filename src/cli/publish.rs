@@ -72,7 +72,11 @@ async fn topic_for(connection: &Connection, target: &str) -> anyhow::Result<Stri
         Ok(false) => {}
         Err(other) => return Err(other.into()),
     }
-    match connection.topic_of(target).await {
+    match connection
+        .subscription(target)
+        .await
+        .map(|facts| facts.topic)
+    {
         Ok(topic) => Ok(topic),
         Err(PubsubError::NotFound { .. }) => anyhow::bail!(
             "project {} has neither a topic nor a subscription `{target}`",

@@ -21,6 +21,9 @@ const MIN_RETENTION: Duration = Duration::from_secs(60 * 60);
 /// Each worker holds these messages in memory, with their data.
 const MAX_PREFETCH: usize = 10_000;
 
+/// Each is extended and looked after.
+const MAX_MAX_WAITING: usize = 10_000;
+
 const MIN_QUIET_LIMIT: Duration = Duration::from_secs(10);
 
 /// With a longer lease, a dead worker's job would wait too long.
@@ -63,6 +66,12 @@ fn check_subscription(name: &str, subscription: &Subscription) -> Result<(), Con
         return bad_value(
             &key("concurrency"),
             "it must be at least 1; remove it for no limit",
+        );
+    }
+    if !(1..=MAX_MAX_WAITING).contains(&subscription.max_waiting) {
+        return bad_value(
+            &key("max_waiting"),
+            "it must be between 1 and 10000: with none, a busy worker pulls nothing",
         );
     }
     if subscription.quiet_limit < MIN_QUIET_LIMIT {

@@ -19,15 +19,16 @@ const PING_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone)]
 pub struct Health {
     up: Arc<watch::Sender<bool>>,
-    /// When it came back, if it was ever away.
-    back_since: Arc<Mutex<Option<Instant>>>,
+    /// Since when it answers, as far as is known here.
+    up_since: Arc<Mutex<Instant>>,
 }
 
 impl Default for Health {
     fn default() -> Self {
         Self {
             up: Arc::new(watch::Sender::new(true)),
-            back_since: Arc::default(),
+            // It may have been away just before.
+            up_since: Arc::new(Mutex::new(Instant::now())),
         }
     }
 }
@@ -42,39 +43,37 @@ impl Health {
     /// known here.
     #[must_use]
     pub fn is_up_for(&self, at_least: Duration) -> bool {
-        let back_since = *self
-            .back_since
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        *self.up.borrow() && back_since.is_none_or(|since| since.elapsed() >= at_least)
+        let up_since = *self.up_since.lock().unwrap_or_else(PoisonError::into_inner);
+        *self.up.borrow() && up_since.elapsed() >= at_least
     }
 
     /// Notes whether the database has answered.
     pub fn note(&self, failure: Option<&StoreError>) {
-        if let Some(failure) = failure.filter(|failure| failure.is_passing())
+        if let Some(failure) = failure.filter(|failure| failure.is_away())
             && self.up.send_replace(false)
         {
             warn!(%failure, "the database is away: pulling pauses");
         }
     }
 
-    /// Pings the database whenever it is away, until it is back. Never ends.
-    pub async fn watch_over(&self, schema: &dyn Schema) {
-        let mut up = self.watch();
+    /// Completes when the database was away and answers again. Until
+    /// [`Health::is_back`] work does not go on.
+    pub async fn answers_again(&self, schema: &dyn Schema) {
         let mut backoff = Backoff::new(PING.0, PING.1);
+        // The sender lives in self, so waiting cannot fail.
+        let _ = self.watch().wait_for(|up| !up).await;
         loop {
-            // The sender lives in self, so waiting cannot fail.
-            let _ = up.wait_for(|up| !up).await;
             sleep(backoff.next_delay()).await;
             if let Ok(Ok(())) = timeout(PING_TIMEOUT, schema.ping()).await {
-                backoff.reset();
-                info!("the database is back: pulling goes on");
-                *self
-                    .back_since
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
-                self.up.send_replace(true);
+                return;
             }
         }
+    }
+
+    /// Work goes on.
+    pub fn is_back(&self) {
+        info!("the database is back: pulling goes on");
+        *self.up_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        self.up.send_replace(true);
     }
 }

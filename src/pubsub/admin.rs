@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use google_cloud_gax::error::rpc::Code;
-use google_cloud_pubsub::model::Subscription;
 
 use super::{Connection, PubsubError};
 
@@ -13,6 +12,22 @@ const TIMEOUT: Duration = Duration::from_secs(15);
 /// What Pub/Sub keeps messages for unless told otherwise.
 /// <https://cloud.google.com/pubsub/docs/subscription-properties#message_retention_duration>
 const DEFAULT_RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
+/// What Pub/Sub's own dead-letter policy allows unless told otherwise.
+/// <https://cloud.google.com/pubsub/docs/dead-letter-topics#dead-letter_topic_properties>
+const DEFAULT_DELIVERY_ATTEMPTS: u32 = 5;
+
+/// What Pub/Sub says about a subscription, as far as it matters here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SubscriptionFacts {
+    /// Its full path.
+    pub topic: String,
+    /// How long a message is kept for redelivery.
+    pub retention: Duration,
+    /// After so many deliveries Pub/Sub itself dead-letters a message. None: it
+    /// has no policy for that.
+    pub max_delivery_attempts: Option<u32>,
+}
 
 impl Connection {
     async fn in_time<T>(
@@ -34,31 +49,28 @@ impl Connection {
         }
     }
 
-    async fn found(&self, subscription: &str) -> Result<Subscription, PubsubError> {
-        let path = self.subscription_path(subscription);
+    /// What Pub/Sub says about a subscription.
+    ///
+    /// # Errors
+    /// [`PubsubError::NotFound`] when there is no such subscription.
+    pub async fn subscription(&self, name: &str) -> Result<SubscriptionFacts, PubsubError> {
+        let path = self.subscription_path(name);
         let what = format!("subscription {path}");
         let admin = self.subscription_admin().await?;
         let get = admin.get_subscription().set_subscription(&path);
-        self.in_time(&what, get.send()).await
-    }
-
-    /// The topic that a subscription is attached to, as its full path.
-    ///
-    /// # Errors
-    /// [`PubsubError::NotFound`] when there is no such subscription.
-    pub async fn topic_of(&self, subscription: &str) -> Result<String, PubsubError> {
-        Ok(self.found(subscription).await?.topic)
-    }
-
-    /// How long Pub/Sub keeps a message of the subscription for redelivery.
-    ///
-    /// # Errors
-    /// [`PubsubError::NotFound`] when there is no such subscription.
-    pub async fn message_retention_of(&self, subscription: &str) -> Result<Duration, PubsubError> {
-        let kept = self.found(subscription).await?.message_retention_duration;
-        Ok(kept.map_or(DEFAULT_RETENTION, |kept| {
-            Duration::from_secs(kept.seconds().unsigned_abs())
-        }))
+        let found = self.in_time(&what, get.send()).await?;
+        let retention = found.message_retention_duration;
+        let policy = found.dead_letter_policy;
+        Ok(SubscriptionFacts {
+            topic: found.topic,
+            retention: retention.map_or(DEFAULT_RETENTION, |retention| {
+                Duration::from_secs(retention.seconds().unsigned_abs())
+            }),
+            max_delivery_attempts: policy.map(|policy| match policy.max_delivery_attempts {
+                0 => DEFAULT_DELIVERY_ATTEMPTS,
+                attempts => attempts.unsigned_abs(),
+            }),
+        })
     }
 
     /// Whether the topic exists.

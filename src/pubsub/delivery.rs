@@ -149,11 +149,9 @@ impl Receipt {
     /// still runs, or older ones wait for the room.
     pub fn ack_without_a_successor(self) {
         let origin = &self.unsettled.origin;
-        let is_over_full = origin.unsettled.load(Ordering::Acquire) > origin.capacity;
         match origin.capacity {
-            1 if !is_over_full => self.settle_without_a_successor(tell_ack),
-            // A stream of many brings what it may hold in any case. One that has
-            // brought more than it was asked for has no room yet.
+            1 if !origin.counters.ignores_limits() => self.settle_without_a_successor(tell_ack),
+            // A stream of many brings what it may hold in any case.
             _ => self.ack(),
         }
     }

@@ -158,10 +158,10 @@ impl Subscription {
         self.open().await
     }
 
-    /// Whether the stream counts as one that listens. One that prefetches does
-    /// as long as it is open.
+    /// Whether the stream counts as one that listens. As long as it is open, one
+    /// that prefetches does, and any stream of a broker that ignores limits.
     fn listens(&self, stream: &Origin) -> bool {
-        match self.prefetches() {
+        match self.prefetches() || self.counters.ignores_limits() {
             true => !stream.close.is_cancelled(),
             false => stream.listens(),
         }
@@ -169,6 +169,9 @@ impl Subscription {
 
     /// Deliveries that are held are extended without their stream.
     fn close_clogged(&mut self) {
+        if self.counters.ignores_limits() {
+            return;
+        }
         let spared = match self.prefetches() {
             true => 0,
             false => MAX_CLOGGED,
@@ -232,10 +235,7 @@ impl Subscription {
     /// broker sends just then may be lost until its ack deadline, so this is not
     /// for moments when one is likely to be on its way.
     pub fn rest(&mut self) {
-        // A broker that ignores limits sends what it has in any case, and closing
-        // streams costs it more than it saves.
-        let ignores_limits = self.counters.surplus.get() > 0;
-        if self.prefetches() || ignores_limits {
+        if self.prefetches() || self.counters.ignores_limits() {
             return;
         }
         for stream in self.streams.iter().filter(|stream| stream.listens()) {

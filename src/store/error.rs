@@ -12,6 +12,15 @@ pub enum StoreError {
     /// kept unacknowledged; the same call may succeed later.
     #[error("the database is not available: {0}")]
     Unavailable(sqlx::Error),
+    /// Another session is in the way: it holds a lock for too long, or one of two
+    /// transactions had to give way. The database is there; the same call may
+    /// succeed later.
+    #[error("another session is in the way: {0}")]
+    InTheWay(sqlx::Error),
+    /// Another session has locked the job's row. Nothing has happened; the same
+    /// call may succeed later.
+    #[error("another session has locked the job's row")]
+    Locked,
     /// The database does not take the values, and never will. The message is
     /// kept unacknowledged; a job ends without its result.
     #[error("the database refused a statement: {0}")]
@@ -30,16 +39,21 @@ impl StoreError {
     /// Whether the database undid the transaction for another one's sake.
     /// <https://www.postgresql.org/docs/current/mvcc-serialization-failure-handling.html>
     pub(super) fn was_rolled_back(&self) -> bool {
-        let Self::Unavailable(sqlx::Error::Database(error)) = self else {
+        let Self::InTheWay(sqlx::Error::Database(error)) = self else {
             return false;
         };
         matches!(error.code().as_deref(), Some("40001" | "40P01"))
     }
 
-    /// Whether the database itself is away, so that the same call may succeed
-    /// later.
+    /// Whether the same call may succeed later.
     #[must_use]
     pub fn is_passing(&self) -> bool {
+        self.is_away() || matches!(self, Self::InTheWay(_) | Self::Locked)
+    }
+
+    /// Whether the database itself is away.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
         matches!(self, Self::Unavailable(_) | Self::NoAnswer(_))
     }
 }
@@ -76,6 +90,9 @@ impl From<sqlx::Error> for StoreError {
             sqlx::Error::Database(refusal) if is_about_values(refusal.code().as_deref()) => {
                 Self::Refused(error)
             }
+            sqlx::Error::Database(refusal) if is_in_the_way(refusal.code().as_deref()) => {
+                Self::InTheWay(error)
+            }
             sqlx::Error::Encode(_) => Self::Refused(error),
             sqlx::Error::ColumnDecode { .. }
             | sqlx::Error::ColumnNotFound(_)
@@ -83,6 +100,12 @@ impl From<sqlx::Error> for StoreError {
             _ => Self::Unavailable(error),
         }
     }
+}
+
+/// Serialization failure, deadlock, lock timeout, statement timeout.
+/// <https://www.postgresql.org/docs/current/errcodes-appendix.html>
+fn is_in_the_way(code: Option<&str>) -> bool {
+    matches!(code, Some("40001" | "40P01" | "55P03" | "57014"))
 }
 
 /// Postgres's classes of errors about what was to be written: data exceptions

@@ -21,8 +21,8 @@ use uuid::Uuid;
 
 use super::reading::Pooled;
 use super::{
-    ClaimTerms, Claims, DeadLetterBox, DeadLettersDue, Finish, GivenUp, Queue, Reach, Refusal,
-    Refused, Release, Requests, Schema, SchemaError, Standing, StoreError, Waiting,
+    ClaimTerms, Claims, DeadLetterBox, DeadLettersDue, Finish, Finished, GivenUp, Queue, Reach,
+    Refusal, Refused, Release, Requests, Schema, SchemaError, Standing, StoreError, Waiting,
 };
 use crate::job::{Claim, ClaimRequest, DeadLetter, DueJob, Fence, JobKey, Pick, Renewal, Taken};
 use crate::record::{AttemptReport, Cancelling, Note, Retrying};
@@ -40,7 +40,9 @@ const SILENCE: Duration = Duration::from_secs(5);
 /// No statement or lock wait may occupy a worker for long, and no transaction
 /// may stay open behind a worker that is gone. The server ends the session of a
 /// worker whose machine has vanished within half a minute.
-const LIMITS: [(&str, &str); 6] = [
+const LIMITS: [(&str, &str); 7] = [
+    // Compiling a plan takes longer than these statements do.
+    ("jit", "off"),
     ("statement_timeout", "15s"),
     ("lock_timeout", "5s"),
     ("idle_in_transaction_session_timeout", "15s"),
@@ -167,12 +169,16 @@ impl Claims for PostgresStore {
         retried(|| running::save_checkpoint(&self.pool, fence, checkpoint, acked)).await
     }
 
-    async fn finish(&self, finishes: &[Finish]) -> Result<Vec<bool>, StoreError> {
+    async fn finish(&self, finishes: &[Finish]) -> Result<Vec<Finished>, StoreError> {
         retried(|| endings::finish(&self.pool, finishes)).await
     }
 
     async fn release(&self, release: &Release) -> Result<bool, StoreError> {
         retried(|| endings::release(&self.pool, release)).await
+    }
+
+    async fn disown(&self, claims: &[(JobKey, Uuid)]) -> Result<(), StoreError> {
+        retried(|| endings::disown(&self.pool, claims)).await
     }
 
     async fn refuse(&self, refusal: &Refusal) -> Result<Refused, StoreError> {
@@ -204,11 +210,10 @@ impl Queue for PostgresStore {
 
     async fn give_up_unknown(
         &self,
-        key: &JobKey,
+        unknown: &[GivenUp],
         patience: Duration,
-        given_up: &GivenUp,
-    ) -> Result<bool, StoreError> {
-        retried(|| queue::give_up_unknown(&self.pool, key, patience, given_up)).await
+    ) -> Result<Vec<JobKey>, StoreError> {
+        retried(|| queue::give_up_unknown(&self.pool, unknown, patience)).await
     }
 }
 

@@ -24,8 +24,8 @@ use uuid::Uuid;
 
 use super::reading::Pooled;
 use super::{
-    ClaimTerms, Claims, DeadLetterBox, DeadLettersDue, Finish, GivenUp, Missing, Queue, Reach,
-    Refusal, Refused, Release, Requests, Schema, SchemaError, Standing, StoreError, Waiting,
+    ClaimTerms, Claims, DeadLetterBox, DeadLettersDue, Finish, Finished, GivenUp, Missing, Queue,
+    Reach, Refusal, Refused, Release, Requests, Schema, SchemaError, Standing, StoreError, Waiting,
 };
 use crate::job::{Claim, ClaimRequest, DeadLetter, DueJob, Fence, JobKey, Pick, Renewal, Taken};
 use crate::record::{AttemptReport, Cancelling, Note, Retrying};
@@ -131,12 +131,16 @@ impl Claims for SqliteStore {
         running::save_checkpoint(&self.pool, fence, checkpoint, acked).await
     }
 
-    async fn finish(&self, finishes: &[Finish]) -> Result<Vec<bool>, StoreError> {
+    async fn finish(&self, finishes: &[Finish]) -> Result<Vec<Finished>, StoreError> {
         endings::finish(&self.pool, finishes).await
     }
 
     async fn release(&self, release: &Release) -> Result<bool, StoreError> {
         endings::release(&self.pool, release).await
+    }
+
+    async fn disown(&self, claims: &[(JobKey, Uuid)]) -> Result<(), StoreError> {
+        endings::disown(&self.pool, claims).await
     }
 
     async fn refuse(&self, refusal: &Refusal) -> Result<Refused, StoreError> {
@@ -168,11 +172,10 @@ impl Queue for SqliteStore {
 
     async fn give_up_unknown(
         &self,
-        key: &JobKey,
+        unknown: &[GivenUp],
         patience: Duration,
-        given_up: &GivenUp,
-    ) -> Result<bool, StoreError> {
-        queue::give_up_unknown(&self.pool, key, patience, given_up).await
+    ) -> Result<Vec<JobKey>, StoreError> {
+        queue::give_up_unknown(&self.pool, unknown, patience).await
     }
 }
 

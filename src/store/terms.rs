@@ -33,6 +33,17 @@ pub struct Finish {
     pub dead_letter_topic: Option<Arc<str>>,
 }
 
+/// What became of a [`Finish`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finished {
+    /// This run ended the job, now or by an earlier call.
+    Ended,
+    /// The job is not this run's any more.
+    NotMine,
+    /// Another session has locked the job's row: nothing has happened yet.
+    Locked,
+}
+
 /// A run's last write, where its job goes on.
 #[derive(Debug, Clone)]
 pub struct Release {
@@ -133,6 +144,7 @@ pub struct DeadLettersDue {
 /// What is written about a job whose task nobody knew.
 #[derive(Debug, Clone)]
 pub struct GivenUp {
+    pub key: JobKey,
     pub error: String,
     pub worker: Arc<str>,
     pub dead_letter_topic: Option<Arc<str>>,

@@ -1,10 +1,18 @@
 //! Decides what this worker may take now: slots, what subscriptions and tasks
 //! may use of them, GPUs, and places for deliveries that are held.
+//!
+//! It is asked before a pull ([`Admission::could_begin`]), at an arrival
+//! ([`Admission::admit`], [`Admission::hold`]) and in a sweep
+//! ([`Admission::admit_due`]). Jobs in the queue are older than what could be
+//! pulled, so nothing is pulled between [`Admission::sweep_first`] and the end of
+//! that sweep.
 
+mod capacity;
 mod rooms;
 mod run_time;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
@@ -14,8 +22,11 @@ use crate::devices::{DeviceSet, Devices};
 use crate::job::{DueJob, JobKey};
 use crate::store::Reach;
 
+pub(super) use capacity::{Capacity, SubscriptionCapacity, TaskCapacity};
 use rooms::Rooms;
-pub(super) use rooms::{Capacity, SubscriptionCapacity, TaskCapacity};
+
+/// Data of messages that wait for their claim. With more, nothing is asked for.
+const MAX_LOAD: usize = 64 << 20;
 
 /// The room of one worker. Clones share it.
 #[derive(Clone)]
@@ -26,6 +37,8 @@ pub(super) struct Admission {
 struct Inner {
     rooms: Mutex<Rooms>,
     devices: Devices,
+    /// Bytes of messages that wait for their claim.
+    load: AtomicUsize,
     changed: watch::Sender<()>,
 }
 
@@ -41,7 +54,12 @@ pub(super) struct Room {
 pub(super) struct Place {
     admission: Admission,
     subscription: Arc<str>,
-    waits_for_room: bool,
+}
+
+/// The data of a message that waits for its claim.
+pub(super) struct Load {
+    admission: Admission,
+    bytes: usize,
 }
 
 /// Tells when there may be more room, or less.
@@ -66,6 +84,7 @@ impl Admission {
             inner: Arc::new(Inner {
                 rooms: Mutex::new(Rooms::new(capacity, devices.total())),
                 devices,
+                load: AtomicUsize::new(0),
                 changed: watch::Sender::default(),
             }),
         }
@@ -78,8 +97,9 @@ impl Admission {
         }
     }
 
-    /// Room for a job, all that it needs or nothing. None also where it would
-    /// delay an older one that waits for what comes free.
+    /// Room for a job that has arrived, all that it needs or nothing. None also
+    /// where it would delay an older one that waits for what comes free, and while
+    /// older ones are looked for.
     pub(super) fn admit(&self, key: &JobKey, task: &str) -> Option<Room> {
         let mut rooms = self.lock();
         let free = self.inner.devices.free();
@@ -94,25 +114,49 @@ impl Admission {
     /// names. Not while older jobs are looked for, or while the places for held
     /// deliveries are taken.
     pub(super) fn could_begin(&self, subscription: &str) -> bool {
+        if self.is_overloaded() {
+            return false;
+        }
         let free = self.inner.devices.free();
         self.lock().could_begin(subscription, free, Instant::now()) > 0
     }
 
     /// Whether another delivery of the subscription could be held.
     pub(super) fn could_hold(&self, subscription: &str) -> bool {
-        self.lock().could_hold(subscription)
+        !self.is_overloaded() && self.lock().could_hold(subscription)
     }
 
     /// A place for a delivery that is held. There always is one for what has
     /// arrived; what is asked for next depends on it.
     pub(super) fn hold(&self, subscription: &Arc<str>) -> Place {
-        self.lock().hold(subscription, false);
+        self.lock().hold(subscription);
         self.inner.changed.send_replace(());
         Place {
             admission: self.clone(),
             subscription: Arc::clone(subscription),
-            waits_for_room: false,
         }
+    }
+
+    /// Counts a message's data until its claim is answered: from then on a delivery
+    /// that is held has none.
+    pub(super) fn load(&self, bytes: usize) -> Load {
+        self.inner.load.fetch_add(bytes, Ordering::AcqRel);
+        Load {
+            admission: self.clone(),
+            bytes,
+        }
+    }
+
+    fn is_overloaded(&self) -> bool {
+        self.inner.load.load(Ordering::Acquire) >= MAX_LOAD
+    }
+
+    /// A job of the subscription was put in the queue for want of room, which may
+    /// have come free meanwhile.
+    pub(super) fn queued(&self, subscription: &str) {
+        let free = self.inner.devices.free();
+        self.lock().queued(subscription, free, Instant::now());
+        self.inner.changed.send_replace(());
     }
 
     /// Whether a message that is settled may be followed by the next one.
@@ -131,14 +175,15 @@ impl Admission {
         self.lock().is_sweep_due()
     }
 
-    /// The queue has been swept.
+    /// The queue has been swept: a sweep is due still if one was asked for after
+    /// the last call of [`Admission::within`].
     pub(super) fn swept(&self) {
         self.lock().swept();
         self.inner.changed.send_replace(());
     }
 
-    /// Of everything within reach, what is worth looking for in the queue, and
-    /// how many slots are free for it.
+    /// Begins a look into the queue. Of everything within reach, what is worth
+    /// looking for, and how many jobs of each kind.
     pub(super) fn within(&self, reach: &Reach) -> (Reach, usize) {
         self.lock().within(reach)
     }
@@ -155,7 +200,10 @@ impl Admission {
             let room = self.room(&rooms, *admitted.get(&nth)?, &job.task);
             Some((job, room))
         });
-        given.collect()
+        let given = given.collect();
+        drop(rooms);
+        self.inner.changed.send_replace(());
+        given
     }
 
     fn room(&self, rooms: &Rooms, id: u64, task: &str) -> Room {
@@ -183,8 +231,10 @@ impl Admission {
 }
 
 impl Room {
-    /// The GPUs that the job has to itself.
-    pub(super) fn devices(&self) -> Option<Arc<DeviceSet>> {
+    /// The run begins: its time counts from here. Returns the GPUs that the job has
+    /// to itself.
+    pub(super) fn begin(&self) -> Option<Arc<DeviceSet>> {
+        self.admission.lock().begin(self.id, Instant::now());
         self.devices.clone()
     }
 }
@@ -193,26 +243,32 @@ impl Drop for Room {
     fn drop(&mut self) {
         // The GPUs first: whoever hears of the room may need them.
         self.devices = None;
-        self.admission.lock().leave(self.id, Instant::now());
-        self.admission.inner.changed.send_replace(());
-    }
-}
-
-impl Place {
-    /// The delivery's job could run here if there were room.
-    pub(super) fn wait_for_room(&mut self) {
         let mut rooms = self.admission.lock();
-        rooms.let_go(&self.subscription, self.waits_for_room);
-        rooms.hold(&self.subscription, true);
-        self.waits_for_room = true;
+        let free = self.admission.inner.devices.free();
+        rooms.leave(self.id, free, Instant::now());
+        drop(rooms);
+        self.admission.inner.changed.send_replace(());
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         let mut rooms = self.admission.lock();
-        rooms.let_go(&self.subscription, self.waits_for_room);
+        rooms.let_go(&self.subscription);
         drop(rooms);
         self.admission.inner.changed.send_replace(());
     }
 }
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        let inner = &self.admission.inner;
+        let before = inner.load.fetch_sub(self.bytes, Ordering::AcqRel);
+        if before >= MAX_LOAD {
+            inner.changed.send_replace(());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -119,7 +119,9 @@ impl Attempt {
     }
 
     async fn run_to_the_end(mut self) {
-        if self.job.task.settings.ack == AckTiming::BeforeRun {
+        // What has not started when the worker drains is given back.
+        let starts = !self.context.shutdown.draining.is_cancelled();
+        if starts && self.job.task.settings.ack == AckTiming::BeforeRun {
             // The claim, payload included, has committed.
             ack_early(
                 &self.context.guard,
@@ -129,6 +131,7 @@ impl Attempt {
         }
         let outcome = match self.acquired.cancel_requested {
             true => Outcome::Cancelled,
+            false if !starts => Outcome::Interrupted,
             false => self.execute().await,
         };
         failpoint::reach(Step::AfterRun);
@@ -202,7 +205,7 @@ impl Attempt {
             deadline: timeout
                 .and_then(Result::ok)
                 .and_then(|timeout| Utc::now().checked_add_signed(timeout)),
-            devices: self.room.devices(),
+            devices: self.room.begin(),
             reports: self.reports.clone(),
             valid_until: self.lease.validity(),
             stop: CancellationToken::new(),
@@ -293,9 +296,15 @@ impl Attempt {
                 warn!("another worker has taken the job over: finishing changed 0 rows");
                 Settling::HoldUntil(Instant::now())
             }
-            None => {
+            None if giving_up.is_cancelled() => {
                 warn!("stopped before the outcome could be written; the job will run again");
                 Settling::Nack
+            }
+            None => {
+                warn!(
+                    "the outcome cannot be written; the job will run again once its lease expires"
+                );
+                Settling::HoldUntil(Instant::now())
             }
         }
     }

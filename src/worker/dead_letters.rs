@@ -3,6 +3,10 @@
 //! A job's death and the wish to publish its message are one commit, and only
 //! then is the message acked; so nothing is lost whenever a worker dies. A
 //! dead letter may be published twice, but not never.
+//!
+//! The worker that ended the job publishes at once. Every worker also publishes
+//! dead letters that have waited for longer. A message that Pub/Sub will never
+//! take stays in the table only, and the ledger says so.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -47,6 +47,8 @@ struct Shared {
     held: Mutex<HashMap<JobKey, Held>>,
     changed: Notify,
     paused: Arc<Semaphore>,
+    /// How long a message may wait for a worker that knows its task.
+    unknown_task_patience: Duration,
     tasks: TaskTracker,
     draining: CancellationToken,
 }
@@ -71,8 +73,6 @@ pub(super) struct Holding {
 /// A task that this worker does not know, and that another might.
 #[derive(Debug, Clone)]
 pub(super) struct Unknown {
-    /// How long the message may wait for a worker that knows it.
-    pub(super) patience: Duration,
     /// What is wrong with it after that.
     pub(super) error: String,
     pub(super) dead_letter_topic: Option<Arc<str>>,
@@ -83,6 +83,7 @@ impl HeldDeliveries {
     pub(super) fn new(
         guard: Guard,
         admission: Admission,
+        unknown_task_patience: Duration,
         tasks: TaskTracker,
         draining: CancellationToken,
     ) -> Self {
@@ -93,6 +94,7 @@ impl HeldDeliveries {
                 held: Mutex::default(),
                 changed: Notify::new(),
                 paused: Arc::new(Semaphore::new(MAX_PAUSED)),
+                unknown_task_patience,
                 tasks,
                 draining,
             }),
@@ -149,6 +151,11 @@ impl HeldDeliveries {
     /// The database is away: hands a delivery back after a jittered pause,
     /// without which a broker would send it again at once.
     pub(super) fn hand_back_later(&self, delivery: Receipt) {
+        self.hand_back_in(jittered(PAUSE), delivery);
+    }
+
+    /// The same after a given pause.
+    pub(super) fn hand_back_in(&self, pause: Duration, delivery: Receipt) {
         let Some(place) = place_in(&self.shared.paused) else {
             return delivery.nack();
         };
@@ -156,7 +163,7 @@ impl HeldDeliveries {
         self.shared.tasks.spawn(async move {
             tokio::select! {
                 () = draining.cancelled() => {}
-                () = sleep(jittered(PAUSE)) => {}
+                () = sleep(pause) => {}
             }
             delivery.nack();
             drop(place);
@@ -200,11 +207,7 @@ impl HeldDeliveries {
             .take(MOST_AT_ONCE)
             .map(|(key, held)| (key.clone(), held.unknown.clone()))
             .collect();
-        for (key, unknown) in &due {
-            if let Some(unknown) = unknown {
-                self.give_up_if_due(key, unknown).await;
-            }
-        }
+        self.give_up_what_is_due(&due).await;
         let keys: Vec<JobKey> = due.into_iter().map(|(key, _)| key).collect();
         if keys.is_empty() {
             return;
@@ -273,20 +276,31 @@ impl HeldDeliveries {
         }
     }
 
-    async fn give_up_if_due(&self, key: &JobKey, unknown: &Unknown) {
+    async fn give_up_what_is_due(&self, due: &[(JobKey, Option<Unknown>)]) {
         let guard = &self.shared.guard;
-        let given_up = GivenUp {
-            error: unknown.error.clone(),
-            worker: Arc::clone(&guard.terms().worker),
-            dead_letter_topic: unknown.dead_letter_topic.clone(),
-        };
-        let store = guard.store();
-        match in_time(store.give_up_unknown(key, unknown.patience, &given_up)).await {
-            Ok(true) => warn!(job = %key, error = unknown.error, "refused"),
-            Ok(false) => {}
-            Err(error) => {
-                warn!(job = %key, %error, "a message of an unknown task waits longer");
+        let unknown: Vec<GivenUp> = due
+            .iter()
+            .filter_map(|(key, unknown)| {
+                let unknown = unknown.as_ref()?;
+                Some(GivenUp {
+                    key: key.clone(),
+                    error: unknown.error.clone(),
+                    worker: Arc::clone(&guard.terms().worker),
+                    dead_letter_topic: unknown.dead_letter_topic.clone(),
+                })
+            })
+            .collect();
+        if unknown.is_empty() {
+            return;
+        }
+        let patience = self.shared.unknown_task_patience;
+        match in_time(guard.store().give_up_unknown(&unknown, patience)).await {
+            Ok(given_up) => {
+                for key in given_up {
+                    warn!(job = %key, "refused: no worker knows its task");
+                }
             }
+            Err(error) => warn!(%error, "messages of unknown tasks wait longer"),
         }
     }
 

@@ -1,5 +1,5 @@
 //! Messages of one ordering key are put on record in the order in which they
-//! arrived; from there on the table keeps it.
+//! arrived; from there on the queue keeps it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,9 +8,9 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-/// After a message was not put on record, those that were fetched behind it are
-/// on their way for so long at most.
-const FETCHED_BEFORE: Duration = Duration::from_secs(5);
+/// When a message was not put on record, those that were fetched behind it arrive
+/// within this time.
+pub(super) const FETCHED_BEFORE: Duration = Duration::from_secs(5);
 
 /// Who comes after whom, per ordering key of one subscription.
 #[derive(Debug, Clone, Default)]

@@ -9,12 +9,12 @@ use tokio_util::task::TaskTracker;
 use tracing::{Instrument, error, error_span, info, warn};
 use uuid::Uuid;
 
-use super::admission::{Place, Room};
+use super::admission::{Load, Place, Room};
 use super::attempt::{Assignment, Attempt, Context};
 use super::events::EventKind;
 use super::hold::{Holding, Unknown};
 use super::intake::Intake;
-use super::key_turns::Turn;
+use super::key_turns::{FETCHED_BEFORE, Turn};
 use crate::config::{AckTiming, WithoutDedupeKey};
 use crate::failpoint::{self, Step};
 use crate::job::{AckTerms, Can, Claim, ClaimRequest, Fence, JobKey, Limits, Taken};
@@ -39,7 +39,8 @@ struct Arrival {
     message: Message,
     delivery: Receipt,
     turn: Option<Turn>,
-    wish: Result<Wish, Reason>,
+    wish: Result<Wish, Box<Refusal>>,
+    load: Load,
     /// Room to run it, or a place to hold it.
     space: Space,
 }
@@ -55,13 +56,6 @@ struct Wish {
     key: JobKey,
     /// None where the task is not known here.
     task: Option<Arc<ConfiguredTask>>,
-}
-
-/// Why a message is refused.
-struct Reason {
-    reason: DeadReason,
-    task: Option<String>,
-    error: String,
 }
 
 impl Processor {
@@ -86,12 +80,14 @@ impl Processor {
             || Space::Place(self.context.admission.hold(&intake.name)),
             Space::Room,
         );
+        let load = self.context.admission.load(message.data.len());
         let arrival = Arrival {
             intake: Arc::clone(intake),
             message,
             delivery,
             turn,
             wish,
+            load,
             space,
         };
         let processor = Arc::clone(self);
@@ -136,20 +132,21 @@ impl Processor {
             delivery,
             mut turn,
             wish,
+            load,
             space,
         } = arrival;
         if let Some(turn) = &mut turn
             && !turn.comes().await
         {
-            info!("an earlier message of its ordering key is not on record: handed back");
-            return delivery.nack();
+            info!("an earlier message of its ordering key is not on record: handed back later");
+            // Not at once, or it comes again and again until that one has come.
+            return self.context.held.hand_back_in(FETCHED_BEFORE, delivery);
         }
         let wish = match wish {
             Ok(wish) => wish,
-            Err(reason) => {
+            Err(refusal) => {
                 let place = space.into_place(&self.context, &intake);
-                let refusing = self.refuse(&intake, message, reason, delivery, place);
-                let is_recorded = refusing.await;
+                let is_recorded = self.refuse(*refusal, delivery, place).await;
                 if let (true, Some(turn)) = (is_recorded, turn) {
                     turn.recorded();
                 }
@@ -169,6 +166,7 @@ impl Processor {
                 };
             }
         };
+        drop(load);
         if matches!(claim, Claim::Acquired(_)) {
             failpoint::reach(Step::AfterClaim);
         }
@@ -224,29 +222,28 @@ impl Processor {
                 info!("its job waits in the queue");
                 events.tell(&id, EventKind::Queued);
                 let unknown = task.is_none().then(|| Unknown {
-                    patience: self.unknown_task_patience,
                     error: self.unknown_task(&wish.request.task),
                     dead_letter_topic: intake.dead_letter_topic.clone(),
                 });
-                let mut place = space.into_place(&self.context, &intake);
-                if can == Can::Record {
-                    place.wait_for_room();
-                }
                 let holding = Holding {
                     key: wish.key,
-                    place,
+                    place: space.into_place(&self.context, &intake),
                     until,
                     unknown,
                 };
                 self.context.held.hold(delivery, holding);
+                if can == Can::Record {
+                    self.context.admission.queued(&intake.name);
+                }
             }
         }
     }
 
     /// What a message asks for, or why it will never run.
-    fn wish(&self, intake: &Intake, message: &Message) -> Result<Wish, Reason> {
+    fn wish(&self, intake: &Intake, message: &Message) -> Result<Wish, Box<Refusal>> {
+        let refusal = |reason, task, error| self.refusal(intake, message, reason, task, error);
         let request = Request::decode(&message.data)
-            .map_err(|error| Reason::new(DeadReason::Malformed, None, error))?;
+            .map_err(|error| refusal(DeadReason::Malformed, None, error.to_string()))?;
         let settings = &intake.settings;
         let key = match settings
             .dedupe_key
@@ -257,20 +254,38 @@ impl Processor {
                 WithoutDedupeKey::MessageId => JobKey::of_message_id(&intake.name, message),
                 WithoutDedupeKey::DeadLetter => {
                     let task = Some(request.task);
-                    return Err(Reason::new(DeadReason::NoDedupeKey, task, missing));
+                    return Err(refusal(DeadReason::NoDedupeKey, task, missing.to_string()));
                 }
             },
         };
         let task = self.tasks.get(&request.task).cloned();
         if task.is_none() && self.unknown_task_patience.is_zero() {
             let error = self.unknown_task(&request.task);
-            return Err(Reason::new(
-                DeadReason::UnknownTask,
-                Some(request.task),
-                error,
-            ));
+            let task = Some(request.task);
+            return Err(refusal(DeadReason::UnknownTask, task, error));
         }
         Ok(Wish { request, key, task })
+    }
+
+    fn refusal(
+        &self,
+        intake: &Intake,
+        message: &Message,
+        reason: DeadReason,
+        task: Option<String>,
+        error: String,
+    ) -> Box<Refusal> {
+        Box::new(Refusal {
+            // By its id: a corrected request may come under the same key.
+            key: JobKey::of_message_id(&intake.name, message),
+            job_id: Uuid::now_v7(),
+            task,
+            message: message.clone(),
+            reason,
+            error,
+            worker: Arc::clone(&self.context.guard.terms().worker),
+            dead_letter_topic: intake.dead_letter_topic.clone(),
+        })
     }
 
     fn claim_request(
@@ -315,14 +330,7 @@ impl Processor {
 
     /// A message that will never run is put on record; only then is it acked.
     /// False where it could not be.
-    async fn refuse(
-        &self,
-        intake: &Intake,
-        message: Message,
-        reason: Reason,
-        delivery: Receipt,
-        place: Place,
-    ) -> bool {
+    async fn refuse(&self, refusal: Refusal, delivery: Receipt, place: Place) -> bool {
         let Context {
             guard,
             events,
@@ -330,18 +338,7 @@ impl Processor {
             wake_dead_letters,
             ..
         } = &*self.context;
-        let id: Arc<str> = message.id.as_str().into();
-        let refusal = Refusal {
-            // By its id: a corrected request may come under the same key.
-            key: JobKey::of_message_id(&intake.name, &message),
-            job_id: Uuid::now_v7(),
-            task: reason.task,
-            message,
-            reason: reason.reason,
-            error: reason.error,
-            worker: Arc::clone(&guard.terms().worker),
-            dead_letter_topic: intake.dead_letter_topic.clone(),
-        };
+        let id: Arc<str> = refusal.message.id.as_str().into();
         match guard.refuse(&refusal).await {
             Ok(Refused::Recorded) => {
                 warn!(reason = %refusal.error, "refused");
@@ -427,16 +424,6 @@ impl Space {
         match self {
             Self::Place(place) => place,
             Self::Room(_) => context.admission.hold(&intake.name),
-        }
-    }
-}
-
-impl Reason {
-    fn new(reason: DeadReason, task: Option<String>, error: impl ToString) -> Self {
-        Self {
-            reason,
-            task,
-            error: error.to_string(),
         }
     }
 }

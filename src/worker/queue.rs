@@ -1,11 +1,17 @@
 //! Takes jobs from the queue into free room: those that wait and may run, and
 //! those whose worker is lost.
+//!
+//! A sweep has three steps: [`Queue::due`] looks and locks nothing, admission
+//! reserves room for the oldest jobs that fit, and [`Queue::take`] takes exactly
+//! those, each on condition that it is still due. Several workers may see the
+//! same jobs; one gets each, and the others give their room back. If the answer
+//! of `take` is lost, its jobs wait for another lease, and that counts as a crash.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use uuid::Uuid;
@@ -13,14 +19,20 @@ use uuid::Uuid;
 use super::admission::{Admission, Room};
 use super::attempt::Context;
 use super::process::Processor;
-use crate::job::{DueJob, Pick};
-use crate::retry::jittered;
+use crate::job::{DueJob, JobKey, Pick, Taken};
+use crate::retry::{Backoff, jittered};
 use crate::store::{Queue, Reach, StoreError, in_time};
 
 /// Between sweeps, about: a job that a stopping worker gave back waits as long.
 const PAUSE: Duration = Duration::from_secs(1);
 /// Jobs of one subscription and task that one sweep looks at.
 const MOST_AT_ONCE: u32 = 200;
+/// Beyond what there is room for: other workers want the same jobs.
+const MARGIN: u32 = 8;
+/// Jobs that others were quicker with, before the next round.
+const MOST_LOST: usize = 200;
+/// Pauses between tries of a take that was not answered.
+const TRY_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
 /// The worker's way from the queue to its room.
 pub(super) struct Sweeper {
@@ -35,29 +47,35 @@ impl Sweeper {
     /// Sweeps about every second, and at once when older jobs may wait than what
     /// could be pulled. Ends when the worker drains.
     pub(super) async fn run(self) {
+        let mut next_sweep = Instant::now() + jittered(PAUSE);
         loop {
             tokio::select! {
                 () = self.draining.cancelled() => return,
-                () = sleep(jittered(PAUSE)) => self.know().await,
+                () = sleep_until(next_sweep) => {
+                    next_sweep = Instant::now() + jittered(PAUSE);
+                    self.know().await;
+                }
                 () = sweep_is_due(&self.context.admission) => {}
             }
-            loop {
-                let more = tokio::select! {
-                    more = self.sweep() => more,
-                    // A statement that is under way is seen to its end.
-                    () = self.draining.cancelled() => return,
-                };
-                match more {
-                    Ok(true) => {}
-                    Ok(false) => break,
-                    Err(error) => {
-                        warn!(%error, "the queue was not swept");
-                        self.context.guard.health().note(Some(&error));
-                        break;
-                    }
+            self.sweep_all().await;
+            self.context.admission.swept();
+        }
+    }
+
+    /// Sweeps while there is something to take. A sweep that has begun is seen to
+    /// its end: what it takes is somebody's.
+    async fn sweep_all(&self) {
+        let mut lost = HashSet::new();
+        while !self.draining.is_cancelled() && lost.len() < MOST_LOST {
+            match self.sweep(&mut lost).await {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(error) => {
+                    warn!(%error, "the queue was not swept");
+                    self.context.guard.health().note(Some(&error));
+                    return;
                 }
             }
-            self.context.admission.swept();
         }
     }
 
@@ -67,21 +85,25 @@ impl Sweeper {
         }
     }
 
-    /// True where there may be more to take.
-    async fn sweep(&self) -> Result<bool, StoreError> {
+    /// Looks and takes. True where there may be more to take. `lost` are the jobs
+    /// that this round saw and did not get: another worker was quicker, or
+    /// somebody has locked them.
+    async fn sweep(&self, lost: &mut HashSet<JobKey>) -> Result<bool, StoreError> {
         let admission = &self.context.admission;
-        let (reach, free) = admission.within(&self.reach);
-        if free == 0 || reach.tasks.is_empty() {
+        let (reach, most) = admission.within(&self.reach);
+        if reach.tasks.is_empty() {
             return Ok(false);
         }
-        let limit = u32::try_from(free).unwrap_or(MOST_AT_ONCE);
-        let mut due = in_time(self.queue.due(&reach, limit.min(MOST_AT_ONCE))).await?;
-        due.retain(|job| self.may_take(job));
+        let most = u32::try_from(most).unwrap_or(MOST_AT_ONCE);
+        let limit = most.saturating_add(MARGIN).min(MOST_AT_ONCE);
+        let mut due = in_time(self.queue.due(&reach, limit)).await?;
+        due.retain(|job| self.may_take(job) && !lost.contains(&job.key));
         let admitted = admission.admit_due(due);
         if admitted.is_empty() {
             return Ok(false);
         }
-        self.take(admitted).await
+        self.take(admitted, lost).await?;
+        Ok(true)
     }
 
     /// Nobody takes over what he himself runs, nor anything just after an
@@ -90,7 +112,11 @@ impl Sweeper {
         !job.is_lost || self.context.guard.may_take_over() && !self.context.keeper.has(&job.key)
     }
 
-    async fn take(&self, admitted: Vec<(DueJob, Room)>) -> Result<bool, StoreError> {
+    async fn take(
+        &self,
+        admitted: Vec<(DueJob, Room)>,
+        lost: &mut HashSet<JobKey>,
+    ) -> Result<(), StoreError> {
         let mut rooms = HashMap::with_capacity(admitted.len());
         let picks: Vec<Pick> = admitted
             .into_iter()
@@ -105,10 +131,7 @@ impl Sweeper {
                 }
             })
             .collect();
-        let terms = self.context.guard.terms();
-        let taken = in_time(self.queue.take(&picks, terms)).await?;
-        let any = !taken.is_empty();
-        for job in taken {
+        for job in self.take_until_answered(&picks).await? {
             let fence = &job.acquired.fence;
             let Some(room) = rooms.remove(&fence.token) else {
                 continue;
@@ -119,8 +142,29 @@ impl Sweeper {
                 .running
                 .spawn(async move { processor.run_taken(job, room).await });
         }
-        // What another worker was quicker with gives its room back here.
-        Ok(any)
+        let not_taken = picks.iter().filter(|pick| rooms.contains_key(&pick.token));
+        lost.extend(not_taken.map(|pick| pick.key.clone()));
+        Ok(())
+    }
+
+    /// A take may have committed although its answer is lost. Asked again with the
+    /// same tokens it is confirmed, so that no job is left to a lease that nobody
+    /// renews.
+    async fn take_until_answered(&self, picks: &[Pick]) -> Result<Vec<Taken>, StoreError> {
+        let guard = &self.context.guard;
+        let mut backoff = Backoff::new(TRY_AGAIN.0, TRY_AGAIN.1);
+        loop {
+            let error = match in_time(self.queue.take(picks, guard.terms())).await {
+                Err(error) if error.is_passing() => error,
+                answer => return answer,
+            };
+            guard.health().note(Some(&error));
+            warn!(%error, "jobs of the queue may have been taken; asking again");
+            tokio::select! {
+                () = self.context.shutdown.giving_up.cancelled() => return Err(error),
+                () = sleep(backoff.next_delay()) => {}
+            }
+        }
     }
 }
 

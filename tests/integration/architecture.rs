@@ -25,7 +25,7 @@ const ONLY_IN: &[(&str, &[&str])] = &[
 ];
 
 const WORDS: &[&str] = &[
-    "dedupe", "devices", "job", "message", "outcome", "report", "retry", "task",
+    "dedupe", "devices", "job", "message", "outcome", "record", "report", "retry", "task",
 ];
 const OUTSIDE_SYSTEMS: &[&str] = &["pubsub", "store", "executor", "nvidia"];
 const SERVICES: &[&str] = &["guard", "registry", "worker", "app", "cli"];

@@ -203,18 +203,21 @@ async fn a_message_that_is_not_on_record_is_said_to_be_missing() {
 }
 
 #[tokio::test]
-async fn config_check_warns_where_the_guard_forgets_before_pubsub_does() {
+async fn config_check_warns_of_what_pubsubs_own_settings_would_break() {
     let (broker, _database, yard) =
-        yard("[guard]\nretention = \"1d\"\n[subscriptions.training]\n").await;
-    broker.subscribe("training").await;
+        yard("[guard]\nretention = \"1d\"\n[subscriptions.training]\n[subscriptions.kept]\n").await;
+    broker.subscribe_with_policy("training").await;
+    broker.subscribe("kept").await;
     let output = yard.output(&["config", "check"]).await;
-    assert!(
-        output
-            .stdout
-            .contains("training retains messages for 7days"),
-        "{}",
-        output.stdout
-    );
+    let warns = |name: &str, of: &str| {
+        let warning = format!("# warning: subscription {name}: ");
+        let mut lines = output.stdout.lines();
+        lines.any(|line| line.starts_with(&warning) && line.contains(of))
+    };
+    assert!(warns("training", "for 7days, longer"), "{}", output.stdout);
+    assert!(warns("training", "after 5 deliveries"), "{}", output.stdout);
+    assert!(warns("kept", "for 7days, longer"), "{}", output.stdout);
+    assert!(!warns("kept", "deliveries"), "{}", output.stdout);
 }
 
 #[tokio::test]

@@ -15,6 +15,7 @@ on_both_databases!(
     a_panic_is_a_failure_like_any_other,
     a_run_that_takes_too_long_is_stopped_and_tried_again,
     a_waiting_retry_holds_no_slot,
+    a_retry_comes_before_messages_that_came_later,
     a_retry_goes_on_from_the_last_checkpoint,
     a_message_of_an_unknown_task_runs_once_a_worker_knows_it,
     a_task_at_its_concurrency_leaves_slots_to_the_others,
@@ -118,6 +119,34 @@ async fn a_waiting_retry_holds_no_slot(database: Database) {
     assert!(told.contains("its next attempt starts"), "{told}");
     scene.job(&waiting, JobState::Dead).await;
     scene.nothing_is_left_to_deliver().await;
+}
+
+/// However many there are, and however they are fetched.
+async fn a_retry_comes_before_messages_that_came_later(database: Database) {
+    const NEW: usize = 40;
+    for subscription in ["", "prefetch = 100"] {
+        let sections = Sections {
+            slots: 1,
+            subscription,
+            ..Sections::default()
+        };
+        let scene = Scene::new(&database, &sections).await;
+        let fields = json!({"label": "retried", "fail": "transient", "fail_attempts": 1});
+        scene.publish(fields).await;
+        for _ in 0..NEW {
+            scene.publish(json!({"label": "new", "seconds": 0.1})).await;
+        }
+        let worker = scene.start_worker("w1");
+        scene.all_succeed(NEW + 1).await;
+        let started = scene.started();
+        let retry = started
+            .iter()
+            .rposition(|label| label == "retried")
+            .unwrap();
+        // The queue is looked at about every second, ten runs.
+        assert!(retry < NEW * 3 / 4, "{retry}th of {NEW}: {subscription}");
+        assert_eq!(worker.stop().await.code(), Some(0));
+    }
 }
 
 async fn a_retry_goes_on_from_the_last_checkpoint(database: Database) {

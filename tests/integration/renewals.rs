@@ -8,9 +8,11 @@ use serde_json::json;
 use sqlx::{Connection, PgConnection};
 use tokio::process::Child;
 use tokio::time::timeout;
+use trainyard::store::{Finish, Finished};
 use uuid::Uuid;
 
 use crate::support::database::Database;
+use crate::support::jobs::{LONG, acquire, succeeded};
 use crate::support::private_postgres::PrivatePostgres;
 use crate::support::runs::RunEvent;
 use crate::support::scene::{FAST, Scene, Settings};
@@ -187,4 +189,33 @@ async fn it_waits_for_a_lock(database: &Database, said: &Path) {
 
 fn read_to_string(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_somebody_has_locked_holds_up_no_other_ending() {
+    let Some(database) = Database::postgres().await else {
+        return;
+    };
+    let store = database.open_migrated().await;
+    let [locked, other] = [
+        acquire(&store, "locked", LONG).await.fence,
+        acquire(&store, "other", LONG).await.fence,
+    ];
+    let finishes = [&locked, &other].map(|fence| Finish {
+        fence: fence.clone(),
+        ending: succeeded(),
+        checkpoint: None,
+        dead_letter_topic: None,
+    });
+    let mut somebody = PgConnection::connect(&database.url).await.unwrap();
+    let mut transaction = somebody.begin().await.unwrap();
+    sqlx::query("SELECT FROM leases WHERE key = 'locked' FOR UPDATE")
+        .execute(&mut *transaction)
+        .await
+        .unwrap();
+    let answers = store.finish(&finishes).await.unwrap();
+    assert_eq!(answers, [Finished::Locked, Finished::Ended]);
+    transaction.rollback().await.unwrap();
+    let answers = store.finish(&finishes).await.unwrap();
+    assert_eq!(answers, [Finished::Ended, Finished::Ended]);
 }

@@ -16,7 +16,7 @@ use trainyard::job::{
 };
 use trainyard::outcome::Ending;
 use trainyard::record::{Cancelling, Job, Retrying};
-use trainyard::store::{ClaimTerms, Finish, Reach, Store};
+use trainyard::store::{ClaimTerms, Finish, Finished, Reach, Store};
 use uuid::Uuid;
 
 use crate::support::database::{Database, Tables};
@@ -309,7 +309,11 @@ impl<'a> Case<'a> {
             }
             Write::Finish(state) => {
                 let finished = store.finish(&[finish(&fence, state)]).await;
-                assert_eq!(finished.unwrap(), [holds || confirmed]);
+                let expected = match holds || confirmed {
+                    true => Finished::Ended,
+                    false => Finished::NotMine,
+                };
+                assert_eq!(finished.unwrap(), [expected]);
                 if holds {
                     known.end(state, Some(fence));
                 }

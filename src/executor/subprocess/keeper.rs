@@ -5,6 +5,16 @@
 //! daemon's death because its lifeline closes. As a subreaper it inherits the
 //! processes that the command leaves behind. It is synchronous and small on
 //! purpose.
+//!
+//! The keeper starts the program once more as a launcher, which becomes the
+//! command. The command stays unreaped until its group has been killed, so that
+//! no signal reaches another group with the same id. The keeper tells of the end
+//! only when no process is left, so the output's pipes are closed by then.
+//!
+//! The limits: only Linux has subreapers, parent-death signals and /proc;
+//! elsewhere only the process group is killed. A process with another user's
+//! rights cannot be killed. If daemon and keeper are killed at the same moment,
+//! the kernel kills the command, but its helper processes may be left.
 
 mod launch;
 mod launcher;

@@ -1,20 +1,23 @@
 //! The statements that end a run: finished, released, or refused unrun.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 
 use sqlx::{PgPool, Row};
 use uuid::Uuid;
 
 use super::claims::{attempts, fence_tokens, key_columns};
+use crate::job::JobKey;
 use crate::outcome::DeadReason;
 use crate::store::values::{MAX_DUPLICATES_IN_LEDGER, json_text, storable};
-use crate::store::{Finish, Refusal, Refused, Release, StoreError};
+use crate::store::{Finish, Finished, Refusal, Refused, Release, StoreError};
 
 /// One statement: the lease goes and the job ends, or neither. A second call
-/// with the same token finds the ending that it wrote the first time.
+/// with the same token finds the ending that the first one wrote.
 ///
-/// All leases are locked before the first job's row is (hence the count), so
-/// that this and a claim never wait for each other.
+/// A row that another session has locked is passed over, so that it holds up no
+/// other ending. Only the short lock of a claim on the last job of its ordering
+/// key is waited for. All leases are gone before the first job's row is touched
+/// (hence the count), so that this and a claim never wait for each other.
 const FINISH: &str = "
 WITH input AS (
     SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::uuid[], $5::text[], $6::text[],
@@ -28,11 +31,10 @@ WITH input AS (
            input.dead_letter_topic
     FROM leases JOIN input USING (subscription, key, attempt, token)
     ORDER BY leases.subscription, leases.key
-    FOR UPDATE OF leases
+    FOR NO KEY UPDATE OF leases SKIP LOCKED
 ), ended AS (
     DELETE FROM leases USING held
     WHERE leases.subscription = held.subscription AND leases.key = held.key
-      AND (SELECT count(*) FROM held) > 0
     RETURNING held.*
 ), finished AS (
     UPDATE processed_messages
@@ -45,6 +47,7 @@ WITH input AS (
     FROM ended
     WHERE processed_messages.subscription = ended.subscription
       AND processed_messages.key = ended.key
+      AND (SELECT count(*) FROM ended) > 0
     RETURNING ended.token
 ), noted AS (
     INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
@@ -52,7 +55,10 @@ WITH input AS (
 )
 SELECT token FROM finished";
 
-pub(super) async fn finish(pool: &PgPool, finishes: &[Finish]) -> Result<Vec<bool>, StoreError> {
+pub(super) async fn finish(
+    pool: &PgPool,
+    finishes: &[Finish],
+) -> Result<Vec<Finished>, StoreError> {
     let (subscriptions, keys) = key_columns(finishes.iter().map(|finish| &finish.fence.key));
     let results = finishes
         .iter()
@@ -94,36 +100,45 @@ pub(super) async fn finish(pool: &PgPool, finishes: &[Finish]) -> Result<Vec<boo
         )
         .fetch_all(pool)
         .await?;
-    let mut ended: HashSet<Uuid> = ended.into_iter().collect();
-    if finishes
-        .iter()
-        .any(|finish| !ended.contains(&finish.fence.token))
-    {
-        ended.extend(ended_earlier(pool, finishes).await?);
+    let mut finished: HashMap<Uuid, Finished> = ended
+        .into_iter()
+        .map(|token| (token, Finished::Ended))
+        .collect();
+    if finished.len() < finishes.len() {
+        finished.extend(others(pool, finishes).await?);
     }
+    let standing = |finish: &Finish| finished.get(&finish.fence.token).copied();
     Ok(finishes
         .iter()
-        .map(|finish| ended.contains(&finish.fence.token))
+        .map(|finish| standing(finish).unwrap_or(Finished::NotMine))
         .collect())
 }
 
-/// A first try that was still committing is not in the snapshot of the second
-/// one, which waited for it; a statement of its own sees what it wrote.
-const ENDED_EARLIER: &str = "
-SELECT finish.token
+/// Why a finish has not ended its job: an earlier call did, or its row was
+/// locked. A first try that was still committing is not in the snapshot of the
+/// second one; a statement of its own sees what it wrote.
+const OTHERS: &str = "
+SELECT finish.token, processed_messages.finished_by IS NOT DISTINCT FROM finish.token AS ended
 FROM unnest($1::text[], $2::text[], $3::uuid[]) AS finish (subscription, key, token)
 JOIN processed_messages USING (subscription, key)
-WHERE processed_messages.finished_by = finish.token";
+LEFT JOIN leases USING (subscription, key)
+WHERE processed_messages.finished_by = finish.token OR leases.token = finish.token";
 
-async fn ended_earlier(pool: &PgPool, finishes: &[Finish]) -> Result<Vec<Uuid>, StoreError> {
+async fn others(
+    pool: &PgPool,
+    finishes: &[Finish],
+) -> Result<impl Iterator<Item = (Uuid, Finished)>, StoreError> {
     let (subscriptions, keys) = key_columns(finishes.iter().map(|finish| &finish.fence.key));
-    let tokens = sqlx::query_scalar(ENDED_EARLIER)
+    let rows: Vec<(Uuid, bool)> = sqlx::query_as(OTHERS)
         .bind(subscriptions)
         .bind(keys)
         .bind(fence_tokens(finishes.iter().map(|finish| &finish.fence)))
         .fetch_all(pool)
         .await?;
-    Ok(tokens)
+    Ok(rows.into_iter().map(|(token, ended)| match ended {
+        true => (token, Finished::Ended),
+        false => (token, Finished::Locked),
+    }))
 }
 
 /// From now on the job waits in the queue, for room or for its next attempt. One that is to be cancelled need not wait for that.
@@ -157,6 +172,30 @@ pub(super) async fn release(pool: &PgPool, release: &Release) -> Result<bool, St
         .execute(pool)
         .await?;
     Ok(released.rows_affected() == 1)
+}
+
+const DISOWN: &str = "
+WITH disowned AS (
+    UPDATE leases
+    SET token = NULL, interruptions = interruptions + 1, run_after = now(), lease_until = now()
+    FROM unnest($1::text[], $2::text[], $3::uuid[]) AS claim (subscription, key, token)
+    WHERE leases.subscription = claim.subscription AND leases.key = claim.key
+      AND leases.token = claim.token
+    RETURNING leases.subscription, leases.key, leases.worker, leases.attempt
+)
+INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
+SELECT subscription, key, worker, 'released', attempt, 'the answer to its claim was lost'
+FROM disowned";
+
+pub(super) async fn disown(pool: &PgPool, claims: &[(JobKey, Uuid)]) -> Result<(), StoreError> {
+    let (subscriptions, keys) = key_columns(claims.iter().map(|(key, _)| key));
+    sqlx::query(DISOWN)
+        .bind(subscriptions)
+        .bind(keys)
+        .bind(claims.iter().map(|(_, token)| *token).collect::<Vec<_>>())
+        .execute(pool)
+        .await?;
+    Ok(())
 }
 
 const REFUSE: &str = "

@@ -1,4 +1,9 @@
 //! What makes the order of an ordering key's jobs safe beside each other.
+//!
+//! A job may be taken only if no other row of its ordering key has a lower
+//! `position`. A row goes when its job ends and only then, so a job that waits for
+//! its next attempt or has lost its worker keeps its place. `position` is a
+//! sequence, and sequences are not in the order of commits: hence the locks.
 
 use std::borrow::Cow;
 

@@ -143,11 +143,18 @@ fn read_standing(row: &PgRow) -> Result<Standing, StoreError> {
 
 /// As if the lease had expired one delay earlier.
 const OFFER: &str = "
+WITH lost AS (
+    SELECT leases.subscription, leases.key
+    FROM leases JOIN unnest($1::text[], $2::text[]) AS offered (subscription, key)
+        USING (subscription, key)
+    WHERE token IS NOT NULL AND lease_until <= now()
+      AND lease_until + make_interval(secs => reap_delay) > now()
+    ORDER BY leases.subscription, leases.key
+    FOR NO KEY UPDATE OF leases SKIP LOCKED
+)
 UPDATE leases SET lease_until = now() - make_interval(secs => reap_delay)
-FROM unnest($1::text[], $2::text[]) AS offered (subscription, key)
-WHERE leases.subscription = offered.subscription AND leases.key = offered.key
-  AND token IS NOT NULL AND lease_until <= now()
-  AND lease_until + make_interval(secs => reap_delay) > now()";
+FROM lost
+WHERE leases.subscription = lost.subscription AND leases.key = lost.key";
 
 pub(super) async fn offer(pool: &PgPool, keys: &[JobKey]) -> Result<(), StoreError> {
     let (subscriptions, keys) = key_columns(keys.iter());
@@ -160,8 +167,15 @@ pub(super) async fn offer(pool: &PgPool, keys: &[JobKey]) -> Result<(), StoreErr
 }
 
 const KNOW: &str = "
+WITH known AS (
+    SELECT subscription, key FROM leases
+    WHERE unknown_since IS NOT NULL AND subscription = ANY ($1) AND task = ANY ($2)
+    ORDER BY subscription, key
+    FOR NO KEY UPDATE SKIP LOCKED
+)
 UPDATE leases SET unknown_since = NULL
-WHERE unknown_since IS NOT NULL AND subscription = ANY ($1) AND task = ANY ($2)";
+FROM known
+WHERE leases.subscription = known.subscription AND leases.key = known.key";
 
 pub(super) async fn know(pool: &PgPool, reach: &Reach) -> Result<(), StoreError> {
     sqlx::query(KNOW)
@@ -174,37 +188,51 @@ pub(super) async fn know(pool: &PgPool, reach: &Reach) -> Result<(), StoreError>
 
 /// Only while no worker has ever begun to run it.
 const GIVE_UP_UNKNOWN: &str = "
-WITH given_up AS (
-    DELETE FROM leases
-    WHERE subscription = $1 AND key = $2 AND token IS NULL AND attempt = 0
-      AND unknown_since <= now() - make_interval(secs => $3)
-    RETURNING subscription, key
+WITH unknown AS (
+    SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[])
+      AS unknown (subscription, key, error, worker, dead_letter_topic)
+), given_up AS (
+    DELETE FROM leases USING unknown
+    WHERE leases.subscription = unknown.subscription AND leases.key = unknown.key
+      AND leases.token IS NULL AND leases.attempt = 0
+      AND leases.unknown_since <= now() - make_interval(secs => $6)
+    RETURNING unknown.*
 ), dead AS (
     UPDATE processed_messages
-    SET state = 'dead', error = $4, reason = $5, finished_at = now(), worker = $6,
-        dead_letter_topic = $7
+    SET state = 'dead', error = given_up.error, reason = $7, finished_at = now(),
+        worker = given_up.worker, dead_letter_topic = given_up.dead_letter_topic
     FROM given_up
     WHERE processed_messages.subscription = given_up.subscription
       AND processed_messages.key = given_up.key
+), noted AS (
+    INSERT INTO ledger (subscription, key, worker, kind, detail)
+    SELECT subscription, key, worker, 'refused', error FROM given_up
 )
-INSERT INTO ledger (subscription, key, worker, kind, detail)
-SELECT subscription, key, $6, 'refused', $4 FROM given_up";
+SELECT subscription, key FROM given_up";
 
 pub(super) async fn give_up_unknown(
     pool: &PgPool,
-    key: &JobKey,
+    unknown: &[GivenUp],
     patience: Duration,
-    given_up: &GivenUp,
-) -> Result<bool, StoreError> {
-    let ended = sqlx::query(GIVE_UP_UNKNOWN)
-        .bind(&*key.subscription)
-        .bind(&*key.key)
+) -> Result<Vec<JobKey>, StoreError> {
+    let (subscriptions, keys) = key_columns(unknown.iter().map(|unknown| &unknown.key));
+    let errors = unknown.iter().map(|unknown| storable(&unknown.error));
+    let workers = unknown.iter().map(|unknown| &*unknown.worker);
+    let topics = unknown
+        .iter()
+        .map(|unknown| unknown.dead_letter_topic.as_deref());
+    let ended: Vec<(String, String)> = sqlx::query_as(GIVE_UP_UNKNOWN)
+        .bind(subscriptions)
+        .bind(keys)
+        .bind(errors.collect::<Vec<_>>())
+        .bind(workers.collect::<Vec<_>>())
+        .bind(topics.collect::<Vec<_>>())
         .bind(patience.as_secs_f64())
-        .bind(storable(&given_up.error))
         .bind(DeadReason::UnknownTask.as_str())
-        .bind(&*given_up.worker)
-        .bind(given_up.dead_letter_topic.as_deref())
-        .execute(pool)
+        .fetch_all(pool)
         .await?;
-    Ok(ended.rows_affected() == 1)
+    let keys = ended
+        .iter()
+        .map(|(subscription, key)| JobKey::new(subscription, key));
+    Ok(keys.collect())
 }

@@ -99,7 +99,8 @@ SELECT subscription, ordering_key FROM processed_messages WHERE job_id = $1";
 const HURRY: &str = "
 WITH hurried AS (
     UPDATE leases
-    SET run_after = CASE WHEN run_after < 'infinity' THEN now() ELSE run_after END,
+    SET run_after = CASE WHEN run_after < 'infinity' THEN least(run_after, now())
+                         ELSE run_after END,
         lease_until = now()
     FROM processed_messages m
     WHERE m.job_id = $1 AND leases.subscription = m.subscription AND leases.key = m.key

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::PgConnectOptions;
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
 use tokio::time::{Instant, sleep};
 
 use crate::retry::Backoff;
@@ -13,8 +13,10 @@ use crate::store::{SchemaError, StoreError, Waiting};
 
 /// A migration that waits for a lock makes everybody wait who comes after it,
 /// renewals too. So it waits briefly, and tries again after a pause in which the
-/// others go on.
-const LOCK_TIMEOUT: &str = "1s";
+/// others go on. One without a transaction builds an index beside them, and may
+/// wait as long as it takes.
+const LOCK_TIMEOUT: &str = "SET lock_timeout = '1s'";
+const NO_LOCK_TIMEOUT: &str = "SET lock_timeout = 0";
 const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
 /// Then somebody has to look.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -29,15 +31,13 @@ pub(super) async fn migrate(
 ) -> Result<usize, SchemaError> {
     let migrator = migrator();
     let outstanding = outstanding(pool, &migrator).await?;
-    // Without the limits of the workers' connections, except for locks.
-    let options = PgConnectOptions::from_str(url)?
-        .application_name("trainyard migrate")
-        .options([("lock_timeout", LOCK_TIMEOUT)]);
+    // Without the limits of the workers' connections.
+    let options = PgConnectOptions::from_str(url)?.application_name("trainyard migrate");
     let give_up = Instant::now() + PATIENCE;
     let mut backoff = Backoff::new(PAUSE.0, PAUSE.1);
     loop {
         let mut connection = PgConnection::connect_with(&options).await?;
-        let migrated = migrator.run_direct(None, &mut connection, false).await;
+        let migrated = apply(&migrator, &mut connection).await;
         // Its end also gives back the lock on migrations.
         connection.close().await?;
         match migrated {
@@ -49,6 +49,40 @@ pub(super) async fn migrate(
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// One after another, each with its patience for locks.
+async fn apply(migrator: &Migrator, connection: &mut PgConnection) -> Result<(), MigrateError> {
+    drop_invalid_indexes(connection).await?;
+    for migration in migrator.iter() {
+        let patience = match migration.no_tx {
+            true => NO_LOCK_TIMEOUT,
+            false => LOCK_TIMEOUT,
+        };
+        sqlx::query(patience).execute(&mut *connection).await?;
+        let version = Some(migration.version);
+        migrator
+            .run_direct(version, &mut *connection, false)
+            .await?;
+    }
+    Ok(())
+}
+
+const INVALID_INDEXES: &str = "
+SELECT format('DROP INDEX CONCURRENTLY IF EXISTS %s', indexrelid::regclass) FROM pg_index
+WHERE NOT indisvalid AND indrelid = to_regclass('processed_messages')";
+
+/// What a build that was cut short has left behind.
+async fn drop_invalid_indexes(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let drops: Vec<String> = sqlx::query_scalar(INVALID_INDEXES)
+        .fetch_all(&mut *connection)
+        .await?;
+    for drop in drops {
+        sqlx::query(AssertSqlSafe(drop))
+            .execute(&mut *connection)
+            .await?;
+    }
+    Ok(())
 }
 
 fn is_locked_out(error: &MigrateError) -> bool {
@@ -66,7 +100,7 @@ SELECT coalesce(string_agg(DISTINCT format(
            coalesce(nullif(activity.application_name, ''), 'unnamed'),
            to_char(activity.xact_start, 'HH24:MI:SS')), '; '), 'somebody who has gone')
 FROM pg_locks locks JOIN pg_stat_activity activity USING (pid)
-WHERE locks.relation IN ('leases'::regclass, 'processed_messages'::regclass)
+WHERE locks.relation IN (to_regclass('leases'), to_regclass('processed_messages'))
   AND locks.granted AND activity.pid <> pg_backend_pid()
   AND activity.xact_start < now() - interval '1 second'";
 

@@ -2,13 +2,14 @@
 
 use sqlx::sqlite::SqlitePool;
 use sqlx::{Connection, Row, SqliteConnection};
+use uuid::Uuid;
 
 use super::entry::{Entry, add_to_ledger};
 use super::{BEGIN, milliseconds};
-use crate::job::Fence;
+use crate::job::{Fence, JobKey};
 use crate::outcome::DeadReason;
 use crate::store::values::{MAX_DUPLICATES_IN_LEDGER, json_text, storable};
-use crate::store::{Finish, Refusal, Refused, Release, StoreError};
+use crate::store::{Finish, Finished, Refusal, Refused, Release, StoreError};
 
 const END_JOB: &str = "
 UPDATE processed_messages
@@ -32,7 +33,7 @@ SELECT EXISTS (SELECT 1 FROM processed_messages
 pub(super) async fn finish(
     pool: &SqlitePool,
     finishes: &[Finish],
-) -> Result<Vec<bool>, StoreError> {
+) -> Result<Vec<Finished>, StoreError> {
     let mut connection = pool.acquire().await?;
     let mut transaction = connection.begin_with(BEGIN).await?;
     let mut finished = Vec::with_capacity(finishes.len());
@@ -46,7 +47,7 @@ pub(super) async fn finish(
 async fn finish_one(
     connection: &mut SqliteConnection,
     finish: &Finish,
-) -> Result<bool, StoreError> {
+) -> Result<Finished, StoreError> {
     let Finish { fence, ending, .. } = finish;
     let worker: Option<String> = sqlx::query_scalar(END_JOB)
         .bind(&*fence.key.subscription)
@@ -62,7 +63,10 @@ async fn finish_one(
         .fetch_optional(&mut *connection)
         .await?;
     let Some(worker) = worker else {
-        return was_ended_by(connection, fence).await;
+        return Ok(match was_ended_by(connection, fence).await? {
+            true => Finished::Ended,
+            false => Finished::NotMine,
+        });
     };
     sqlx::query(END_LEASE)
         .bind(&*fence.key.subscription)
@@ -77,7 +81,7 @@ async fn finish_one(
         ..Entry::default()
     };
     add_to_ledger(connection, &fence.key, &entry).await?;
-    Ok(true)
+    Ok(Finished::Ended)
 }
 
 /// Whether an earlier call with this fence ended the job.
@@ -136,6 +140,39 @@ pub(super) async fn release(pool: &SqlitePool, release: &Release) -> Result<bool
     add_to_ledger(&mut transaction, &fence.key, &entry).await?;
     transaction.commit().await?;
     Ok(true)
+}
+
+const DISOWN: &str = "
+UPDATE leases
+SET token = NULL, interruptions = interruptions + 1,
+    run_after = CAST(unixepoch('subsec') * 1000 AS INTEGER),
+    lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER)
+WHERE subscription = $1 AND key = $2 AND token = $3
+RETURNING worker, attempt";
+
+pub(super) async fn disown(pool: &SqlitePool, claims: &[(JobKey, Uuid)]) -> Result<(), StoreError> {
+    let mut connection = pool.acquire().await?;
+    let mut transaction = connection.begin_with(BEGIN).await?;
+    for (key, token) in claims {
+        let disowned: Option<(String, u32)> = sqlx::query_as(DISOWN)
+            .bind(&*key.subscription)
+            .bind(&*key.key)
+            .bind(token)
+            .fetch_optional(&mut *transaction)
+            .await?;
+        if let Some((worker, attempt)) = disowned {
+            let entry = Entry {
+                worker: &worker,
+                kind: "released",
+                attempt: Some(attempt),
+                detail: Some("the answer to its claim was lost"),
+                ..Entry::default()
+            };
+            add_to_ledger(&mut transaction, key, &entry).await?;
+        }
+    }
+    transaction.commit().await?;
+    Ok(())
 }
 
 const REFUSE: &str = "

@@ -206,17 +206,32 @@ WHERE subscription = $1 AND key = $2";
 
 pub(super) async fn give_up_unknown(
     pool: &SqlitePool,
-    key: &JobKey,
+    unknown: &[GivenUp],
     patience: Duration,
-    given_up: &GivenUp,
-) -> Result<bool, StoreError> {
+) -> Result<Vec<JobKey>, StoreError> {
     let mut connection = pool.acquire().await?;
     let mut transaction = connection.begin_with(BEGIN).await?;
+    let mut ended = Vec::new();
+    for given_up in unknown {
+        if give_up_one(&mut transaction, given_up, patience).await? {
+            ended.push(given_up.key.clone());
+        }
+    }
+    transaction.commit().await?;
+    Ok(ended)
+}
+
+async fn give_up_one(
+    connection: &mut SqliteConnection,
+    given_up: &GivenUp,
+    patience: Duration,
+) -> Result<bool, StoreError> {
+    let key = &given_up.key;
     let ended = sqlx::query(GIVE_UP_LEASE)
         .bind(&*key.subscription)
         .bind(&*key.key)
         .bind(milliseconds(patience))
-        .execute(&mut *transaction)
+        .execute(&mut *connection)
         .await?;
     if ended.rows_affected() == 0 {
         return Ok(false);
@@ -229,7 +244,7 @@ pub(super) async fn give_up_unknown(
         .bind(DeadReason::UnknownTask.as_str())
         .bind(&*given_up.worker)
         .bind(given_up.dead_letter_topic.as_deref())
-        .execute(&mut *transaction)
+        .execute(&mut *connection)
         .await?;
     let entry = Entry {
         worker: &given_up.worker,
@@ -237,7 +252,6 @@ pub(super) async fn give_up_unknown(
         detail: Some(&error),
         ..Entry::default()
     };
-    add_to_ledger(&mut transaction, key, &entry).await?;
-    transaction.commit().await?;
+    add_to_ledger(connection, key, &entry).await?;
     Ok(true)
 }

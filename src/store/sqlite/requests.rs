@@ -113,7 +113,8 @@ WHERE subscription = $1 AND key = $2";
 const HURRY: &str = "
 UPDATE leases
 SET run_after = CASE WHEN run_after < 9223372036854775807
-                     THEN CAST(unixepoch('subsec') * 1000 AS INTEGER) ELSE run_after END,
+                     THEN min(run_after, CAST(unixepoch('subsec') * 1000 AS INTEGER))
+                     ELSE run_after END,
     lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER)
 WHERE subscription = $1 AND key = $2";
 

@@ -2,45 +2,26 @@
 //!
 //! A job fits if a slot is free, its subscription and its task may use one more,
 //! and enough GPUs are free. What fits is begun, oldest first. The oldest job
-//! that does not fit has what comes free reserved for it once it has waited for
-//! `reserve_after`; from then on a younger job passes it only if it does not
-//! delay it, or is over by the time that the older one can begin (backfilling,
-//! as batch schedulers do it: <https://slurm.schedmd.com/sched_config.html>).
+//! that lacks slots or GPUs has what comes free reserved for it once it has
+//! waited for `reserve_after`. From then on a younger job passes it only if it
+//! takes nothing that is reserved, or is over before that is needed
+//! (backfilling, as batch schedulers do it:
+//! <https://slurm.schedmd.com/sched_config.html>).
+//!
+//! No job waits for ever: by when whatever passes is over, is set when the
+//! reservation is made, and a reservation stands until its job begins or is
+//! gone. GPUs stand idle for reservations during at most a fifth of the time:
+//! after each there is none for a while.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::capacity::Capacity;
 use super::run_time::RunTime;
 use crate::job::{DueJob, JobKey};
 use crate::store::Reach;
-
-/// What a worker has room for.
-#[derive(Debug, Clone, Default)]
-pub(in crate::worker) struct Capacity {
-    pub(in crate::worker) slots: usize,
-    pub(in crate::worker) subscriptions: BTreeMap<String, SubscriptionCapacity>,
-    pub(in crate::worker) tasks: BTreeMap<String, TaskCapacity>,
-    /// How long the oldest job waits before what comes free is reserved for it.
-    pub(in crate::worker) reserve_after: Duration,
-}
-
-#[derive(Debug, Clone, Copy)]
-pub(in crate::worker) struct SubscriptionCapacity {
-    /// How many of its jobs run side by side, where limited.
-    pub(in crate::worker) concurrency: Option<usize>,
-    /// How many of its deliveries may be held before nothing more is pulled.
-    pub(in crate::worker) max_waiting: usize,
-}
-
-#[derive(Debug, Clone, Copy, Default)]
-pub(in crate::worker) struct TaskCapacity {
-    /// How many of its jobs run side by side, where limited.
-    pub(in crate::worker) concurrency: Option<usize>,
-    /// How many GPUs each of its jobs has to itself.
-    pub(in crate::worker) gpus: usize,
-}
 
 #[derive(Debug)]
 pub(super) struct Rooms {
@@ -51,29 +32,44 @@ pub(super) struct Rooms {
     run_times: BTreeMap<String, RunTime>,
     /// Deliveries that are held, by subscription.
     held: BTreeMap<String, usize>,
-    /// Of those, the ones whose job waits for room.
-    held_for_room: usize,
+    /// Subscriptions and tasks of which a job waits in the queue for room, and
+    /// whether that is so since the last look into it.
+    waiting: BTreeMap<(String, String), bool>,
+    /// Subscriptions of which a job has waited for long, and its task. The last
+    /// that their limit allows is for this one.
+    kept: BTreeMap<String, String>,
     reserved: Option<Reserved>,
+    /// Nothing is reserved before.
+    rests_until: Option<Instant>,
     sweep_is_due: bool,
+    /// It has been asked for since the last look into the queue.
+    sweep_is_new: bool,
 }
 
 #[derive(Debug)]
 struct Running {
     subscription: String,
     task: String,
-    since: Instant,
+    /// None until the run begins.
+    since: Option<Instant>,
 }
 
 /// What comes free is for this job.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug)]
 struct Reserved {
     key: JobKey,
-    gpus: usize,
+    task: String,
+    since: Instant,
+    /// By when what passes it is over.
+    by: Instant,
 }
 
-/// A job that passes one that waits takes at most this part of `reserve_after`,
-/// if nothing is known about when the other can begin.
+/// If it is not known when a job can begin, what passes it is over within this
+/// part of `reserve_after`.
 const SHORT: u32 = 10;
+/// After GPUs stood idle for a reservation, there is none for so many times as
+/// long.
+const REST: u32 = 4;
 
 impl Rooms {
     pub(super) fn new(capacity: Capacity, gpus: usize) -> Self {
@@ -84,9 +80,12 @@ impl Rooms {
             next_id: 0,
             run_times: BTreeMap::new(),
             held: BTreeMap::new(),
-            held_for_room: 0,
+            waiting: BTreeMap::new(),
+            kept: BTreeMap::new(),
             reserved: None,
+            rests_until: None,
             sweep_is_due: false,
+            sweep_is_new: false,
         }
     }
 
@@ -98,8 +97,8 @@ impl Rooms {
         self.running.len()
     }
 
-    /// Room for a job: the id that gives it back. None where it does not fit or
-    /// would delay the job that room is reserved for.
+    /// Room for a job that has arrived: the id that gives it back. None where it
+    /// does not fit or may delay an older one.
     pub(super) fn admit(
         &mut self,
         key: &JobKey,
@@ -107,27 +106,10 @@ impl Rooms {
         free_gpus: usize,
         now: Instant,
     ) -> Option<u64> {
-        let room = self.room_of(&key.subscription).min(self.room_for(task));
-        if room == 0 || self.gpus_of(task) > free_gpus {
+        if self.sweep_is_due {
             return None;
         }
-        let is_reserved = self.reserved.as_ref().is_some_and(|r| r.key == *key);
-        if is_reserved {
-            self.reserved = None;
-        } else if self.delays_the_oldest(task, free_gpus, now) {
-            return None;
-        }
-        let id = self.next_id;
-        self.next_id += 1;
-        self.running.insert(
-            id,
-            Running {
-                subscription: key.subscription.to_string(),
-                task: task.to_owned(),
-                since: now,
-            },
-        );
-        Some(id)
+        self.give(key, task, free_gpus, now)
     }
 
     /// Admits what fits of the jobs in the queue, which are sorted by age, and
@@ -138,35 +120,94 @@ impl Rooms {
         mut free_gpus: usize,
         now: Instant,
     ) -> Vec<(usize, u64)> {
-        // Jobs older than the one it was for go first.
-        self.reserved = None;
+        let of_reserved = self.reserved_in(due, free_gpus);
+        if of_reserved.is_none() {
+            self.end_reservation(now);
+        }
+        self.kept.clear();
+        self.waiting.retain(|_, is_new| *is_new);
         let mut admitted = Vec::new();
-        for (nth, job) in due.iter().enumerate() {
-            if let Some(id) = self.admit(&job.key, &job.task, free_gpus, now) {
+        let by_age = (0..due.len()).filter(|nth| Some(*nth) != of_reserved);
+        for nth in of_reserved.into_iter().chain(by_age) {
+            let job = &due[nth];
+            if let Some(id) = self.give(&job.key, &job.task, free_gpus, now) {
                 free_gpus -= self.gpus_of(&job.task);
                 admitted.push((nth, id));
                 continue;
             }
-            if self.reserved.is_none() && self.may_reserve(job, free_gpus) {
-                self.reserved = Some(Reserved {
-                    key: job.key.clone(),
-                    gpus: self.gpus_of(&job.task),
-                });
-            }
+            self.leave_waiting(job, free_gpus, now);
         }
         admitted
     }
 
-    /// The job has ended.
-    pub(super) fn leave(&mut self, id: u64, now: Instant) {
-        let Some(ended) = self.running.remove(&id) else {
+    fn leave_waiting(&mut self, job: &DueJob, free_gpus: usize, now: Instant) {
+        let (subscription, task) = (job.key.subscription.to_string(), job.task.clone());
+        let of = (subscription.clone(), task.clone());
+        self.waiting.entry(of).or_default();
+        let is_old = job.waited >= self.capacity.reserve_after;
+        // While its task is at its limit, others go on.
+        if !is_old || self.free_share_for(&task) == 0 {
             return;
+        }
+        if self.may_reserve(job, free_gpus, now) {
+            self.reserve(job, free_gpus, now);
+            self.kept.insert(subscription, task);
+        } else {
+            self.kept.entry(subscription).or_insert(task);
+        }
+    }
+
+    /// Where the job is that room is reserved for. None also if what it needs
+    /// cannot come free any more.
+    fn reserved_in(&self, due: &[DueJob], free_gpus: usize) -> Option<usize> {
+        let reserved = self.reserved.as_ref()?;
+        let nth = due.iter().position(|job| job.key == reserved.key)?;
+        self.can_come_free(&reserved.task, free_gpus).then_some(nth)
+    }
+
+    fn give(&mut self, key: &JobKey, task: &str, free_gpus: usize, now: Instant) -> Option<u64> {
+        let is_reserved = self.reserved.as_ref().is_some_and(|r| r.key == *key);
+        let fit = match is_reserved {
+            true => self.fit(&key.subscription, task, free_gpus),
+            false => self.fit_beside(&key.subscription, task, free_gpus, now),
         };
-        let took = now.duration_since(ended.since);
-        self.run_times.entry(ended.task).or_default().add(took);
-        if self.held_for_room > 0 {
-            // Older than anything that could be pulled.
-            self.sweep_is_due = true;
+        if fit == 0 {
+            return None;
+        }
+        if is_reserved {
+            self.end_reservation(now);
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        self.running.insert(
+            id,
+            Running {
+                subscription: key.subscription.to_string(),
+                task: task.to_owned(),
+                since: None,
+            },
+        );
+        Some(id)
+    }
+
+    /// The job begins to run.
+    pub(super) fn begin(&mut self, id: u64, now: Instant) {
+        if let Some(running) = self.running.get_mut(&id) {
+            running.since = Some(now);
+        }
+    }
+
+    /// The job has ended, or will not run.
+    pub(super) fn leave(&mut self, id: u64, free_gpus: usize, now: Instant) {
+        let ended = self.running.remove(&id);
+        // What has not run tells nothing; and where taking jobs from the queue
+        // fails, it is not tried again at once.
+        if let Some(Running { task, since, .. }) = ended
+            && let Some(since) = since
+        {
+            let took = now.duration_since(since);
+            self.run_times.entry(task).or_default().add(took);
+            self.sweep_if_any_fits(free_gpus, now);
         }
     }
 
@@ -175,18 +216,12 @@ impl Rooms {
         if self.sweep_is_due || !self.could_hold(subscription) {
             return 0;
         }
-        let of_tasks = self.capacity.tasks.keys().map(|task| {
-            let by_gpus = match self.gpus_of(task) {
-                0 => usize::MAX,
-                gpus => free_gpus / gpus,
-            };
-            match self.delays_the_oldest(task, free_gpus, now) {
-                true => 0,
-                false => self.room_for(task).min(by_gpus),
-            }
-        });
+        let tasks = self.capacity.tasks.keys();
+        let of_tasks = tasks.map(|task| self.fit_beside(subscription, task, free_gpus, now));
         let most = of_tasks.fold(0, usize::saturating_add);
-        self.room_of(subscription).min(most)
+        self.free_slots()
+            .min(self.free_share_of(subscription))
+            .min(most)
     }
 
     pub(super) fn could_hold(&self, subscription: &str) -> bool {
@@ -195,59 +230,102 @@ impl Rooms {
         capacity.is_none_or(|capacity| held < capacity.max_waiting)
     }
 
-    pub(super) fn hold(&mut self, subscription: &str, waits_for_room: bool) {
+    pub(super) fn hold(&mut self, subscription: &str) {
         *self.held.entry(subscription.to_owned()).or_default() += 1;
-        self.held_for_room += usize::from(waits_for_room);
     }
 
-    pub(super) fn let_go(&mut self, subscription: &str, waits_for_room: bool) {
+    pub(super) fn let_go(&mut self, subscription: &str) {
         if let Some(held) = self.held.get_mut(subscription) {
             *held -= 1;
         }
-        self.held_for_room -= usize::from(waits_for_room);
+    }
+
+    /// A job of the subscription was put in the queue for want of room, which may
+    /// have come free meanwhile.
+    pub(super) fn queued(&mut self, subscription: &str, free_gpus: usize, now: Instant) {
+        let tasks = self.capacity.tasks.keys();
+        let of_any_task = tasks.map(|task| ((subscription.to_owned(), task.clone()), true));
+        self.waiting.extend(of_any_task);
+        self.sweep_if_any_fits(free_gpus, now);
     }
 
     pub(super) fn nothing_waits(&self) -> bool {
-        self.held_for_room == 0 && self.reserved.is_none() && !self.sweep_is_due
+        self.waiting.is_empty() && self.reserved.is_none() && !self.sweep_is_due
+    }
+
+    fn sweep_if_any_fits(&mut self, free_gpus: usize, now: Instant) {
+        let reserved = self.reserved.as_ref();
+        let reserved_fits =
+            reserved.is_some_and(|r| self.fit(&r.key.subscription, &r.task, free_gpus) > 0);
+        let mut waiting = self.waiting.keys();
+        if reserved_fits || waiting.any(|(of, task)| self.fit_beside(of, task, free_gpus, now) > 0)
+        {
+            self.sweep_first();
+        }
     }
 
     pub(super) fn sweep_first(&mut self) {
         self.sweep_is_due = true;
+        self.sweep_is_new = true;
     }
 
     pub(super) fn is_sweep_due(&self) -> bool {
         self.sweep_is_due
     }
 
+    /// What has been asked for since the last look is not done.
     pub(super) fn swept(&mut self) {
-        self.sweep_is_due = false;
+        self.sweep_is_due = self.sweep_is_new;
     }
 
-    /// Of everything within reach, what could have room now or, if only GPUs or
-    /// slots are lacking, soon; and how many slots are free.
-    pub(super) fn within(&self, reach: &Reach) -> (Reach, usize) {
+    /// A look into the queue begins: of everything within reach, what could ever
+    /// have room, and how many jobs to look for. At least one, for which room may
+    /// be reserved.
+    pub(super) fn within(&mut self, reach: &Reach) -> (Reach, usize) {
+        self.sweep_is_new = false;
+        self.waiting.values_mut().for_each(|is_new| *is_new = false);
         let mut reach = reach.clone();
         reach
-            .subscriptions
-            .retain(|name, _| self.free_share_of(name) > 0);
-        reach
             .tasks
-            .retain(|name, _| self.free_share_for(name) > 0 && self.gpus_of(name) <= self.gpus);
-        (reach, self.free_slots())
+            .retain(|name, _| self.gpus_of(name) <= self.gpus);
+        (reach, self.free_slots().max(1))
     }
 
     fn free_slots(&self) -> usize {
         self.capacity.slots.saturating_sub(self.running.len())
     }
 
-    /// How many more jobs of the subscription fit, whatever their task.
-    fn room_of(&self, subscription: &str) -> usize {
-        self.free_slots().min(self.free_share_of(subscription))
+    /// How many jobs fit.
+    fn fit(&self, subscription: &str, task: &str, free_gpus: usize) -> usize {
+        self.free_slots()
+            .min(self.free_share_of(subscription))
+            .min(self.free_share_for(task))
+            .min(self.by_gpus(task, free_gpus))
     }
 
-    /// How many more jobs of the task fit, GPUs aside.
-    fn room_for(&self, task: &str) -> usize {
-        self.free_slots().min(self.free_share_for(task))
+    /// The same for jobs that leave alone what is for an older one, or give it
+    /// back in time.
+    fn fit_beside(&self, subscription: &str, task: &str, free_gpus: usize, now: Instant) -> usize {
+        let mut fit = self.fit(subscription, task, free_gpus);
+        if self.kept.get(subscription).is_some_and(|kept| kept != task) {
+            fit = fit.min(self.free_share_of(subscription).saturating_sub(1));
+        }
+        let Some(reserved) = &self.reserved else {
+            return fit;
+        };
+        if fit == 0 || self.is_over_in_time(task, reserved, free_gpus, now) {
+            return fit;
+        }
+        let spare_gpus = free_gpus.saturating_sub(self.gpus_of(&reserved.task));
+        fit.min(self.free_slots() - 1)
+            .min(self.by_gpus(task, spare_gpus))
+    }
+
+    fn by_gpus(&self, task: &str, free_gpus: usize) -> usize {
+        match self.gpus_of(task) {
+            0 => usize::MAX,
+            gpus => free_gpus / gpus,
+        }
     }
 
     fn free_share_of(&self, subscription: &str) -> usize {
@@ -269,44 +347,65 @@ impl Rooms {
     }
 
     /// Whether room may be reserved for a job that does not fit: only slots or
-    /// GPUs are lacking, which will come free, and it has waited long enough.
-    fn may_reserve(&self, job: &DueJob, free_gpus: usize) -> bool {
-        let needed = self.gpus_of(&job.task);
-        let lacks = needed > free_gpus || self.free_slots() == 0;
-        let could_fit = needed <= self.gpus
+    /// GPUs are lacking, which will come free.
+    fn may_reserve(&self, job: &DueJob, free_gpus: usize, now: Instant) -> bool {
+        self.reserved.is_none()
+            && self.rests_until.is_none_or(|until| until <= now)
             && self.free_share_of(&job.key.subscription) > 0
-            && self.free_share_for(&job.task) > 0;
-        lacks && could_fit && job.waited >= self.capacity.reserve_after
+            && self.can_come_free(&job.task, free_gpus)
     }
 
-    /// Whether a job of the task, which fits, would take what is reserved for
-    /// the oldest, and for longer than that one has to wait in any case.
-    fn delays_the_oldest(&self, task: &str, free_gpus: usize, now: Instant) -> bool {
-        let Some(reserved) = &self.reserved else {
+    /// Whether the GPUs that a job of the task needs are free or will be. Those
+    /// that a run kept when it left may not.
+    fn can_come_free(&self, task: &str, free_gpus: usize) -> bool {
+        let running = self.running.values();
+        let taken: usize = running.map(|r| self.gpus_of(&r.task)).sum();
+        self.gpus_of(task) <= free_gpus + taken
+    }
+
+    fn reserve(&mut self, job: &DueJob, free_gpus: usize, now: Instant) {
+        let begins_in = self.begins_in(self.gpus_of(&job.task), free_gpus, now);
+        self.reserved = Some(Reserved {
+            key: job.key.clone(),
+            task: job.task.clone(),
+            since: now,
+            by: now + begins_in.unwrap_or(self.capacity.reserve_after / SHORT),
+        });
+    }
+
+    fn end_reservation(&mut self, now: Instant) {
+        if let Some(ended) = self.reserved.take() {
+            let share = self.gpus_of(&ended.task) as f64 / self.gpus.max(1) as f64;
+            let idle = now.duration_since(ended.since).mul_f64(share);
+            self.rests_until = Some(now + idle * REST);
+        }
+    }
+
+    /// Whether a job of the task is over before what it takes is needed.
+    fn is_over_in_time(
+        &self,
+        task: &str,
+        reserved: &Reserved,
+        free_gpus: usize,
+        now: Instant,
+    ) -> bool {
+        let Some(takes) = self.run_times.get(task).and_then(RunTime::mean) else {
             return false;
         };
-        let gpus = self.gpus_of(task);
-        let takes_its_slot = self.free_slots() <= 1;
-        let takes_its_gpus = gpus > 0 && free_gpus.saturating_sub(gpus) < reserved.gpus;
-        if !takes_its_slot && !takes_its_gpus {
-            return false;
-        }
-        let begins_in = self
-            .begins_in(reserved, free_gpus, now)
-            .unwrap_or(self.capacity.reserve_after / SHORT);
-        let takes = self.run_times.get(task).and_then(RunTime::mean);
-        takes.is_none_or(|takes| takes > begins_in)
+        let needed = self.gpus_of(&reserved.task);
+        let begins_in = self.begins_in(needed, free_gpus, now);
+        now + takes <= reserved.by && begins_in.is_none_or(|begins_in| takes <= begins_in)
     }
 
-    /// When the job that room is reserved for can begin, if the running ones take
-    /// as long as their like did. None where too little is known.
-    fn begins_in(&self, reserved: &Reserved, free_gpus: usize, now: Instant) -> Option<Duration> {
+    /// When a job that needs a slot and so many GPUs can begin, if the running
+    /// ones take as long as their like did. None where too little is known.
+    fn begins_in(&self, needed: usize, free_gpus: usize, now: Instant) -> Option<Duration> {
         let mut ends: Vec<(Duration, usize)> = self
             .running
             .values()
             .filter_map(|running| {
                 let mean = self.run_times.get(&running.task)?.mean()?;
-                let ran = now.duration_since(running.since);
+                let ran = now.duration_since(running.since.unwrap_or(now));
                 Some((mean.saturating_sub(ran), self.gpus_of(&running.task)))
             })
             .collect();
@@ -314,7 +413,7 @@ impl Rooms {
         let (mut slots, mut gpus) = (self.free_slots(), free_gpus);
         let mut begins_in = Duration::ZERO;
         let mut ends = ends.into_iter();
-        while slots == 0 || gpus < reserved.gpus {
+        while slots == 0 || gpus < needed {
             let (ends_in, freed) = ends.next()?;
             begins_in = ends_in;
             slots += 1;

@@ -12,7 +12,7 @@ use crate::executor::Executor;
 use crate::guard::Health;
 use crate::job::{Acquired, Claim, ClaimRequest, Fence, JobKey, Renewal};
 use crate::store::{
-    ClaimTerms, Claims, DatabaseError, Finish, Refusal, Refused, Release, StoreError,
+    ClaimTerms, Claims, DatabaseError, Finish, Finished, Refusal, Refused, Release, StoreError,
 };
 use crate::worker::lease_keeper::LeaseKeeper;
 
@@ -46,10 +46,13 @@ impl Claims for Renewing {
     async fn save_checkpoint(&self, _: &Fence, _: &str, _: bool) -> Result<bool, StoreError> {
         unreachable!()
     }
-    async fn finish(&self, _: &[Finish]) -> Result<Vec<bool>, StoreError> {
+    async fn finish(&self, _: &[Finish]) -> Result<Vec<Finished>, StoreError> {
         unreachable!()
     }
     async fn release(&self, _: &Release) -> Result<bool, StoreError> {
+        unreachable!()
+    }
+    async fn disown(&self, _: &[(JobKey, Uuid)]) -> Result<(), StoreError> {
         unreachable!()
     }
     async fn refuse(&self, _: &Refusal) -> Result<Refused, StoreError> {

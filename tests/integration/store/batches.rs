@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures::future::join_all;
 use trainyard::job::{Claim, ClaimRequest, FinalState};
 use trainyard::record::JobState;
-use trainyard::store::Finish;
+use trainyard::store::{Finish, Finished};
 
 use crate::on_both_databases;
 use crate::support::database::Database;
@@ -125,7 +125,8 @@ async fn a_batch_of_finishes_is_answered_in_its_order(database: Database) {
         dead_letter_topic: None,
     });
     let answers = store.finish(&finishes).await.unwrap();
-    assert_eq!(answers, [false, true, false, true, true]);
+    let ended = answers.iter().map(|answer| *answer == Finished::Ended);
+    assert_eq!(ended.collect::<Vec<_>>(), [false, true, false, true, true]);
     let states = [
         (&taken, JobState::Running),
         (&released, JobState::Waiting),
@@ -140,5 +141,5 @@ async fn a_batch_of_finishes_is_answered_in_its_order(database: Database) {
         claim(&store, "a", LONG).await,
         Claim::AlreadyFinished(FinalState::Dead)
     );
-    assert_eq!(store.finish(&[]).await.unwrap(), [false; 0]);
+    assert_eq!(store.finish(&[]).await.unwrap(), []);
 }

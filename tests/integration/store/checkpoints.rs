@@ -6,7 +6,7 @@ use std::time::Duration;
 use trainyard::job::{Acquired, Claim, Fence, Renewal};
 use trainyard::record::{Cancelling, JobState, Retrying};
 use trainyard::report::Checkpoint;
-use trainyard::store::{Finish, Release, Released, Standing, Store};
+use trainyard::store::{Finish, Finished, Release, Released, Standing, Store};
 
 use crate::on_both_databases;
 use crate::support::database::Database;
@@ -173,10 +173,13 @@ async fn a_finished_runs_last_checkpoint_counts(database: Database) {
             checkpoint: checkpoint.map(Checkpoint::from),
             dead_letter_topic: None,
         };
-        assert_eq!(store.finish(&[finish(last)]).await.unwrap(), [true]);
+        assert_eq!(
+            store.finish(&[finish(last)]).await.unwrap(),
+            [Finished::Ended]
+        );
         // Confirmed, and nothing else.
         let again = finish(Some("late"));
-        assert_eq!(store.finish(&[again]).await.unwrap(), [true]);
+        assert_eq!(store.finish(&[again]).await.unwrap(), [Finished::Ended]);
         assert_eq!(kept(&store, &run).await.as_deref(), Some(expected));
     }
 }
@@ -277,5 +280,5 @@ async fn a_checkpoint_with_nul_characters_can_be_stored(database: Database) {
         checkpoint: Some("e\0f".into()),
         dead_letter_topic: None,
     };
-    assert_eq!(store.finish(&[finish]).await.unwrap(), [true]);
+    assert_eq!(store.finish(&[finish]).await.unwrap(), [Finished::Ended]);
 }

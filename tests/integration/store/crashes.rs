@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use trainyard::job::{Claim, FinalState};
+use trainyard::job::{Claim, FinalState, JobKey};
 use trainyard::record::JobState;
 use trainyard::store::{Standing, Store};
+use uuid::Uuid;
 
 use crate::on_both_databases;
 use crate::support::database::Database;
@@ -19,6 +20,7 @@ on_both_databases!(
     the_run_that_lost_the_last_lease_did_not_end_the_job,
     an_interruption_is_no_crash_and_costs_no_attempt,
     a_claim_that_ends_in_time_is_no_crash,
+    a_claim_that_was_never_answered_is_given_back_and_costs_no_attempt,
 );
 
 /// Loses the lease of the key that many times.
@@ -106,4 +108,23 @@ async fn a_claim_that_ends_in_time_is_no_crash(database: Database) {
     assert!(finish(&store, &again.fence, succeeded()).await);
     let job = job_of(&store, &again).await;
     assert_eq!((job.state, job.attempts), (JobState::Succeeded, 2));
+}
+
+async fn a_claim_that_was_never_answered_is_given_back_and_costs_no_attempt(database: Database) {
+    let store = database.open_migrated().await;
+    let unanswered = acquire(&store, "1", LONG).await.fence;
+    let claims = [
+        (unanswered.key.clone(), unanswered.token),
+        // One that never arrived.
+        (JobKey::new("s", "2"), Uuid::new_v4()),
+    ];
+    store.disown(&claims).await.unwrap();
+    pass_the_lease().await;
+    let run = acquire(&store, "1", LONG).await;
+    assert_eq!((run.fence.attempt, run.counted_attempts), (2, 1));
+    // It is another's by now.
+    store.disown(&claims).await.unwrap();
+    assert!(finish(&store, &run.fence, succeeded()).await);
+    let told = story_of(&store, "1").await;
+    assert_eq!(kinds(&told)[1], ("released", Some(1)));
 }

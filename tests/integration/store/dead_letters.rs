@@ -7,7 +7,7 @@ use std::time::Duration;
 use trainyard::job::{Acquired, Can, Claim, DeadLetter};
 use trainyard::outcome::Ending;
 use trainyard::record::Retrying;
-use trainyard::store::{DeadLettersDue, Finish, GivenUp, Refusal, Store};
+use trainyard::store::{DeadLettersDue, Finish, Finished, GivenUp, Refusal, Store};
 use uuid::Uuid;
 
 use crate::on_both_databases;
@@ -44,7 +44,7 @@ async fn end(store: &Arc<dyn Store>, run: &Acquired, ending: Ending, topic: Opti
         checkpoint: None,
         dead_letter_topic: topic.map(Into::into),
     };
-    store.finish(&[finish]).await.unwrap()[0]
+    store.finish(&[finish]).await.unwrap()[0] == Finished::Ended
 }
 
 /// A job that has died, with a dead letter to `graves`.
@@ -180,12 +180,13 @@ async fn a_message_that_is_given_up_is_to_be_published(database: Database) {
     unknown.can = Can::RecordUnknown;
     assert_waits(&send(&store, &unknown, &terms(LONG)).await);
     let given_up = GivenUp {
+        key: unknown.key.clone(),
         error: "no task `train` is known here".to_owned(),
         worker: "w2".into(),
         dead_letter_topic: Some("graves".into()),
     };
-    let given_up = store.give_up_unknown(&unknown.key, ENDED, &given_up).await;
-    assert!(given_up.unwrap());
+    let given_up = store.give_up_unknown(&[given_up], ENDED).await;
+    assert_eq!(given_up.unwrap(), [unknown.key]);
     let letter = the_letter(&store).await;
     assert_eq!(letter.message, unknown.message);
     assert_eq!((&*letter.topic, letter.attempts), ("graves", 0));

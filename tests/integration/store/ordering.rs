@@ -124,13 +124,14 @@ async fn the_second_runs_once_the_unknown_first_is_given_up(database: Database) 
     assert_waits(&send(&store, &first, &terms(LONG)).await);
     assert_waits(&put(&store, "2").await);
     let given_up = GivenUp {
+        key: first.key.clone(),
         error: "no task `train` is known here".to_owned(),
         worker: "w1".into(),
         dead_letter_topic: None,
     };
     let patience = Duration::ZERO;
-    let given_up = store.give_up_unknown(&first.key, patience, &given_up).await;
-    assert!(given_up.unwrap());
+    let given_up = store.give_up_unknown(&[given_up], patience).await;
+    assert_eq!(given_up.unwrap(), [first.key]);
     acquired(put(&store, "2").await);
 }
 

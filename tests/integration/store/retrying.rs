@@ -224,16 +224,21 @@ async fn a_message_that_was_given_up_can_run(database: Database) {
     unknown.can = Can::RecordUnknown;
     assert_waits(&send(&store, &unknown, &terms(LONG)).await);
     let given_up = GivenUp {
+        key: unknown.key.clone(),
         error: "no task `train` is known here".to_owned(),
         worker: "w1".into(),
         dead_letter_topic: None,
     };
-    let gone = store.give_up_unknown(&unknown.key, ENDED, &given_up).await;
-    assert!(gone.unwrap());
+    let gone = store
+        .give_up_unknown(std::slice::from_ref(&given_up), ENDED)
+        .await;
+    assert_eq!(gone.unwrap(), [unknown.key.clone()]);
     assert_eq!(retry(&store, unknown.job_id).await, Retrying::Queued);
     // Whoever asked for it knows better than a worker's patience.
-    let gone = store.give_up_unknown(&unknown.key, ENDED, &given_up).await;
-    assert!(!gone.unwrap());
+    let gone = store
+        .give_up_unknown(std::slice::from_ref(&given_up), ENDED)
+        .await;
+    assert_eq!(gone.unwrap(), []);
     pass_the_lease().await;
     let run = reap_one(&store, "1").await;
     assert_eq!((run.fence.attempt, run.counted_attempts), (1, 1));

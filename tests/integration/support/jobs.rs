@@ -15,8 +15,8 @@ use trainyard::message::Message;
 use trainyard::outcome::{DeadReason, Ending};
 use trainyard::record::{Job, Story};
 use trainyard::store::{
-    ClaimTerms, DeadLettersDue, Finish, Reach, Refusal, Release, Released, Standing, Store,
-    TaskTerms,
+    ClaimTerms, DeadLettersDue, Finish, Finished, Reach, Refusal, Release, Released, Standing,
+    Store, TaskTerms,
 };
 use uuid::Uuid;
 
@@ -203,14 +203,21 @@ pub async fn pass_the_lease() {
     tokio::time::sleep(Duration::from_millis(5)).await;
 }
 
+/// Tries again while another transaction has the row locked, as a worker does.
 pub async fn finish(store: &Arc<dyn Store>, fence: &Fence, ending: Ending) -> bool {
-    let finish = Finish {
+    let finishes = [Finish {
         fence: fence.clone(),
         ending,
         checkpoint: None,
         dead_letter_topic: None,
-    };
-    store.finish(&[finish]).await.unwrap()[0]
+    }];
+    loop {
+        match store.finish(&finishes).await.unwrap()[0] {
+            Finished::Ended => return true,
+            Finished::NotMine => return false,
+            Finished::Locked => pass_the_lease().await,
+        }
+    }
 }
 
 pub fn succeeded() -> Ending {

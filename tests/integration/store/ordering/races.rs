@@ -8,20 +8,23 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use futures::future::join_all;
 use tokio::task::yield_now;
 use tokio::time::timeout;
-use trainyard::job::{Acquired, Claim};
-use trainyard::record::{JobFilter, JobState, Retrying};
+use trainyard::job::{Acquired, Claim, ClaimRequest};
+use trainyard::record::{Cancelling, JobFilter, JobState, Retrying};
 use trainyard::store::Store;
 
 use crate::on_both_databases;
 use crate::support::PATIENCE;
 use crate::support::database::Database;
 use crate::support::jobs::{
-    LONG, acquired, finish, ordered, pass_the_lease, reap, send, succeeded, terms, terms_of,
+    LONG, acquired, assert_waits, finish, ordered, pass_the_lease, reap, reap_one, request, send,
+    succeeded, terms, terms_of,
 };
 
 on_both_databases!(
     of_50_messages_claimed_at_once_never_two_run,
     a_retried_job_and_a_new_one_of_its_key_do_not_both_run,
+    a_key_goes_on_when_its_two_first_jobs_leave_at_once,
+    a_key_goes_on_when_a_job_comes_as_the_one_before_it_leaves,
 );
 
 const MESSAGES: usize = 50;
@@ -126,4 +129,66 @@ async fn end_one_after_another(store: &Arc<dyn Store>, mut runs: Vec<Acquired>) 
         limit: 1,
     };
     assert_eq!(store.jobs(&open).await.unwrap(), []);
+}
+
+/// A request with an ordering key of its own.
+fn ordered_by(ordering_key: &str, key: &str) -> ClaimRequest {
+    let mut request = request(key);
+    request.message.ordering_key = ordering_key.to_owned();
+    request
+}
+
+/// The next one of the key may be leaving, too.
+async fn a_key_goes_on_when_its_two_first_jobs_leave_at_once(database: Database) {
+    let store = database.open_migrated().await;
+    for round in 0..60 {
+        let ordering_key = format!("k{round}");
+        let request = |nth: usize| ordered_by(&ordering_key, &format!("{round}-{nth}"));
+        let first = acquired(send(&store, &request(0), &terms(LONG)).await);
+        let (second, third) = (request(1), request(2));
+        for waiting in [&second, &third] {
+            assert_waits(&send(&store, waiting, &terms(LONG)).await);
+        }
+        let ending = tokio::spawn({
+            let store = Arc::clone(&store);
+            async move { finish(&store, &first.fence, succeeded()).await }
+        });
+        let cancelling = tokio::spawn({
+            let store = Arc::clone(&store);
+            async move { store.cancel(second.job_id, "anna").await.unwrap() }
+        });
+        assert!(ending.await.unwrap());
+        assert_eq!(cancelling.await.unwrap(), Some(Cancelling::Cancelled));
+        pass_the_lease().await;
+        let third = reap_one(&store, &third.key.key).await;
+        assert!(finish(&store, &third.fence, succeeded()).await);
+    }
+}
+
+async fn a_key_goes_on_when_a_job_comes_as_the_one_before_it_leaves(database: Database) {
+    let store = database.open_migrated().await;
+    for round in 0..60 {
+        let ordering_key = format!("k{round}");
+        let request = |nth: usize| ordered_by(&ordering_key, &format!("{round}-{nth}"));
+        let first = acquired(send(&store, &request(0), &terms(LONG)).await);
+        let second = request(1);
+        let ending = tokio::spawn({
+            let store = Arc::clone(&store);
+            async move { finish(&store, &first.fence, succeeded()).await }
+        });
+        let claiming = tokio::spawn({
+            let (store, second) = (Arc::clone(&store), second.clone());
+            async move { send(&store, &second, &terms(LONG)).await }
+        });
+        assert!(ending.await.unwrap());
+        let run = match claiming.await.unwrap() {
+            Claim::Acquired(run) => run,
+            Claim::Waiting { .. } => {
+                pass_the_lease().await;
+                reap_one(&store, &second.key.key).await
+            }
+            other => panic!("neither acquired nor waiting: {other:?}"),
+        };
+        assert!(finish(&store, &run.fence, succeeded()).await);
+    }
 }

@@ -52,13 +52,13 @@ async fn waits_since(tables: &Tables, ago: Duration) {
 
 async fn give_up(store: &Arc<dyn Store>, key: &str, patience: Duration) -> bool {
     let given_up = GivenUp {
+        key: JobKey::new("s", key),
         error: "no task\0`train`".to_owned(),
         worker: "w2".into(),
         dead_letter_topic: None,
     };
-    let key = JobKey::new("s", key);
-    let given_up = store.give_up_unknown(&key, patience, &given_up).await;
-    given_up.unwrap()
+    let given_up = store.give_up_unknown(&[given_up], patience).await.unwrap();
+    given_up == [JobKey::new("s", key)]
 }
 
 async fn a_message_of_an_unknown_task_waits_on_record(database: Database) {

@@ -1,0 +1,3 @@
+-- no-transaction
+CREATE INDEX CONCURRENTLY IF NOT EXISTS processed_messages_by_state
+    ON processed_messages (state, job_id) WHERE state IN ('dead', 'cancelled');
