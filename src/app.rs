@@ -248,7 +248,7 @@ pub fn concerns_about(facts: &SubscriptionFacts, config: &Config) -> Vec<String>
     concerns
 }
 
-/// Warns if the topic is missing: a dead message that cannot be published stays in the
+/// Fails if the topic is missing: a dead message that cannot be published stays in the
 /// database, where nobody expects it.
 async fn check_dead_letter_topic(
     connection: &Connection,
