@@ -1,4 +1,4 @@
-//! What dies, stalls or is cut off, and what becomes of the messages.
+//! Crashes, freezes and outages, and what becomes of the messages.
 
 mod checker;
 mod database_away;

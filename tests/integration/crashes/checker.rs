@@ -1,4 +1,4 @@
-//! Judges the runs by their own log alone, after everything is over.
+//! Checks the runs by their own log alone, after everything is over.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -7,7 +7,7 @@ use uuid::Uuid;
 use crate::support::runs::{RunEvent, RunLine};
 use crate::support::worker::Death;
 
-/// One attempt as the log tells it.
+/// One attempt according to the log.
 #[derive(Debug, Default)]
 struct LoggedRun {
     pids: Vec<u32>,
@@ -18,9 +18,8 @@ struct LoggedRun {
 
 type RunsOfJobs = HashMap<Uuid, BTreeMap<u32, LoggedRun>>;
 
-/// All that is wrong: a run that began before the one before it was over, by
-/// its end or by its process's death; a fence used twice; a job whose last
-/// attempt, as the table counts them, never came to its end.
+/// All violations: a run that began before the previous one ended or its process died; a
+/// fence used twice; a job whose last attempt, as the table counts them, never ended.
 pub fn violations(
     lines: &[RunLine],
     deaths: &[Death],

@@ -26,7 +26,7 @@ async fn killed_workers_lose_no_message_and_end_none_twice() {
     };
     let settings = Settings {
         slots: 24,
-        // No job is to be parked, however often it is hit.
+        // No job may be parked, however often its worker is killed.
         max_crashes: 100,
         ..FAST
     };
@@ -44,7 +44,7 @@ async fn killed_workers_lose_no_message_and_end_none_twice() {
             .await;
         let victim = workers.len() - WORKERS;
         deaths.push(workers[victim].kill().await);
-        // The dead stay in the list, so that a failure shows their logs.
+        // Dead workers stay in the list, so that a failure shows their logs.
         let name = format!("worker-{}", workers.len());
         workers.push(scene.yard.start_worker(&name));
     }
@@ -54,8 +54,7 @@ async fn killed_workers_lose_no_message_and_end_none_twice() {
     assert_eq!(endings_on_record(&database).await, jobs.len());
 }
 
-/// Publishes short runs side by side; each message is delivered up to three
-/// times.
+/// Publishes short runs concurrently; each message is delivered up to three times.
 async fn publish_wave(scene: &Scene, random: &mut fastrand::Rng) -> Vec<String> {
     let requests = (0..MESSAGES_PER_WAVE)
         .map(|_| scene.runs.request(f64::from(random.u32(5..=20)) / 1000.0))
@@ -88,7 +87,7 @@ fn check(scene: &Scene, jobs: &[Job], published: &[String], deaths: &[Death]) {
     assert!(duplicates > 0, "no message was delivered twice");
 }
 
-/// How many endings were ever written, and that no job has two.
+/// How many endings were written. Checks that no job has two.
 async fn endings_on_record(database: &Database) -> usize {
     let mut connection = PgConnection::connect(&database.url).await.unwrap();
     let counts: Vec<i64> = sqlx::query_scalar(

@@ -1,4 +1,4 @@
-//! Races, batches, and answers that were lost on the way.
+//! Races, batches, and lost answers.
 
 use std::sync::Arc;
 

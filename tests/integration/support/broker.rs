@@ -12,17 +12,17 @@ use uuid::Uuid;
 
 use super::{PATIENCE, not_tested};
 
-/// The topic, and its subscription, for what the broker gives up.
+/// The topic, and its subscription, for messages that the broker gives up.
 const GIVEN_UP: &str = "given-up";
-/// The fewest that Pub/Sub allows.
+/// The minimum that Pub/Sub allows.
 const DELIVERIES: i32 = 5;
 
-/// A broker with a project of a test's own.
+/// A broker with the test's own project.
 pub struct Broker {
     pub host: String,
     pub project: String,
     pub connection: Connection,
-    /// The built-in emulator's own door, for what no client can ask for.
+    /// The built-in emulator itself, for operations that clients lack.
     pub builtin: Option<trainyard_emulator::Broker>,
     _stop: Option<DropGuard>,
 }
@@ -64,13 +64,13 @@ impl Broker {
         }
     }
 
-    /// Makes a topic and a subscription of that name.
+    /// Creates a topic and a subscription of that name.
     pub async fn subscribe(&self, name: &str) {
         let wanted = self.wanted(name, name).await;
         self.make(wanted).await;
     }
 
-    /// Makes a topic and a subscription of that name, with
+    /// Creates a topic and a subscription of that name, with
     /// [`Broker::dead_letter_policy`].
     pub async fn subscribe_with_policy(&self, name: &str) {
         let policy = self.dead_letter_policy().await;
@@ -78,8 +78,8 @@ impl Broker {
         self.make(wanted.set_dead_letter_policy(policy)).await;
     }
 
-    /// Pub/Sub's own policy: it gives a message up after five deliveries that
-    /// failed. Once for each broker; subscriptions may share it.
+    /// Pub/Sub's own policy: it gives a message up after five failed deliveries. Call
+    /// once per broker; subscriptions may share it.
     pub async fn dead_letter_policy(&self) -> DeadLetterPolicy {
         let wanted = self.wanted(GIVEN_UP, GIVEN_UP).await;
         self.make(wanted).await;
@@ -88,14 +88,14 @@ impl Broker {
             .set_max_delivery_attempts(DELIVERIES)
     }
 
-    /// Makes a topic and a subscription of that name that keeps the order of
-    /// messages with one ordering key.
+    /// Creates a topic and a subscription of that name that keeps the order of messages
+    /// with one ordering key.
     pub async fn subscribe_in_order(&self, name: &str) {
         let wanted = self.wanted(name, name).await;
         self.make(wanted.set_enable_message_ordering(true)).await;
     }
 
-    /// Makes a topic of that name and a subscription that is like this one.
+    /// Creates a topic of that name and a subscription like the given one.
     pub async fn subscribe_like(&self, name: &str, like: model::Subscription) {
         self.connection.ensure_topic(name).await.unwrap();
         let wanted = like
@@ -105,14 +105,14 @@ impl Broker {
         self.make(wanted).await;
     }
 
-    /// A subscription to make, after its topic.
+    /// A subscription to create; creates its topic.
     pub async fn wanted(&self, topic: &str, name: &str) -> model::Subscription {
         self.connection.ensure_topic(topic).await.unwrap();
         model::Subscription::new()
             .set_name(self.connection.subscription_path(name))
             .set_topic(self.connection.topic_path(topic))
             .set_ack_deadline_seconds(10)
-            // Google's emulator delivers again what it has kept.
+            // Google's emulator redelivers from the messages it retains.
             .set_retain_acked_messages(self.builtin.is_none())
     }
 
@@ -122,7 +122,7 @@ impl Broker {
         create.send().await.unwrap();
     }
 
-    /// The next messages on a subscription of the test's own.
+    /// The next messages on the test's own subscription.
     pub async fn receive(&self, name: &str, how_many: usize) -> Vec<trainyard::message::Message> {
         let pulling = Pulling {
             ack_deadline: Duration::from_secs(10),
@@ -144,8 +144,8 @@ impl Broker {
         received
     }
 
-    /// Delivers messages a second time under their ids: at least these with
-    /// the built-in emulator, all that were ever published with Google's.
+    /// Delivers messages a second time under their ids: at least these with the built-in
+    /// emulator, all that were ever published with Google's.
     pub async fn deliver_again(&self, name: &str, ids: &[String]) {
         if let Some(inside) = &self.builtin {
             let topic = self.connection.topic_path(name);
@@ -169,7 +169,7 @@ impl Broker {
         builder.build().await.unwrap()
     }
 
-    /// Publishes all of it side by side and returns the message ids in order.
+    /// Publishes all data concurrently and returns the message ids in order.
     pub async fn publish_all(&self, topic: &str, data: Vec<String>) -> Vec<String> {
         let publisher = Publisher::builder(self.connection.topic_path(topic))
             .with_endpoint(format!("http://{}", self.host))
@@ -188,20 +188,20 @@ impl Broker {
         address.port()
     }
 
-    /// How many messages the built-in emulator still waits to see acknowledged.
+    /// How many messages of the built-in emulator are unacknowledged.
     pub fn backlog(&self, subscription: &str) -> usize {
         let path = self.connection.subscription_path(subscription);
         self.builtin.as_ref().unwrap().backlog_len(&path).unwrap()
     }
 
-    /// How many messages the built-in emulator has given to workers.
+    /// How many messages of the built-in emulator are outstanding at workers.
     pub fn outstanding(&self, subscription: &str) -> usize {
         let path = self.connection.subscription_path(subscription);
         self.builtin.as_ref().unwrap().outstanding(&path).unwrap()
     }
 
-    /// How many deliveries of the built-in emulator were nacked or not
-    /// acknowledged in time. Each leads to another, or to a dead letter.
+    /// How many deliveries of the built-in emulator were nacked or not acknowledged in
+    /// time. Each leads to a redelivery or a dead letter.
     pub fn failed_deliveries(&self, subscription: &str) -> u64 {
         let path = self.connection.subscription_path(subscription);
         let inside = self.builtin.as_ref().unwrap();

@@ -43,7 +43,7 @@ async fn record(store: &Arc<dyn Store>, key: &str) -> ClaimRequest {
     unknown
 }
 
-/// As if the message had come that long ago.
+/// As if the message had arrived that long ago.
 async fn waits_since(tables: &Tables, ago: Duration) {
     let then = tables.ago(ago);
     let sql = format!("UPDATE leases SET unknown_since = {then}");
@@ -109,7 +109,7 @@ async fn an_unknown_task_is_given_up_only_after_the_patience(database: Database)
     assert!(!give_up(&store, "1", PATIENCE).await);
     waits_since(&tables, PATIENCE - Duration::from_secs(60)).await;
     assert!(!give_up(&store, "1", PATIENCE).await);
-    // Deliveries that come meanwhile do not begin the wait anew.
+    // Deliveries that arrive meanwhile do not restart the wait.
     record(&store, "1").await;
     waits_since(&tables, PATIENCE + Duration::from_secs(1)).await;
     record(&store, "1").await;
