@@ -17,7 +17,7 @@ use super::ack_id::{AckId, Position};
 use super::faults::Moment;
 use super::message::Message;
 use super::resource::{self, RetryPolicy};
-use super::streams::StreamId;
+use super::stream_id::StreamId;
 
 mod copies;
 mod delivery;

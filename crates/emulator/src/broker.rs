@@ -16,7 +16,8 @@ use super::engine::{Engine, Page, PageRequest, Wake};
 use super::error::BrokerError;
 use super::message::NewMessage;
 use super::resource;
-use super::streams::{StreamId, StreamOptions};
+use super::stream_id::StreamId;
+use super::streams::StreamOptions;
 
 mod faults;
 

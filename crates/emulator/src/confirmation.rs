@@ -2,13 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use super::error::BrokerError;
+use super::error::{BrokerError, TEMPORARY};
 
 /// Pub/Sub's name for an ack id that is not, or no longer, valid.
 pub const INVALID: &str = "PERMANENT_FAILURE_INVALID_ACK_ID";
-
-/// Pub/Sub's name for an ack that should be retried.
-pub const TEMPORARY: &str = "TRANSIENT_FAILURE_SERVICE_UNAVAILABLE";
 
 /// Ack ids by result. Clients see it only on subscriptions with exactly-once delivery; on
 /// others, all count as done.

@@ -16,7 +16,8 @@ use super::feed::Feed;
 use super::message::{self, Memory, Message, NewMessage};
 use super::name;
 use super::resource;
-use super::streams::{StreamId, StreamOptions};
+use super::stream_id::StreamId;
+use super::streams::StreamOptions;
 
 mod dead_letters;
 mod faults;

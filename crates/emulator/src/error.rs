@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::confirmation::TEMPORARY;
+/// Pub/Sub's name for an ack that should be retried.
+pub const TEMPORARY: &str = "TRANSIENT_FAILURE_SERVICE_UNAVAILABLE";
 
 /// A refusal. Each variant but the last is the gRPC status of the same name; the text is
 /// what the client sees.

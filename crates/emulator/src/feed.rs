@@ -10,7 +10,8 @@ use super::error::BrokerError;
 use super::faults::Moment;
 use super::message::Message;
 use super::resource;
-use super::streams::{StreamId, StreamOptions, Streams};
+use super::stream_id::StreamId;
+use super::streams::{StreamOptions, Streams};
 
 /// Roughly the most bytes of one pull response, below what clients accept.
 const PULL_BYTES: usize = 10_000_000;

@@ -33,6 +33,7 @@ mod message;
 mod name;
 mod resource;
 mod rest;
+mod stream_id;
 mod streams;
 mod unsupported;
 

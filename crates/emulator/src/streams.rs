@@ -4,14 +4,11 @@ use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use super::backlog::{Delivery, Freed};
+use super::stream_id::StreamId;
 
 /// The most messages, and roughly the most bytes, of one response.
 const BATCH_MESSAGES: usize = 100;
 const BATCH_BYTES: usize = 1 << 20;
-
-/// An open stream; never reused within one engine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct StreamId(pub u64);
 
 /// The limits that a stream's client set in its first request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -12,7 +12,7 @@ use argmin::solver::quasinewton::LBFGS;
 use ndarray::{Array1, Array2};
 
 use super::error::TrainError;
-use super::objective::{Evaluated, Objective, Shared};
+use super::objective::{Evaluated, Examples, Objective, Shared};
 
 /// How many past steps the solver keeps to estimate curvature.
 const MEMORY: usize = 10;
@@ -21,15 +21,6 @@ const MEMORY: usize = 10;
 /// iteration, is below its tolerance.
 const GRADIENT_TOLERANCE: f64 = 1e-5;
 const CHANGE_TOLERANCE: f64 = 1e-8;
-
-/// The rows trained on.
-pub(super) struct Examples {
-    /// `rows × features`, standardised.
-    pub features: Array2<f64>,
-    /// Each row's class, below `classes`.
-    pub labels: Vec<usize>,
-    pub classes: usize,
-}
 
 /// When to stop, and how strongly to penalise large weights.
 #[derive(Debug, Clone, Copy)]

@@ -31,7 +31,8 @@ pub use error::{ModelError, TrainError};
 pub use fit::Step;
 pub use model::{Hyperparameters, Model, Origin, Scaling};
 
-use fit::{Examples, Fitted, Limits};
+use fit::{Fitted, Limits};
+use objective::Examples;
 use split::Split;
 use table::Table;
 

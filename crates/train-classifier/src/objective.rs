@@ -7,7 +7,6 @@ use argmin::core::{CostFunction, Error, Gradient};
 use ndarray::linalg::general_mat_mul;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, ShapeError, s};
 
-use super::fit::Examples;
 use super::model::best_class;
 
 /// Products of cells and classes between two checks of the stop signal: a few hundredths
@@ -19,6 +18,15 @@ const SCORE_WORK: usize = 10;
 
 /// A line search that needs more evaluations than this has stalled.
 const MAX_EVALUATIONS: u32 = 100;
+
+/// The rows trained on.
+pub(super) struct Examples {
+    /// `rows × features`, standardised.
+    pub features: Array2<f64>,
+    /// Each row's class, below `classes`.
+    pub labels: Vec<usize>,
+    pub classes: usize,
+}
 
 /// The objective: the mean over the rows of `-ln p(label)`, plus `l2 / (2 rows)` times
 /// the sum of the squared weights; the intercepts are not penalised. As a mean, its

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::ack_id::AckId;
 use crate::message::Message;
-use crate::streams::StreamId;
+use crate::stream_id::StreamId;
 
 /// A message handed to a client.
 #[derive(Debug, Clone)]
