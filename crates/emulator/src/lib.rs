@@ -87,11 +87,26 @@ impl Emulator {
     /// # Errors
     /// The address cannot be listened on.
     pub async fn bind(address: SocketAddr, options: Options) -> std::io::Result<Self> {
+        Self::of(address, Broker::new(options)).await
+    }
+
+    /// Listens on an address for a broker whose server has shut down: together
+    /// they are a restart, as clients see it. Topics, subscriptions, messages and
+    /// outstanding deliveries are as they were, and earlier ack ids stay good.
+    /// Ack deadlines go on in between.
+    ///
+    /// # Errors
+    /// The address cannot be listened on.
+    pub async fn bind_again(address: SocketAddr, broker: &Broker) -> std::io::Result<Self> {
+        Self::of(address, broker.for_another_server()).await
+    }
+
+    async fn of(address: SocketAddr, broker: Broker) -> std::io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
         Ok(Self {
             address: listener.local_addr()?,
             listener,
-            broker: Broker::new(options),
+            broker,
         })
     }
 
