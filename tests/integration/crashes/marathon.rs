@@ -2,7 +2,7 @@
 //! and again, and a database and a broker that are restarted.
 //!
 //! `make test` runs it with 600 messages; TRAINYARD_TEST_MARATHON says how many
-//! instead. docs/operations.md has the command, and the figures of a long run.
+//! instead. docs/delivery.md has the command, and the figures of a long run.
 
 mod fleet;
 mod load;
@@ -43,13 +43,13 @@ const AWAY: Duration = Duration::from_secs(1);
 /// Pub/Sub's delivery attempts, and a worker lives for six seconds.
 ///
 /// - An `early` message is unacknowledged for about half a second: its stream is
-///   closed before the ack, and the client sends acks in batches. So one in ten
-///   is hit, each time it comes. Of tens of thousands some would be hit five
-///   times, the fewest attempts that Pub/Sub allows: twenty, the fewest that `run`
-///   does not warn of.
+///   closed before the ack, and the client sends acks in batches. Up to one
+///   delivery in ten is hit, so of tens of thousands of messages some would be
+///   hit five times, the fewest attempts that Pub/Sub allows: twenty, the fewest
+///   that `run` does not warn of.
 /// - A `late` message stays unacknowledged while it is fetched ahead, runs, or
-///   waits for a dead worker's lease, so about every other one is hit: a hundred,
-///   the most that Pub/Sub allows.
+///   waits for a dead worker's lease. On a slow machine most deliveries are hit:
+///   a hundred, the most that Pub/Sub allows.
 const DELIVERIES: [(&str, i32); 2] = [(EARLY, 20), (LATE, 100)];
 
 /// No job is to be dead, however often it is hit.

@@ -14,8 +14,10 @@ const ORDERED: u32 = 20;
 const FAILING: u32 = 5;
 const LONG: u32 = 10;
 
-/// Ordering keys of one wave and subscription.
+/// So many ordering keys serve so many waves, and then others: about seven
+/// messages of a subscription have the same.
 const KEYS: usize = 3;
+const WAVES_OF_A_KEY: usize = 4;
 
 pub struct Published {
     pub id: String,
@@ -96,7 +98,7 @@ impl Load {
         match self.chance(ORDERED) {
             true => {
                 let key = self.random.usize(0..KEYS);
-                message.set_ordering_key(format!("{}-{key}", self.waves))
+                message.set_ordering_key(format!("{}-{key}", self.waves / WAVES_OF_A_KEY))
             }
             false => message,
         }
