@@ -29,7 +29,7 @@ const MAX_PULL_MESSAGES: usize = 1000;
 #[derive(Debug, Clone)]
 pub struct Broker {
     shared: Arc<Shared>,
-    /// Each server of the broker has one of its own.
+    /// One per server, so that the broker can be served again.
     closing: CancellationToken,
 }
 
@@ -76,7 +76,7 @@ impl Broker {
         }
     }
 
-    /// The same state, for another server.
+    /// The same broker, for its next server.
     pub(super) fn for_another_server(&self) -> Self {
         Self {
             shared: Arc::clone(&self.shared),

@@ -90,10 +90,10 @@ impl Emulator {
         Self::of(address, Broker::new(options)).await
     }
 
-    /// Listens on an address for a broker whose server has shut down: together
-    /// they are a restart, as clients see it. Topics, subscriptions, messages and
-    /// outstanding deliveries are as they were, and earlier ack ids stay good.
-    /// Ack deadlines go on in between.
+    /// Listens on an address again, for the broker of an emulator that has shut down.
+    /// To clients this is a restart without loss: topics, subscriptions, messages,
+    /// outstanding deliveries and their ack ids stay valid. Ack deadlines keep running
+    /// in the meantime.
     ///
     /// # Errors
     /// The address cannot be listened on.

@@ -29,15 +29,15 @@ pub fn violations(
     wrong
 }
 
-/// Runs that began before the one before them was over, by its end or by its
-/// process's death, and fences that were used twice.
+/// Runs that began before the job's previous run ended or its process died, and fences
+/// that were used twice.
 pub fn overlaps(lines: &[RunLine], deaths: &[Death]) -> Vec<String> {
     let jobs = by_job_and_attempt(lines);
     let of_job = |(job, runs)| overlaps_of(job, runs, deaths);
     jobs.iter().flat_map(of_job).collect()
 }
 
-/// Jobs whose last attempt, as the table counts them, never came to its end.
+/// Jobs whose last attempt, as the table counts them, never ended.
 pub fn unfinished(lines: &[RunLine], attempts_on_record: &[(Uuid, u32)]) -> Vec<String> {
     let jobs = by_job_and_attempt(lines);
     attempts_on_record
@@ -46,8 +46,8 @@ pub fn unfinished(lines: &[RunLine], attempts_on_record: &[(Uuid, u32)]) -> Vec<
         .collect()
 }
 
-/// Jobs of one ordering key, given in their order, of which one began before
-/// the one before it was over for good.
+/// Jobs that began before all runs of the previous job of their ordering key were over.
+/// `keys` has the jobs of each key in the order of publishing.
 pub fn disorder(lines: &[RunLine], deaths: &[Death], keys: &[Vec<Uuid>]) -> Vec<String> {
     let jobs = by_job_and_attempt(lines);
     let pairs = keys.iter().flat_map(|jobs| jobs.windows(2));
@@ -104,7 +104,7 @@ fn overlaps_of(job: &Uuid, runs: &BTreeMap<u32, LoggedRun>, deaths: &[Death]) ->
 
 fn over_at(run: &LoggedRun, deaths: &[Death]) -> Option<u64> {
     let logged = run.ends.iter().chain(&run.stops).max().copied();
-    // A process id may have been another worker's before.
+    // Process ids are reused: an earlier death is another worker's.
     let is_its = |death: &&Death| {
         run.pids.contains(&death.pid) && run.starts.iter().all(|start| *start <= death.at_micros)
     };

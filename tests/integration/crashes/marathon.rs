@@ -1,8 +1,8 @@
-//! Everything at once: many messages, many copies, workers that are killed again
-//! and again, and a database and a broker that are restarted.
+//! Everything at once: many messages, duplicates, workers killed every two seconds, and
+//! restarts of the database and the broker.
 //!
-//! `make test` runs it with 600 messages; TRAINYARD_TEST_MARATHON says how many
-//! instead. docs/delivery.md has the command, and the figures of a long run.
+//! `make test` runs it with 600 messages, or as many as TRAINYARD_TEST_MARATHON says.
+//! docs/delivery.md has the command and the figures of a run with 50,000.
 
 mod fleet;
 mod load;
@@ -25,34 +25,33 @@ use crate::support::runs::RunsLog;
 use crate::support::worker::Yard;
 use crate::support::{PATIENCE, eventually, seeded};
 
-/// The subscriptions, and the tasks of their messages.
+/// Each is a topic, a subscription and a task, named after when it acks.
 const EARLY: &str = "early";
 const LATE: &str = "late";
 
 const MESSAGES: usize = 600;
 const WAVE: usize = 50;
-/// So many messages at most are published and have not succeeded.
+/// The most messages that are published and have not succeeded.
 const MOST_AHEAD: usize = 2000;
-/// When only so many are left, nobody is killed any more: a message whose worker
-/// was killed comes again after ten seconds, in which there is nothing to do.
+/// No more kills once at most this many messages are left. A killed worker's messages
+/// are redelivered only after the ack deadline of 10 s, so the end would drag on.
 const STRAGGLERS: usize = 20;
-/// How long what is restarted is away, besides the time that it takes to start.
+/// How long the database or the broker stays down, besides the time it takes to start.
 const AWAY: Duration = Duration::from_secs(1);
 
-/// Every kill costs each message that is unacknowledged at that worker one of
-/// Pub/Sub's delivery attempts, and a worker lives for six seconds.
+/// The maximum of delivery attempts per subscription. Every kill costs each message that
+/// is unacked at that worker one attempt, and a worker lives for about six seconds.
 ///
-/// - An `early` message is unacknowledged for about half a second: its stream is
-///   closed before the ack, and the client sends acks in batches. Up to one
-///   delivery in ten is hit, so of tens of thousands of messages some would be
-///   hit five times, the fewest attempts that Pub/Sub allows: twenty, the fewest
-///   that `run` does not warn of.
-/// - A `late` message stays unacknowledged while it is fetched ahead, runs, or
-///   waits for a dead worker's lease. On a slow machine most deliveries are hit:
-///   a hundred, the most that Pub/Sub allows.
+/// - An `early` message is unacked for about half a second: its stream is closed before
+///   the ack, and the client sends acks in batches. Up to one delivery in ten is hit. With
+///   Pub/Sub's minimum of 5, a few of 50,000 messages would be given up by the kills alone,
+///   so it is 20, the minimum for which `run` has no warning.
+/// - A `late` message is unacked while it is prefetched, runs, or is held until a dead
+///   worker's lease expires. On a slow machine most deliveries are hit, so it is 100,
+///   Pub/Sub's maximum.
 const DELIVERIES: [(&str, i32); 2] = [(EARLY, 20), (LATE, 100)];
 
-/// No job is to be dead, however often it is hit.
+/// Crashes and failures never make a job dead here.
 const SECTIONS: &str = r#"
 [worker]
 slots = 16
@@ -107,8 +106,7 @@ struct Marathon {
     runs: RunsLog,
 }
 
-/// What is restarted when a fifth of the messages has succeeded, and two, three
-/// and four fifths.
+/// The restarts, after one, two, three and four fifths of the messages have succeeded.
 const RESTARTS: [Restart; 4] = [
     Restart::Database,
     Restart::Broker,
@@ -148,8 +146,7 @@ impl Marathon {
         })
     }
 
-    /// Publishes ahead of what succeeds, and restarts what is to be restarted,
-    /// until everything has succeeded.
+    /// Publishes and restarts until every message has succeeded.
     async fn run(&self, mut load: Load, enough: &CancellationToken) -> Load {
         let ahead = MOST_AHEAD.min(self.messages / 3);
         let mut restarts = RESTARTS.into_iter().zip(1..).peekable();

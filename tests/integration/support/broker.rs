@@ -34,7 +34,7 @@ pub struct Broker {
     server: Mutex<Option<Server>>,
 }
 
-/// The built-in emulator as it is served. Stopped when dropped.
+/// A running server of the built-in emulator. Dropping it stops the server.
 struct Server {
     stop: DropGuard,
     served: JoinHandle<std::io::Result<()>>,
@@ -73,9 +73,8 @@ impl Broker {
         })
     }
 
-    /// Restarts the built-in emulator as Pub/Sub restarts its servers: all
-    /// streams and connections end, for a while its port is closed, and then
-    /// everything is as it was.
+    /// Restarts the built-in emulator's server: all streams and connections end, the port
+    /// stays closed for `away`, and the state is kept.
     pub async fn restart(&self, away: Duration) {
         let server = self.server.lock().unwrap().take();
         server.unwrap().stop().await;
@@ -217,7 +216,7 @@ impl Broker {
         self.publish_messages(topic, messages.collect()).await
     }
 
-    /// As [`Broker::publish_all`], with what else messages have.
+    /// As [`Broker::publish_all`], for messages with other fields than data.
     pub async fn publish_messages(&self, topic: &str, messages: Vec<Message>) -> Vec<String> {
         let publisher = Publisher::builder(self.connection.topic_path(topic))
             .with_endpoint(format!("http://{}", self.host))

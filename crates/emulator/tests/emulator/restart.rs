@@ -1,4 +1,4 @@
-//! A server that stops and comes up again with the same state.
+//! A server that restarts and keeps its state.
 
 use google_cloud_pubsub::model::Subscription;
 use googleapis_tonic_google_pubsub_v1::google::pubsub::v1::subscriber_client::SubscriberClient;
@@ -27,7 +27,7 @@ async fn a_restarted_server_has_every_message_and_takes_earlier_ack_ids() {
     let after = Running::serve(Emulator::bind_again(address, &broker).await.unwrap());
     assert_eq!(after.broker.backlog_len(SUBSCRIPTION), Ok(2));
     let mut stream = Stream::open(&after, first()).await.unwrap();
-    // What was outstanding still is, so this is the other one.
+    // "a" is still outstanding.
     assert_eq!(stream.next_message().await.1, "b");
     let ack = AcknowledgeRequest {
         subscription: SUBSCRIPTION.to_owned(),

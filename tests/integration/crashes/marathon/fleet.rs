@@ -8,23 +8,23 @@ use tokio_util::sync::CancellationToken;
 use crate::support::worker::{Death, WorkerProcess, Yard};
 
 const WORKERS: usize = 3;
-/// Two seconds on average. In a fixed rhythm a message whose worker was killed
-/// would come again, after its ack deadline, just before another kill.
+/// Two seconds on average. With a fixed period, the ack deadline would be a multiple of
+/// it, and the same message would be hit again and again.
 const BETWEEN_KILLS_MS: std::ops::Range<u64> = 1500..2500;
-/// A worker that finds its database or broker away at the start gives up, and
-/// somebody starts it again.
+/// A worker that cannot reach the database or the broker at its start exits. The fleet
+/// restarts it, as a supervisor does.
 const BETWEEN_STARTS: Duration = Duration::from_millis(300);
-/// What a worker says once it has found both.
+/// A worker's log line after it has reached both.
 const READY: &str = " ready ";
 
 pub struct Fleet<'a> {
     yard: &'a Yard,
     random: fastrand::Rng,
     alive: Vec<WorkerProcess>,
-    /// They stay, so that a failure shows their logs.
+    /// Kept so that a failure shows their logs.
     dead: Vec<WorkerProcess>,
     pub deaths: Vec<Death>,
-    /// How often one gave up at its start.
+    /// Workers that exited at their start.
     pub false_starts: usize,
 }
 
@@ -42,7 +42,7 @@ impl<'a> Fleet<'a> {
         fleet
     }
 
-    /// Kills one after the other until it is enough.
+    /// Kills and replaces the oldest worker, again and again.
     pub async fn kill_in_turn(mut self, enough: &CancellationToken) -> Self {
         let mut next = self.next_kill();
         while !enough.is_cancelled() {

@@ -1,4 +1,4 @@
-//! What the marathon's messages are like.
+//! The messages of the marathon.
 
 use google_cloud_pubsub::model::Message;
 use serde_json::json;
@@ -7,15 +7,15 @@ use super::{EARLY, LATE};
 use crate::support::broker::Broker;
 use crate::support::runs::RunsLog;
 
-/// Out of a hundred messages: so many are delivered twice, have an ordering
-/// key, fail at first, and run for long enough that kills and restarts hit them.
+/// Shares in percent: messages that are delivered twice, that have an ordering key, whose
+/// first attempt fails, and that run long enough to be hit by a kill.
 const DUPLICATED: u32 = 30;
 const ORDERED: u32 = 20;
 const FAILING: u32 = 5;
 const LONG: u32 = 10;
 
-/// So many ordering keys serve so many waves, and then others: about seven
-/// messages of a subscription have the same.
+/// Each wave draws from this many ordering keys, which change after some waves, so a key
+/// has about seven messages.
 const KEYS: usize = 3;
 const WAVES_OF_A_KEY: usize = 4;
 
@@ -25,9 +25,8 @@ pub struct Published {
     pub ordering_key: String,
 }
 
-/// Publishes in waves, and has some messages delivered again: one half at once,
-/// beside the first delivery, and the other half with the next wave, when most
-/// have ended.
+/// Publishes in waves and duplicates some messages: half of them at once, beside the first
+/// delivery, and half with the next wave, when most have ended.
 pub struct Load {
     random: fastrand::Rng,
     waves: usize,
@@ -79,7 +78,7 @@ impl Load {
         deliver_again(broker, again).await;
     }
 
-    /// What is left of the duplicates.
+    /// Delivers the duplicates that remain.
     pub async fn finish(&mut self, broker: &Broker) {
         deliver_again(broker, std::mem::take(&mut self.delivered_later)).await;
     }

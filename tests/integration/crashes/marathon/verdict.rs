@@ -1,4 +1,4 @@
-//! What became of everything, from the runs' own log and from the tables.
+//! The result, from the runs' own log and from the tables.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
@@ -12,8 +12,7 @@ use crate::crashes::checker::{disorder, overlaps, unfinished};
 use crate::support::runs::{RunEvent, RunLine};
 use crate::support::worker::Death;
 
-/// A job, the endings that were ever written for it, and the attempt of the
-/// last one.
+/// A job, how many endings the ledger has for it, and the attempt of the last one.
 #[derive(Debug, FromRow)]
 struct JobRow {
     job_id: Uuid,
@@ -52,7 +51,7 @@ pub struct Verdict {
     overlaps: Vec<String>,
 }
 
-/// The jobs of each message of a subscription.
+/// Jobs by subscription and message id.
 type JobsOf<'a> = HashMap<(&'a str, &'a str), Vec<&'a JobRow>>;
 
 impl Verdict {
@@ -136,8 +135,7 @@ impl Verdict {
     }
 }
 
-/// Messages without a job that has succeeded, and jobs whose last run did not
-/// come to its end.
+/// Messages without a succeeded job, and jobs whose last run never ended.
 fn lost(
     published: &[Published],
     jobs_of: &JobsOf<'_>,
@@ -158,7 +156,7 @@ fn lost(
     lost
 }
 
-/// Jobs with more or fewer endings than one, and messages with several jobs.
+/// Jobs that did not end exactly once, and messages with several jobs.
 fn twice(jobs: &[JobRow], jobs_of: &JobsOf<'_>) -> Vec<String> {
     let endings = jobs.iter().filter(|job| job.endings != 1);
     let several = jobs_of.values().filter(|jobs| jobs.len() != 1);
