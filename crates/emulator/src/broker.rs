@@ -30,6 +30,8 @@ const MAX_PULL_MESSAGES: usize = 1000;
 #[derive(Debug, Clone)]
 pub struct Broker {
     shared: Arc<Shared>,
+    /// One per server, so that the broker can be served again.
+    closing: CancellationToken,
 }
 
 #[derive(Debug)]
@@ -37,7 +39,6 @@ struct Shared {
     state: Mutex<State>,
     /// Signals that the next timer became earlier.
     timer: Notify,
-    closing: CancellationToken,
     /// Whether streams send nothing.
     silence: watch::Sender<bool>,
     /// The status with which all streams must end; each stream has one receiver.
@@ -68,11 +69,19 @@ impl Broker {
             shared: Arc::new(Shared {
                 state: Mutex::new(state),
                 timer: Notify::new(),
-                closing: CancellationToken::new(),
                 silence,
                 resets: watch::Sender::new(Code::Ok),
                 options,
             }),
+            closing: CancellationToken::new(),
+        }
+    }
+
+    /// The same broker, for its next server.
+    pub(super) fn for_another_server(&self) -> Self {
+        Self {
+            shared: Arc::clone(&self.shared),
+            closing: CancellationToken::new(),
         }
     }
 
@@ -120,9 +129,9 @@ impl Broker {
         &self.shared.options
     }
 
-    /// Cancelled when the emulator shuts down.
+    /// Cancelled when the server shuts down.
     pub(super) fn closing(&self) -> &CancellationToken {
-        &self.shared.closing
+        &self.closing
     }
 
     pub(super) fn create_topic(&self, topic: resource::Topic) -> Result<(), BrokerError> {
@@ -241,7 +250,7 @@ impl Broker {
             tokio::select! {
                 () = ready.notified() => {}
                 () = tokio::time::sleep_until(deadline) => return Ok(pulled),
-                () = self.shared.closing.cancelled() => return Err(BrokerError::shutting_down()),
+                () = self.closing.cancelled() => return Err(BrokerError::shutting_down()),
             }
         }
     }
@@ -275,7 +284,7 @@ impl Broker {
             tokio::select! {
                 () = due => {}
                 () = self.shared.timer.notified() => {}
-                () = self.shared.closing.cancelled() => return,
+                () = self.closing.cancelled() => return,
             }
         }
     }

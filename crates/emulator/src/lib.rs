@@ -88,11 +88,26 @@ impl Emulator {
     /// # Errors
     /// The address cannot be listened on.
     pub async fn bind(address: SocketAddr, options: Options) -> std::io::Result<Self> {
+        Self::of(address, Broker::new(options)).await
+    }
+
+    /// Listens on an address again, for the broker of an emulator that has shut down.
+    /// To clients this is a restart without loss: topics, subscriptions, messages,
+    /// outstanding deliveries and their ack ids stay valid. Ack deadlines keep running
+    /// in the meantime.
+    ///
+    /// # Errors
+    /// The address cannot be listened on.
+    pub async fn bind_again(address: SocketAddr, broker: &Broker) -> std::io::Result<Self> {
+        Self::of(address, broker.for_another_server()).await
+    }
+
+    async fn of(address: SocketAddr, broker: Broker) -> std::io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
         Ok(Self {
             address: listener.local_addr()?,
             listener,
-            broker: Broker::new(options),
+            broker,
         })
     }
 

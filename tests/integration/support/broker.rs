@@ -1,10 +1,13 @@
-use std::net::SocketAddr;
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use futures::future::try_join_all;
 use google_cloud_auth::credentials::anonymous;
 use google_cloud_pubsub::client::{Publisher, SubscriptionAdmin};
 use google_cloud_pubsub::model::{self, DeadLetterPolicy, Message};
+use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use trainyard::pubsub::{Connection, Outgoing, Pulling, Subscription};
 use trainyard_emulator::{Emulator, Options};
@@ -17,6 +20,10 @@ const GIVEN_UP: &str = "given-up";
 /// The minimum that Pub/Sub allows.
 const DELIVERIES: i32 = 5;
 
+/// Ports below the ephemeral range, so that no outgoing connection takes the port of a
+/// broker that restarts.
+const PORTS: std::ops::Range<u16> = 20_000..32_000;
+
 /// A broker with the test's own project.
 pub struct Broker {
     pub host: String,
@@ -24,23 +31,57 @@ pub struct Broker {
     pub connection: Connection,
     /// The built-in emulator itself, for operations that clients lack.
     pub builtin: Option<trainyard_emulator::Broker>,
-    _stop: Option<DropGuard>,
+    server: Mutex<Option<Server>>,
+}
+
+/// A running server of the built-in emulator. Dropping it stops the server.
+struct Server {
+    stop: DropGuard,
+    served: JoinHandle<std::io::Result<()>>,
+}
+
+impl Server {
+    fn of(emulator: Emulator) -> Self {
+        let stop = CancellationToken::new();
+        Self {
+            served: tokio::spawn(emulator.serve(stop.clone())),
+            stop: stop.drop_guard(),
+        }
+    }
+
+    async fn stop(self) {
+        drop(self.stop);
+        self.served.await.unwrap().unwrap();
+    }
 }
 
 impl Broker {
     /// The built-in emulator, inside the test's process.
     pub async fn builtin() -> Option<Self> {
-        let address: SocketAddr = "127.0.0.1:0".parse().unwrap();
-        let emulator = Emulator::bind(address, Options::default()).await.unwrap();
+        let emulator = loop {
+            let address = SocketAddr::from((Ipv4Addr::LOCALHOST, fastrand::u16(PORTS)));
+            match Emulator::bind(address, Options::default()).await {
+                Err(taken) if taken.kind() == ErrorKind::AddrInUse => {}
+                emulator => break emulator.unwrap(),
+            }
+        };
         let host = emulator.address().to_string();
-        let inside = emulator.broker();
-        let stop = CancellationToken::new();
-        tokio::spawn(emulator.serve(stop.clone()));
         Some(Self {
-            builtin: Some(inside),
-            _stop: Some(stop.drop_guard()),
+            builtin: Some(emulator.broker()),
+            server: Mutex::new(Some(Server::of(emulator))),
             ..Self::at(host)
         })
+    }
+
+    /// Restarts the built-in emulator's server: all streams and connections end, the port
+    /// stays closed for `away`, and the state is kept.
+    pub async fn restart(&self, away: Duration) {
+        let server = self.server.lock().unwrap().take();
+        server.unwrap().stop().await;
+        tokio::time::sleep(away).await;
+        let inside = self.builtin.as_ref().unwrap();
+        let emulator = Emulator::bind_again(self.host.parse().unwrap(), inside).await;
+        *self.server.lock().unwrap() = Some(Server::of(emulator.unwrap()));
     }
 
     /// Google's emulator, which `make test` starts.
@@ -60,7 +101,7 @@ impl Broker {
             project,
             connection,
             builtin: None,
-            _stop: None,
+            server: Mutex::default(),
         }
     }
 
@@ -171,15 +212,21 @@ impl Broker {
 
     /// Publishes all data concurrently and returns the message ids in order.
     pub async fn publish_all(&self, topic: &str, data: Vec<String>) -> Vec<String> {
+        let messages = data.into_iter().map(|data| Message::new().set_data(data));
+        self.publish_messages(topic, messages.collect()).await
+    }
+
+    /// As [`Broker::publish_all`], for messages with other fields than data.
+    pub async fn publish_messages(&self, topic: &str, messages: Vec<Message>) -> Vec<String> {
         let publisher = Publisher::builder(self.connection.topic_path(topic))
             .with_endpoint(format!("http://{}", self.host))
             .with_credentials(anonymous::Builder::new().build())
             .build()
             .await
             .unwrap();
-        let publishing = data
+        let publishing = messages
             .into_iter()
-            .map(|data| publisher.publish(Message::new().set_data(data)));
+            .map(|message| publisher.publish(message));
         try_join_all(publishing.collect::<Vec<_>>()).await.unwrap()
     }
 

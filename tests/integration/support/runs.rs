@@ -45,8 +45,13 @@ impl RunsLog {
     }
 
     /// A request for a run with these fields (an object) that writes to this log.
-    pub fn rehearsal(&self, mut like: Value) -> String {
-        like["name"] = json!("rehearsal");
+    pub fn rehearsal(&self, like: Value) -> String {
+        self.rehearsal_as("rehearsal", like)
+    }
+
+    /// As [`RunsLog::rehearsal`], for a task of another name.
+    pub fn rehearsal_as(&self, task: &str, mut like: Value) -> String {
+        like["name"] = json!(task);
         like["log"] = json!(self.path);
         like.to_string()
     }
