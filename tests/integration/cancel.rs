@@ -53,6 +53,12 @@ async fn a_waiting_job_is_cancelled_at_once(database: Database) {
     let request = json!({"name": "newer"}).to_string();
     let waiting = scene.broker.publish("training", request).await;
     let job = scene.job(&waiting, JobState::Waiting).await;
+    let told = scene.command(&["jobs", "show", &job.id.to_string()]).await;
+    assert!(
+        told.stdout.contains("a worker that knows its task"),
+        "{}",
+        told.stdout
+    );
     let told = scene
         .command(&["jobs", "cancel", &job.id.to_string()])
         .await;
