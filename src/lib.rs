@@ -6,7 +6,7 @@
 //! [`executor`] runs it, [`store`] keeps the record.
 //!
 //! A program with tasks of its own needs [`Task`], [`Registry`] and [`run`]:
-//! `examples/embed.rs` is a whole one.
+//! `examples/embed.rs` is a complete example.
 
 mod app;
 #[doc(hidden)]

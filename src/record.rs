@@ -135,7 +135,7 @@ impl FromStr for JobState {
     }
 }
 
-/// A job as the store tells it.
+/// A job as the store returns it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Job {
     pub id: Uuid,

@@ -35,8 +35,7 @@ pub struct Figures {
 
 impl Counters {
     /// Whether the broker ignores the limit of outstanding messages, as Google's emulator
-    /// does. Closing a stream there would not save a delivery, and would cost the broker
-    /// more.
+    /// does. Closing a stream does not stop it, and costs it more than that saves.
     pub(super) fn ignores_limits(&self) -> bool {
         self.surplus.get() > 0
     }

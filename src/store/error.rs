@@ -24,7 +24,7 @@ pub enum StoreError {
     #[error("the database refused a statement: {0}")]
     Refused(sqlx::Error),
     /// The database did not answer in time. The call may or may not have taken effect;
-    /// repeating it tells.
+    /// repeating it shows which.
     #[error("the database did not answer within {} ms", .0.as_millis())]
     NoAnswer(Duration),
     /// This version cannot read a row. The message stays unacknowledged.

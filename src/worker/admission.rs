@@ -180,8 +180,8 @@ impl Admission {
         self.inner.changed.send_replace(());
     }
 
-    /// Begins a sweep: returns the part of `reach` that there is room for, and how many
-    /// jobs of each kind.
+    /// Begins a sweep: returns `reach` without the tasks that need more GPUs than this worker
+    /// has, and how many jobs of each kind to look for.
     pub(super) fn within(&self, reach: &Reach) -> (Reach, usize) {
         self.lock().within(reach)
     }

@@ -121,7 +121,7 @@ async fn a_waiting_retry_holds_no_slot(database: Database) {
     scene.nothing_is_left_to_deliver().await;
 }
 
-/// However many there are, and however they are fetched.
+/// Holds for many later messages, prefetched or not.
 async fn a_retry_comes_before_messages_that_came_later(database: Database) {
     const NEW: usize = 40;
     for subscription in ["", "prefetch = 100"] {

@@ -170,7 +170,8 @@ fn migrate(scene: &Scene, said: &Path) -> Child {
     command.spawn().unwrap()
 }
 
-/// As the server sees it, or as the migration logs it if it waits briefly each time.
+/// Waits until the server shows the migration waiting for a lock, or the migration, whose
+/// waits are short, reports it.
 async fn it_waits_for_a_lock(database: &Database, said: &Path) {
     let mut connection = PgConnection::connect(&database.url).await.unwrap();
     eventually("the migration waits for a lock", async || {

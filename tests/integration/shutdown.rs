@@ -140,7 +140,7 @@ async fn what_was_fetched_ahead_is_handed_back(scene: &Scene) {
     .await;
     let second = scene.ready_worker("second").await;
     first.signal(Signal::SIGTERM);
-    // While the first worker still runs its own.
+    // The second worker ran them while the first still runs its own job.
     let ends = scene.runs_have_come_to(RunEvent::End, 20).await;
     assert!(ends.iter().all(|end| end.pid == second.pid()));
     scene.runs.release("long");

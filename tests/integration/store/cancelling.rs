@@ -129,7 +129,7 @@ async fn only_its_own_worker_is_told_to_cancel_a_run(database: Database) {
     assert_eq!(told(&store, "w3").await, NONE);
 }
 
-/// Its ending came first.
+/// Its ending counts, since the run ended by itself.
 async fn a_run_that_is_asked_to_stop_may_still_succeed(database: Database) {
     let store = database.open_migrated().await;
     let run = acquire(&store, "1", LONG).await;

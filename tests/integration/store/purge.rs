@@ -80,7 +80,7 @@ async fn an_old_ended_job_is_purged_with_its_ledger(database: Database) {
     assert_eq!(store.purge(DAY * 5, 100).await.unwrap(), 0);
 }
 
-/// However long ago it arrived.
+/// The job is kept however long ago it arrived.
 async fn a_job_that_ended_within_the_retention_is_kept(database: Database) {
     let store = database.open_migrated().await;
     let acquired = old_claim(&store, "1", 10).await;

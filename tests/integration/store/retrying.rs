@@ -82,7 +82,7 @@ async fn a_retried_jobs_attempt_goes_on_growing_and_counts_from_one(database: Da
     assert_eq!(job_of(&store, &run).await.attempts, 1);
 }
 
-/// Neither while the job waits nor once it runs, nor under its old token.
+/// Its writes are refused while the job waits, once it runs, and under its old token.
 async fn the_run_that_ended_a_retried_job_writes_nothing_more(database: Database) {
     let store = database.open_migrated().await;
     let first = acquire(&store, "1", LONG).await;
@@ -166,7 +166,7 @@ async fn a_running_job_is_left_alone(database: Database) {
     assert!(finish(&store, &run.fence, succeeded()).await);
 }
 
-/// It still counts as a crash.
+/// The lost run still counts as a crash.
 async fn a_lost_run_is_left_to_be_taken_over(database: Database) {
     let store = database.open_migrated().await;
     let lost = acquire(&store, "1", ENDED).await;

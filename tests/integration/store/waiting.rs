@@ -146,7 +146,7 @@ async fn a_stale_fence_makes_no_job_wait(database: Database) {
     assert_eq!(before.error, None);
 }
 
-/// As after a lost answer: the wait does not restart.
+/// The same call twice, as after a lost answer: the wait does not restart.
 async fn failing_again_with_the_same_fence_changes_nothing(database: Database) {
     let store = database.open_migrated().await;
     let first = acquire(&store, "1", LONG).await;

@@ -144,7 +144,7 @@ async fn giving_up_again_changes_nothing(database: Database) {
     assert_eq!(story_of(&store, "1").await, before);
 }
 
-/// Neither while it runs nor while it waits again.
+/// The job is kept while it runs and while it waits again.
 async fn a_job_that_has_begun_is_not_given_up(database: Database) {
     let store = database.open_migrated().await;
     record(&store, "1").await;
