@@ -118,10 +118,12 @@ pub(super) async fn finish(
 /// statement, since the snapshot of the first one may predate the commit of an earlier try.
 const OTHERS: &str = "
 SELECT finish.token, processed_messages.finished_by IS NOT DISTINCT FROM finish.token AS ended
-FROM unnest($1::text[], $2::text[], $3::uuid[]) AS finish (subscription, key, token)
+FROM unnest($1::text[], $2::text[], $3::uuid[], $4::int[])
+  AS finish (subscription, key, token, attempt)
 JOIN processed_messages USING (subscription, key)
 LEFT JOIN leases USING (subscription, key)
-WHERE processed_messages.finished_by = finish.token OR leases.token = finish.token";
+WHERE processed_messages.finished_by = finish.token
+   OR (leases.token = finish.token AND leases.attempt = finish.attempt)";
 
 async fn others(
     pool: &PgPool,
@@ -132,6 +134,7 @@ async fn others(
         .bind(subscriptions)
         .bind(keys)
         .bind(fence_tokens(finishes.iter().map(|finish| &finish.fence)))
+        .bind(attempts(finishes.iter().map(|finish| &finish.fence)))
         .fetch_all(pool)
         .await?;
     Ok(rows.into_iter().map(|(token, ended)| match ended {
