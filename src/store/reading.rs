@@ -73,10 +73,12 @@ const NEWEST_ENDED: &str = "
 SELECT * FROM jobs
 WHERE ($1 = '' OR task = $1) AND stored_state = $3 ORDER BY job_id DESC LIMIT $2";
 
+/// Running ones are held, which Postgres has an index of.
 const NEWEST_UNFINISHED: &str = "
 SELECT * FROM jobs
 WHERE job_id IN (SELECT job_id FROM unfinished_jobs
-                 WHERE ($1 = '' OR task = $1) AND state = $3 ORDER BY job_id DESC LIMIT $2)
+                 WHERE ($1 = '' OR task = $1) AND state = $3 AND (is_held OR $3 = 'waiting')
+                 ORDER BY job_id DESC LIMIT $2)
 ORDER BY job_id DESC";
 
 const JOB: &str = "SELECT * FROM jobs WHERE job_id = $1";

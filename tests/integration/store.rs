@@ -10,6 +10,7 @@ mod ledger;
 mod limits;
 mod ordering;
 mod orphans;
+mod plans;
 mod purge;
 mod renewals;
 mod retrying;

@@ -98,6 +98,8 @@ fn taken(pick: &Pick, mut won: Won, claimed_at: Instant) -> Taken {
     }
 }
 
+/// Each limit makes a look-up by the index of each key: by its estimates, the
+/// server would rather read the whole queue for hundreds of keys.
 const LOOK: &str = "
 SELECT m.state, leases.token IS NULL AS waits, leases.lease_until >= now() AS holds,
        leases.reap_delay = 0 AS acked,
@@ -107,8 +109,14 @@ SELECT m.state, leases.token IS NULL AS waits, leases.lease_until >= now() AS ho
             THEN greatest(extract(epoch FROM leases.run_after - now()), 0)
             ELSE 0 END::float8 AS remaining
 FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS held (subscription, key, nth)
-LEFT JOIN leases USING (subscription, key)
-LEFT JOIN processed_messages m USING (subscription, key)
+LEFT JOIN LATERAL (
+    SELECT * FROM leases
+    WHERE leases.subscription = held.subscription AND leases.key = held.key
+    LIMIT 1) AS leases ON true
+LEFT JOIN LATERAL (
+    SELECT state FROM processed_messages m
+    WHERE m.subscription = held.subscription AND m.key = held.key
+    LIMIT 1) AS m ON true
 ORDER BY nth";
 
 pub(super) async fn look(pool: &PgPool, keys: &[JobKey]) -> Result<Vec<Standing>, StoreError> {
