@@ -11,7 +11,7 @@ COPY crates/emulator/Cargo.toml crates/emulator/
 COPY crates/train-classifier/Cargo.toml crates/train-classifier/
 RUN for member in . crates/*; do mkdir $member/src && touch $member/src/lib.rs; done \
  && echo 'fn main() {}' > src/main.rs \
- && mkdir benches && touch benches/guard.rs \
+ && mkdir benches && touch benches/guard.rs benches/queue.rs \
  && cargo build --release --locked \
  && rm -r src benches crates/*/src
 

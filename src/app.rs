@@ -1,4 +1,4 @@
-//! The composition root: the one place where the parts are wired together.
+//! The composition root: wires the parts together.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,24 +20,24 @@ use crate::shutdown::Shutdown;
 use crate::store::{self, ClaimTerms, Missing, Store};
 use crate::worker::{Source, Worker};
 
-/// Loads the configuration and runs a worker with the given tasks until
-/// SIGTERM or SIGINT: the whole `main` of a program that embeds trainyard.
+/// Loads the configuration and runs a worker with the given tasks until SIGTERM or
+/// SIGINT: the whole `main` of a program that embeds trainyard.
 ///
-/// For each job of a task with a `command` the program is started again, as the
-/// job's keeper. Where its `main` does more than call this, it calls
-/// [`crate::run_as_keeper_if_asked`] before.
+/// For each job of a task with a `command` the program starts itself again, as the job's
+/// keeper. A `main` that does more than call this must first call
+/// [`crate::run_as_keeper_if_asked`].
 ///
 /// # Errors
-/// [`ConfigError`] for a configuration that cannot be used; any other error
-/// when the database or Pub/Sub cannot be reached at the start.
+/// [`ConfigError`] for an unusable configuration; any other error if the database or
+/// Pub/Sub cannot be reached at the start.
 pub async fn run(config_file: Option<&Path>, registry: Registry) -> anyhow::Result<()> {
     run_as_keeper_if_asked();
     let config = config::load(config_file)?;
     run_worker(config, registry, false).await
 }
 
-/// Runs a worker until SIGTERM or SIGINT, with `migrate` after bringing the
-/// database's schema up to date.
+/// Runs a worker until SIGTERM or SIGINT; with `migrate`, first brings the database's
+/// schema up to date.
 ///
 /// # Errors
 /// As [`run`].
@@ -61,7 +61,7 @@ pub async fn run_worker(config: Config, registry: Registry, migrate: bool) -> an
     Ok(())
 }
 
-/// A migration waits for somebody's lock.
+/// Logs who holds the lock that a migration waits for.
 pub fn tell_who_is_in_the_way(holders: &str) {
     warn!(
         holders,
@@ -72,7 +72,7 @@ pub fn tell_who_is_in_the_way(holders: &str) {
 /// Opens the database that the configuration names.
 ///
 /// # Errors
-/// It cannot be reached.
+/// The database cannot be reached.
 pub async fn open_store(config: &Config, missing: Missing) -> anyhow::Result<Arc<dyn Store>> {
     let database = &config.database;
     let what_to_do = match (database.url.starts_with("sqlite:"), missing) {
@@ -90,7 +90,7 @@ pub async fn open_store(config: &Config, missing: Missing) -> anyhow::Result<Arc
         })
 }
 
-/// The Pub/Sub that the configuration names.
+/// Connects to the configured Pub/Sub.
 ///
 /// # Errors
 /// No project is set.
@@ -110,8 +110,8 @@ pub fn connection(config: &Config) -> Result<Connection, ConfigError> {
 /// Wires a worker: its tasks, its guard, its subscriptions.
 ///
 /// # Errors
-/// [`ConfigError`] when nothing is subscribed, a task is missing, or a
-/// subscription does not exist; otherwise Pub/Sub cannot be reached.
+/// [`ConfigError`] if nothing is subscribed, a task is missing, or a subscription does
+/// not exist; any other error if Pub/Sub cannot be reached.
 pub async fn build_worker(
     config: &Config,
     registry: Registry,
@@ -184,7 +184,7 @@ pub async fn build_worker(
     ))
 }
 
-/// Another worker may have them, so such a task's jobs wait in the table.
+/// Another worker may have enough GPUs, so such a task's jobs wait in the table.
 fn warn_of_missing_gpus(tasks: &ConfiguredTasks, devices: &Devices) {
     for task in tasks.iter() {
         let (needed, there) = (task.settings.gpus, devices.total());
@@ -199,8 +199,8 @@ fn warn_of_missing_gpus(tasks: &ConfiguredTasks, devices: &Devices) {
     }
 }
 
-/// A subscription that does not exist is found now rather than in the log. A
-/// worker may be allowed to pull and not to look; then pulling tells.
+/// Finds a missing subscription at the start rather than during pulling. A worker may
+/// have permission to pull but not to look; then pulling shows it.
 async fn check_subscription(
     connection: &Connection,
     name: &str,
@@ -227,7 +227,7 @@ async fn check_subscription(
 /// With fewer, a few crashes or restarts of workers use them up.
 const ENOUGH_DELIVERY_ATTEMPTS: u32 = 20;
 
-/// What is risky about a subscription's settings in Pub/Sub.
+/// Warnings about a subscription's settings in Pub/Sub.
 pub fn concerns_about(facts: &SubscriptionFacts, config: &Config) -> Vec<String> {
     let mut concerns = Vec::new();
     if facts.retention > config.guard.retention {
@@ -248,8 +248,8 @@ pub fn concerns_about(facts: &SubscriptionFacts, config: &Config) -> Vec<String>
     concerns
 }
 
-/// A dead message that cannot be published stays in the database, but nobody
-/// expects it there.
+/// Fails if the topic is missing: a dead message that cannot be published stays in the
+/// database, where nobody expects it.
 async fn check_dead_letter_topic(
     connection: &Connection,
     subscription: &str,
@@ -273,8 +273,8 @@ fn invalid(reason: &str) -> anyhow::Error {
     ConfigError::Invalid(reason.to_owned()).into()
 }
 
-/// Tells workers apart in the tables and the logs: host (a pod's name), process
-/// and a random part, since a restarted container has the same two.
+/// Tells workers apart in the tables and the logs: host (a pod's name), process id and a
+/// random part, since a restarted container has the same first two.
 fn worker_name() -> String {
     let host = std::env::var("HOSTNAME")
         .ok()

@@ -1,12 +1,12 @@
 //! The processed-message guard: lets a message through one time.
 //!
-//! Invariant: for one (subscription, key) at most one run holds a fence that
-//! the store accepts, and at most one ending is ever written.
+//! Invariant: for one (subscription, key) at most one run holds a fence that the store
+//! accepts, and at most one ending is ever written.
 //!
-//! While the database is away, a claim is tried a few times and then given up:
-//! its message stays unacknowledged. Endings, releases and checkpoints are tried
-//! until the database answers. All of them may be repeated: the token of a claim
-//! and the `finished_by` of an ending tell whose they are.
+//! While the database is away, a claim is tried a few times and then given up: its
+//! message stays unacknowledged. Endings, releases and checkpoints are retried until the
+//! database answers. All of them are idempotent: the token of a claim and the
+//! `finished_by` of an ending show whose they are.
 
 mod batch;
 mod health;
@@ -32,20 +32,20 @@ use batch::Batcher;
 
 pub use health::Health;
 
-/// Pauses between tries of what has to be written once the database is back.
+/// Pauses between tries of a write that must succeed once the database is back.
 const TRY_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// How often a claim is sent before its delivery is put off. The tries carry
-/// one token, so that a claim whose answer was lost is found to be one's own.
+/// How often a claim is sent before its delivery is put off. All tries carry one token,
+/// so a claim whose answer was lost is recognised.
 const CLAIM_TRIES: u32 = 3;
 
-/// How long workers take to reach a database that is back.
+/// How long workers take to reconnect once the database is back.
 const RECONNECTED: Duration = Duration::from_secs(2);
 
-/// Nobody waits for long for what only people read.
+/// Notes are only for people, so nobody waits long for them.
 const NOTE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Notes for the ledger that may wait to be written; more are lost.
+/// At most this many notes wait to be written; more are lost.
 const MAX_NOTES: usize = 1024;
 
 /// The guard of one worker.
@@ -54,18 +54,17 @@ pub struct Guard {
     store: Arc<dyn Store>,
     terms: ClaimTerms,
     claims: Batcher<ClaimRequest, Claim>,
-    /// Those with an ordering key: they may have to wait for another session.
+    /// Claims with an ordering key: they may have to wait for another session.
     ordered_claims: Batcher<ClaimRequest, Claim>,
     finishes: Batcher<Finish, Finished>,
     notes: mpsc::Sender<Note>,
     health: Health,
-    /// Claims that were given up. What they have acquired all the same, nobody
-    /// runs.
+    /// Claims that were given up. If one was acquired after all, nobody runs its job.
     unanswered: Arc<Mutex<Vec<(JobKey, Uuid)>>>,
 }
 
 impl Guard {
-    /// Must be called within a runtime: it sends its statements from there.
+    /// Must be called within a runtime, on which it spawns its statements.
     #[must_use]
     pub fn new(store: Arc<dyn Store>, terms: ClaimTerms) -> Self {
         let claims = || {
@@ -117,9 +116,9 @@ impl Guard {
         &self.health
     }
 
-    /// Whether jobs may be taken over whose lease has expired. Not while the
-    /// database is away, nor just after, nor just after the start: their workers
-    /// renew first, which they try every thirty-second part of a lease.
+    /// Whether jobs with an expired lease may be taken over. Not while the database is
+    /// away, nor just after, nor just after the start: their workers, which retry every
+    /// 1/32 of a lease, renew first.
     #[must_use]
     pub fn may_take_over(&self) -> bool {
         let lease = self.terms.lease;
@@ -127,8 +126,8 @@ impl Guard {
         self.health.is_up_for(renewed)
     }
 
-    /// Notices when the database is back, and first gives back what claims have
-    /// acquired that were never answered. Never ends.
+    /// Waits for the database to come back, then first gives back claims that were
+    /// acquired but whose answer was lost. Never ends.
     pub async fn watch_over_the_database(&self) {
         loop {
             self.health.answers_again(&*self.store).await;
@@ -158,11 +157,11 @@ impl Guard {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks to run a message's job.
+    /// Claims a message's job.
     ///
     /// # Errors
-    /// The database did not answer; nothing is known about the job, and the
-    /// message must stay unacknowledged.
+    /// The database did not answer: nothing is known about the job, and the message must
+    /// stay unacknowledged.
     pub async fn claim(&self, request: ClaimRequest) -> Result<Claim, Arc<StoreError>> {
         let mut backoff = Backoff::new(TRY_AGAIN.0, TRY_AGAIN.1);
         let mut tries = 1;
@@ -186,9 +185,9 @@ impl Guard {
         }
     }
 
-    /// Stores a run's checkpoint, trying again for as long as the database is
-    /// away; `acked` as in [`crate::store::Claims::save_checkpoint`]. False: the
-    /// run is not the job's any more, or the database does not take the text.
+    /// Stores a run's checkpoint, retrying while the database is away; `acked` as in
+    /// [`crate::store::Claims::save_checkpoint`]. False: the run no longer holds the job,
+    /// or the database rejects the text.
     pub async fn save_checkpoint(&self, fence: &Fence, checkpoint: &str, acked: bool) -> bool {
         let asking = || async {
             let saving = self.store.save_checkpoint(fence, checkpoint, acked);
@@ -199,15 +198,15 @@ impl Guard {
         saved == Some(true)
     }
 
-    /// Writes how a job ended, trying again for as long as the database is
-    /// away. Returns whether this run ended the job; None when `give_up` came
-    /// first, and then the job is still the lease's holder's.
+    /// Writes how a job ended, retrying while the database is away. Returns whether this
+    /// run ended the job; None if `give_up` came first, and then the job still belongs to
+    /// the lease's holder.
     pub async fn finish(&self, finish: &Finish, give_up: &CancellationToken) -> Option<bool> {
         let finished = self.try_to_finish(finish, give_up).await;
         if finished.is_some() || give_up.is_cancelled() {
             return finished;
         }
-        // A result that cannot be stored must not stop the job from ending.
+        // A result that cannot be stored must not keep the job from ending.
         let error = "its outcome could not be stored; the worker's log says why";
         let finish = Finish {
             ending: Ending::dead(DeadReason::Permanent, error),
@@ -230,8 +229,8 @@ impl Guard {
         until_answered(not_yet, &finish.fence, give_up, asking).await
     }
 
-    /// Gives a claim back, trying again for as long as the database is away.
-    /// Some(false): it is another worker's by now.
+    /// Gives a claim back, retrying while the database is away. Some(false): another
+    /// worker has it by now.
     pub async fn release(&self, release: &Release, give_up: &CancellationToken) -> Option<bool> {
         let asking = || async {
             let releasing = in_time(self.store.release(release));
@@ -241,7 +240,7 @@ impl Guard {
         until_answered(not_yet, &release.fence, give_up, asking).await
     }
 
-    /// Puts a message on record that will never run.
+    /// Records a message that will never run.
     ///
     /// # Errors
     /// The database did not answer; the message must stay unacknowledged.
@@ -249,8 +248,8 @@ impl Guard {
         self.noted(in_time(self.store.refuse(refusal)).await.map_err(Arc::new))
     }
 
-    /// Stores what an attempt has reported. Best effort, like a note; an attempt
-    /// that reported nothing leaves no record.
+    /// Stores an attempt's report. Best effort, like a note; an attempt that reported
+    /// nothing leaves no record.
     pub async fn record_attempt(&self, fence: &Fence, report: &AttemptReport) {
         if report.log.is_empty() && report.series.is_empty() {
             return;
@@ -263,8 +262,8 @@ impl Guard {
         }
     }
 
-    /// Adds to a job's ledger, some time soon. Best effort: no state is read
-    /// from it.
+    /// Adds a note to a job's ledger, some time soon. Best effort: no state is read from
+    /// it.
     pub fn note(&self, fence: &Fence, kind: NoteKind, detail: Option<&str>) {
         let note = Note {
             key: fence.key.clone(),
@@ -310,7 +309,7 @@ async fn until_answered<F: Future<Output = Result<bool, Arc<StoreError>>>>(
     }
 }
 
-/// Writes notes in batches that form by themselves; ends with the guard.
+/// Writes notes in batches; ends with the guard.
 async fn write_notes(ledger: Arc<dyn Requests>, worker: Arc<str>, mut noted: mpsc::Receiver<Note>) {
     let mut notes = Vec::new();
     while noted.recv_many(&mut notes, MAX_NOTES).await > 0 {

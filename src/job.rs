@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::message::Message;
 use crate::report::Checkpoint;
 
-/// What the guard deduplicates on: unique per subscription and message, so two
+/// The guard's deduplication key: unique per subscription and message, so two
 /// subscriptions of one topic each run the message (fan-out).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct JobKey {
@@ -31,9 +31,9 @@ impl JobKey {
 
     /// The key of a message that is deduplicated by its message id.
     ///
-    /// The publish time is part of it: a broker that restarts its ids (Google's
-    /// emulator begins at 1 each time) reuses an id for another message, and
-    /// that one has another publish time. A redelivery has the same.
+    /// It includes the publish time: a broker that restarts its ids (Google's emulator
+    /// begins at 1 each time) reuses an id for another message, which has another publish
+    /// time. A redelivery has the same.
     #[must_use]
     pub fn of_message_id(subscription: &str, message: &Message) -> Self {
         let published = message.publish_time.timestamp_micros();
@@ -47,8 +47,8 @@ impl fmt::Display for JobKey {
     }
 }
 
-/// Carried by every write of a run. A write whose fence is no longer the
-/// stored one changes nothing, so a stale worker can do no harm.
+/// Every write of a run carries it. A write whose fence is no longer the stored one
+/// changes nothing, so a stale worker can do no harm.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Fence {
     pub key: JobKey,
@@ -58,7 +58,7 @@ pub struct Fence {
     pub token: Uuid,
 }
 
-/// A delivery's wish to run: what the store needs to insert the job's row.
+/// A delivery's request to run: what the store needs to insert the job's row.
 #[derive(Debug, Clone)]
 pub struct ClaimRequest {
     pub key: JobKey,
@@ -73,20 +73,19 @@ pub struct ClaimRequest {
     pub limits: Limits,
 }
 
-/// When the message is acked decides who brings the job back if its worker is
-/// lost.
+/// When the message is acked. It decides who brings the job back if its worker is lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AckTerms {
-    /// The message is acked once the claim has committed, so a sweep takes a
-    /// lost job over as soon as its lease has expired.
+    /// The message is acked once the claim has committed, so a sweep takes a lost job
+    /// over as soon as its lease has expired.
     pub with_claim: bool,
-    /// Otherwise Pub/Sub redelivers the message, and a sweep waits this long
-    /// after the lease before it takes the job over.
+    /// Otherwise Pub/Sub redelivers the message, and a sweep waits this long after the
+    /// lease expires before it takes the job over.
     pub deadline: Duration,
 }
 
 impl AckTerms {
-    /// How long after a lease expires a sweep waits.
+    /// How long a sweep waits after a lease expires.
     #[must_use]
     pub fn reap_delay(&self, runs: bool) -> Duration {
         match runs && self.with_claim {
@@ -96,17 +95,17 @@ impl AckTerms {
     }
 }
 
-/// What the worker that claims can do with the job.
+/// What the claiming worker can do with the job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Can {
     /// Run it, and take it over from a worker whose lease has expired.
     Run,
-    /// Run it if nobody has begun to: the worker that holds an expired lease
-    /// may be about to renew it.
+    /// Run it unless somebody has begun to: the holder of an expired lease may be about
+    /// to renew it.
     RunUnlessLost,
-    /// It has no room: the job goes on record, for whoever has room first.
+    /// Only record it, for whoever has room first: this worker has none.
     Record,
-    /// It does not know the task.
+    /// Only record it: this worker does not know the task.
     RecordUnknown,
 }
 
@@ -117,12 +116,13 @@ impl Can {
     }
 }
 
-/// What ends a job without a run, where its worker was lost once too often.
+/// When a job ends without another run because its worker was lost too often, and where
+/// its message goes then.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
-    /// The task's.
+    /// The task's maximum.
     pub max_attempts: u32,
-    /// The subscription's: where the message of a dead job goes.
+    /// The subscription's topic for the messages of dead jobs.
     pub dead_letter_topic: Option<Arc<str>>,
 }
 
@@ -133,17 +133,17 @@ pub struct DueJob {
     pub task: String,
     /// How long it could have been running, by the database's clock.
     pub waited: Duration,
-    /// Its worker is lost, rather than that it waits.
+    /// Its worker is lost; otherwise it waits.
     pub is_lost: bool,
 }
 
-/// A due job that a worker has room for, and wants to take.
+/// A due job that a worker has room for and wants to take.
 #[derive(Debug, Clone)]
 pub struct Pick {
     pub key: JobKey,
     /// The lease token that the run gets.
     pub token: Uuid,
-    /// Its message is acked when the job begins to run.
+    /// The message is acked once the job is claimed.
     pub acked_when_claimed: bool,
     pub limits: Limits,
 }
@@ -159,17 +159,17 @@ pub struct Taken {
     pub payload: Bytes,
 }
 
-/// What became of a lease that was to be renewed.
+/// The result of renewing a lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Renewal {
     Renewed,
     /// The fence no longer holds.
     Lost,
-    /// Another transaction has the row locked: as it was, so far.
+    /// Another transaction has locked the row: nothing has changed so far.
     Unknown,
 }
 
-/// A dead job's message, which is still to be published to `topic`.
+/// A dead job's message, still to be published to `topic`.
 #[derive(Debug, Clone)]
 pub struct DeadLetter {
     pub job_id: Uuid,
@@ -185,16 +185,16 @@ pub struct DeadLetter {
 /// The guard's answer to a delivery.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Claim {
-    /// The job is this worker's to run, under this fence, until its lease ends.
+    /// This worker may run the job, under this fence, until its lease ends.
     Acquired(Acquired),
     /// The job has ended; the delivery is a duplicate.
     AlreadyFinished(FinalState),
-    /// Another run holds the job; its lease expires then, by this process's
-    /// clock, unless it is renewed. `acked`: the queue, not Pub/Sub, brings the
-    /// job back, so a delivery of it is not needed any more.
+    /// Another run holds the job. Its lease expires at `until`, by this process's clock,
+    /// unless it is renewed. `acked`: the queue, not Pub/Sub, brings the job back, so its
+    /// deliveries are not needed any more.
     HeldUntil { until: Instant, acked: bool },
-    /// The job is on record and nobody runs it: it may not run before that
-    /// time, or not yet by its ordering key, or not here. `acked` as above.
+    /// The job is on record and nobody runs it: it may not run before `until`, or its
+    /// ordering key or this worker does not allow it yet. `acked` as above.
     Waiting { until: Instant, acked: bool },
 }
 
@@ -202,14 +202,14 @@ pub enum Claim {
 pub struct Acquired {
     pub fence: Fence,
     pub job_id: Uuid,
-    /// Taken just before the claim was sent: the lease cannot have begun
-    /// earlier, so counting from here is safe whatever the clocks say.
+    /// Taken just before the claim was sent. The lease cannot have begun earlier, so
+    /// counting from here is safe whatever the clocks say.
     pub claimed_at: Instant,
-    /// Attempts that count against the task's maximum, this one included.
+    /// Attempts that count against the task's maximum, including this one.
     pub counted_attempts: u32,
     /// Where an earlier attempt left off.
     pub checkpoint: Option<Checkpoint>,
-    /// Somebody asked to cancel the job while nobody could be told.
+    /// Somebody asked to cancel the job while no run could be told.
     pub cancel_requested: bool,
 }
 
@@ -218,7 +218,7 @@ pub struct Acquired {
 #[serde(rename_all = "snake_case")]
 pub enum FinalState {
     Succeeded,
-    /// It failed for good, or its message was refused; the reason is on record.
+    /// It failed for good, or its message was refused; the record has the reason.
     Dead,
     Cancelled,
 }

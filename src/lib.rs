@@ -1,12 +1,12 @@
 //! Trainyard takes machine-learning training requests off Google Cloud Pub/Sub
 //! and runs each of them once.
 //!
-//! The folders follow the message: [`pubsub`] delivers it, [`worker`] takes it
-//! through its life, [`guard`] lets it through one time, [`registry`] finds its
-//! task, [`executor`] runs it, [`store`] keeps the record.
+//! The folders follow the message: [`pubsub`] delivers it, [`worker`] takes it through
+//! its life, [`guard`] lets it through one time, [`registry`] finds its task,
+//! [`executor`] runs it, [`store`] keeps the record.
 //!
 //! A program with tasks of its own needs [`Task`], [`Registry`] and [`run`]:
-//! `examples/embed.rs` is a whole one.
+//! `examples/embed.rs` is a complete example.
 
 mod app;
 #[doc(hidden)]

@@ -1,5 +1,5 @@
-//! The official Pub/Sub client: connections, deliveries, publishing, and the
-//! few calls that look at topics and subscriptions.
+//! The official Pub/Sub client: connections, deliveries, publishing, and the few calls
+//! that inspect topics and subscriptions.
 
 mod admin;
 mod clients;
@@ -24,23 +24,23 @@ pub use delivery::{Delivery, Receipt};
 pub use publishing::{Outgoing, Publishers};
 pub use subscription::{Pulling, Subscription};
 
-/// Why Pub/Sub did not do as asked. No message is settled by any of them: what
-/// was not acknowledged is delivered again.
+/// Why a Pub/Sub call failed. No error settles a message: an unacknowledged message is
+/// redelivered.
 #[derive(Debug, thiserror::Error)]
 pub enum PubsubError {
-    /// Retrying does not help until somebody makes what is missing.
+    /// Retrying does not help until somebody creates the resource.
     #[error("{what} does not exist")]
     NotFound { what: String },
     /// Retrying does not help until somebody grants the permission.
     #[error("no permission for {what}: {reason}")]
     PermissionDenied { what: String, reason: String },
-    /// It does not take what was sent, and never will.
+    /// Pub/Sub rejects what was sent, and always will.
     #[error("Pub/Sub does not take what was sent to {what}: {reason}")]
     Refused { what: String, reason: String },
     /// A stream has brought nothing for so long that it may be dead.
     #[error("{what} has been quiet for {} s", .quiet_for.as_secs())]
     Quiet { what: String, quiet_for: Duration },
-    /// Passes by itself, as a rule.
+    /// Usually passes by itself.
     #[error("Pub/Sub did not answer as expected about {what}: {reason}")]
     Failed { what: String, reason: String },
     /// The client could not be built: credentials or endpoint are wrong.
@@ -78,23 +78,23 @@ impl PubsubError {
         }
     }
 
-    /// Whether only a person can mend it, so that quick retries are no use.
+    /// Whether only a person can fix it, so that quick retries are no use.
     #[must_use]
     pub fn needs_a_person(&self) -> bool {
         !matches!(self, Self::Failed { .. } | Self::Quiet { .. })
     }
 }
 
-/// Which Pub/Sub: a project of Google Cloud's, or of an emulator.
+/// Which Pub/Sub: a project of Google Cloud or of an emulator.
 #[derive(Debug, Clone)]
 pub struct Connection {
     project: String,
-    /// `http://host:port` of an emulator, which takes no credentials.
+    /// `http://host:port` of an emulator, which needs no credentials.
     emulator: Option<String>,
 }
 
 impl Connection {
-    /// To Google Cloud with Application Default Credentials, or, given
+    /// Connects to Google Cloud with Application Default Credentials, or, given
     /// `host:port`, to an emulator. The official client does not read
     /// `PUBSUB_EMULATOR_HOST` itself.
     #[must_use]
@@ -109,7 +109,7 @@ impl Connection {
         }
     }
 
-    /// What to look at when nobody answers.
+    /// What to check when nothing answers.
     fn hint(&self) -> String {
         match &self.emulator {
             Some(endpoint) => format!(
@@ -136,9 +136,9 @@ impl Connection {
         self.path("subscriptions", name)
     }
 
-    /// The name that the guard's keys carry: the short one in the connection's
-    /// own project however it was written, or two workers that write it
-    /// differently would each run a message.
+    /// The name used in the guard's keys: always the short one within the connection's
+    /// own project. Otherwise two workers whose configurations spell it differently would
+    /// each run a message.
     #[must_use]
     pub fn short_name<'a>(&self, subscription: &'a str) -> &'a str {
         let own = format!("projects/{}/subscriptions/", self.project);
@@ -152,7 +152,7 @@ impl Connection {
         format!("projects/{}/{collection}/{name}", self.project)
     }
 
-    /// Clients for streaming pull, for about so many streams at a time.
+    /// Clients for streaming pull, for about this many streams at a time.
     #[must_use]
     pub fn clients(&self, streams: usize) -> Clients {
         Clients::new(self.clone(), streams)
@@ -202,10 +202,10 @@ fn to_message(received: model::Message) -> Message {
     }
 }
 
-/// The client is built without a TLS provider of its own, so that the program
-/// has one implementation of cryptography, and no C++ or assembler to build.
+/// The client is built without a TLS provider, so that the program has only one
+/// cryptography library, and no C++ or assembler to build.
 fn install_tls_provider() {
-    // An error means that one is installed already, which is as good.
+    // An error means that one is installed already, which is fine.
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 

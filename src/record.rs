@@ -1,4 +1,4 @@
-//! What is on record about jobs, as people and programs read it.
+//! Records about jobs, as people and programs read them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,26 +11,26 @@ use uuid::Uuid;
 use crate::job::{FinalState, JobKey};
 use crate::report::Progress;
 
-/// What asking to cancel a job came to.
+/// The result of asking to cancel a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cancelling {
-    /// It waited, and has ended.
+    /// It was waiting, and has ended.
     Cancelled,
-    /// A worker runs it, and will be told within seconds.
+    /// A worker runs it, and hears of the request within seconds.
     Requested,
     AlreadyEnded(FinalState),
 }
 
-/// What asking to run a job again came to.
+/// The result of asking to run a job again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Retrying {
-    /// It had ended, and waits for a worker now.
+    /// It had ended, and now waits for a worker.
     Queued,
-    /// It waited for a later time, and may run at once now.
+    /// It was waiting for a later time, and may now run at once.
     Hurried,
     /// A worker runs it.
     Running,
-    /// Its message names no task that can be read, or is no longer kept.
+    /// Its message names no readable task, or is no longer kept.
     NothingToRun,
 }
 
@@ -42,14 +42,14 @@ pub struct LedgerEntry {
     pub kind: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attempt: Option<u32>,
-    /// Where it is another message's than the job's first.
+    /// Set if it is not the job's first message.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message_id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
 }
 
-/// What a worker adds to a job's ledger by itself.
+/// A worker's own addition to a job's ledger.
 #[derive(Debug, Clone)]
 pub struct Note {
     pub key: JobKey,
@@ -76,7 +76,7 @@ impl NoteKind {
     }
 }
 
-/// A job with all that is on record about it.
+/// A job with everything on record about it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Story {
     pub job: Job,
@@ -89,7 +89,7 @@ pub struct Story {
 pub enum JobState {
     /// A worker holds its lease.
     Running,
-    /// Unfinished, and no worker holds its lease, or the holder let it end.
+    /// Unfinished, and no worker holds its lease, or the lease has expired.
     Waiting,
     Succeeded,
     Dead,
@@ -135,7 +135,7 @@ impl FromStr for JobState {
     }
 }
 
-/// A job as the store tells it.
+/// A job as the store returns it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Job {
     pub id: Uuid,
@@ -145,14 +145,14 @@ pub struct Job {
     pub publish_time: DateTime<Utc>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ordering_key: Option<String>,
-    /// None when the message named no task that could be read.
+    /// None if the message named no readable task.
     pub task: Option<String>,
     pub state: JobState,
-    /// Executions begun, less those that a worker's own shutdown interrupted.
+    /// Attempts begun, except those that a worker's own shutdown interrupted.
     pub attempts: u32,
     /// Deliveries that the guard did not let through.
     pub duplicates: u32,
-    /// The worker that runs it, or that ran it last.
+    /// The worker that runs it, or ran it last.
     pub worker: Option<String>,
     pub received_at: DateTime<Utc>,
     /// When its latest attempt began.
@@ -166,32 +166,32 @@ pub struct Job {
     pub reason: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<String>,
-    /// Before then a waiting job does not run.
+    /// A waiting job does not run before then.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waits_until: Option<DateTime<Utc>>,
-    /// What a waiting job waits for: `turn` in its ordering key, `task` (a
-    /// worker that knows it), next `attempt`, `room`.
+    /// What a waiting job waits for: its `turn` in its ordering key, a worker that knows
+    /// its `task`, its next `attempt`, or `room`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waits_for: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub result: Option<serde_json::Value>,
-    /// The message's data; only where one job is asked for.
+    /// The message's data; only set when one job is read.
     #[serde(skip)]
     pub payload: Option<Bytes>,
 }
 
-/// What an attempt has reported about itself so far.
+/// An attempt's own report so far.
 #[derive(Debug, Clone, Default)]
 pub struct AttemptReport {
     /// The outcome's name.
     pub outcome: &'static str,
     /// The last lines of its output.
     pub log: Vec<String>,
-    /// Its progress reports, thinned where there were many.
+    /// Its progress reports, thinned if there were many.
     pub series: Vec<Progress>,
 }
 
-/// An attempt's report as it is on record.
+/// An attempt's report as stored.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct AttemptRecord {
     pub attempt: u32,
@@ -202,7 +202,7 @@ pub struct AttemptRecord {
     pub series: Vec<Progress>,
 }
 
-/// Which jobs to list; an unset field lets every job through.
+/// Which jobs to list; an unset field matches every job.
 #[derive(Debug, Clone, Default)]
 pub struct JobFilter {
     pub state: Option<JobState>,

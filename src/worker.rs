@@ -1,8 +1,8 @@
 //! The worker: pulls deliveries into free slots and sees each run to its end.
 //!
 //! `admission` decides which jobs may begin. A job comes by a delivery (`puller`,
-//! `process`) or from the queue (`queue`); from then on `attempt` owns it. `hold`
-//! keeps the deliveries of jobs that do not run here.
+//! `process`) or from the queue (`queue`); from then on `attempt` owns it. `hold` keeps
+//! the deliveries of jobs that do not run here.
 
 mod admission;
 mod attempt;
@@ -50,11 +50,11 @@ use queue::Sweeper;
 
 pub use events::{Event, EventKind, Events};
 
-/// How long writing outcomes and giving claims back may take after the last
-/// run has stopped.
+/// How long writing outcomes and giving claims back may take after the last run has
+/// stopped.
 const LAST_WRITES: Duration = Duration::from_secs(5);
 
-/// How long the acks and nacks of settled deliveries may take to be sent.
+/// How long sending the acks and nacks of settled deliveries may take.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// One worker: slots, subscriptions, and the tasks it knows.
@@ -69,7 +69,7 @@ pub struct Worker {
     events: Events,
 }
 
-/// A subscription with what the configuration says about it.
+/// A subscription with its configuration.
 pub struct Source {
     pub name: String,
     pub settings: config::Subscription,
@@ -99,15 +99,15 @@ impl Worker {
         }
     }
 
-    /// What happens in this worker, from now on.
+    /// The worker's events, from now on.
     #[must_use]
     pub fn events(&self) -> Events {
         self.events.clone()
     }
 
-    /// Works until the shutdown, then drains: pulls no more, hands back what
-    /// has not started, lets runs finish, asks the rest to stop, gives their
-    /// claims back, and sends what is left to tell the broker.
+    /// Works until the shutdown, then drains: stops pulling, hands back what has not
+    /// started, lets runs finish, asks the rest to stop, gives their claims back, and
+    /// sends the outstanding acks and nacks.
     pub async fn run(self, shutdown: Shutdown) {
         let running = TaskTracker::new();
         let stop_grace = self.longest_stop_grace();
@@ -149,14 +149,14 @@ impl Worker {
         let subscriptions = pullers.join_all().await.into_iter().flatten().collect();
         info!(running = admission.running(), "pulling has stopped");
         let ending = async {
-            // A sweep that was in the middle has jobs to hand over.
+            // An unfinished sweep still has jobs to hand over.
             let _ = tokio::join!(sweeping, holding);
             running.close();
             running.wait().await;
         };
         tokio::select! {
             () = ending => {}
-            // Only a database that hangs takes so long; leases will expire.
+            // Only a hanging database takes this long; the leases will expire.
             () = a_moment_after(giving_up) => warn!("stopping although something still waits for the database"),
         }
         stopping.abort();
@@ -171,7 +171,7 @@ impl Worker {
         info!("stopped");
     }
 
-    /// Makes the loops of the worker, which share its room and its leases.
+    /// Creates the loops of the worker, which share its room and its leases.
     fn wire(self, shutdown: &Shutdown, running: &TaskTracker, stop_grace: Duration) -> Parts {
         let admission = Admission::new(self.capacity(), self.devices.clone());
         let held = HeldDeliveries::new(
@@ -260,7 +260,7 @@ impl Worker {
         }
     }
 
-    /// The longest that any run may take to end once it is asked to.
+    /// The longest stop grace of any run.
     fn longest_stop_grace(&self) -> Duration {
         let graces = self
             .tasks
@@ -300,7 +300,7 @@ impl Worker {
     }
 }
 
-/// The loops of a worker, and what they share.
+/// The loops of a worker and their shared state.
 struct Parts {
     context: Arc<Context>,
     sweeper: Sweeper,
@@ -309,8 +309,8 @@ struct Parts {
     retention: Duration,
 }
 
-/// A loop that panics leaves a worker that looks alive and does not do its work:
-/// it is stopped instead, and whatever runs it starts another.
+/// Runs a loop. If it panics, the worker would look alive without doing its work, so it
+/// stops, and the process manager starts another.
 fn supervised<T, F: Future<Output = T>>(
     name: &'static str,
     shutdown: &Shutdown,
@@ -327,7 +327,7 @@ fn supervised<T, F: Future<Output = T>>(
     }
 }
 
-/// Leaves what was given up the time to notice.
+/// Leaves cancelled calls a moment to notice.
 async fn a_moment_after(giving_up: CancellationToken) {
     giving_up.cancelled().await;
     sleep(Duration::from_secs(1)).await;

@@ -18,6 +18,7 @@ SELECT m.job_id, m.subscription, m.key, m.message_id, m.task, m.duplicates, m.re
        (extract(epoch FROM coalesce(leases.started_at, m.started_at)) * 1000)::bigint AS started_at,
        (extract(epoch FROM m.finished_at) * 1000)::bigint AS finished_at,
        CASE WHEN leases.token IS NULL AND leases.run_after < 'infinity'
+                 AND leases.run_after > now()
             THEN (extract(epoch FROM leases.run_after) * 1000)::bigint END AS waits_until,
        CASE WHEN leases.token IS NOT NULL OR leases.key IS NULL THEN NULL
             WHEN leases.run_after = 'infinity' THEN 'turn'

@@ -18,6 +18,7 @@ SELECT m.job_id, m.subscription, m.key, m.message_id, m.task, m.duplicates, m.re
        coalesce(leases.started_at, m.started_at) AS started_at,
        m.finished_at,
        CASE WHEN leases.token IS NULL AND leases.run_after < 9223372036854775807
+                 AND leases.run_after > CAST(unixepoch('subsec') * 1000 AS INTEGER)
             THEN leases.run_after END AS waits_until,
        CASE WHEN leases.token IS NOT NULL OR leases.key IS NULL THEN NULL
             WHEN leases.run_after = 9223372036854775807 THEN 'turn'

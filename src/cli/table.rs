@@ -82,6 +82,7 @@ pub(super) fn of_one_job(job: &Job) -> String {
         ("started", time(job.started_at)),
         ("finished", time(job.finished_at)),
         ("duration", duration(job)),
+        ("waits for", waits_for(job)),
         ("waits until", time(job.waits_until)),
         (
             "checkpoint",
@@ -98,6 +99,19 @@ pub(super) fn of_one_job(job: &Job) -> String {
         .iter()
         .map(|(label, value)| format!("{label:<13} {}\n", printable(value)))
         .collect()
+}
+
+/// Why nobody runs a waiting job.
+fn waits_for(job: &Job) -> String {
+    let text = match job.waits_for.as_deref() {
+        None => "-",
+        Some("turn") => "an earlier job of its ordering key",
+        Some("task") => "a worker that knows its task",
+        Some("attempt") => "its next attempt",
+        Some("room") => "a worker with room",
+        Some(other) => other,
+    };
+    text.to_owned()
 }
 
 /// The last progress report and the last lines of each attempt.

@@ -90,7 +90,9 @@ fn explain(path: &str, reason: &str) -> ConfigError {
     };
     ConfigError::UnknownKey {
         key: within(unknown),
-        nearest: nearest(unknown, known).map(|name| within(&name)),
+        nearest: nearest(unknown, known)
+            .filter(|name| !name.contains('.'))
+            .map(|name| within(&name)),
     }
 }
 

@@ -1,5 +1,5 @@
-//! Micro-batches that form by themselves: while one statement is on its way,
-//! whatever is asked meanwhile becomes the next. An idle guard sends at once.
+//! Micro-batches: requests that arrive while one statement runs form the next batch. An
+//! idle guard sends at once.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::store::{StoreError, in_time};
 
-/// Larger batches gain nothing more and make everybody in them wait.
+/// Larger batches gain nothing more and delay everybody in them.
 const MAX_BATCH: usize = 200;
 const MAX_BATCH_BYTES: usize = 8 << 20;
 
@@ -31,8 +31,8 @@ impl<Q, A> Clone for Batcher<Q, A> {
 }
 
 impl<Q: Clone + Send + 'static, A: Send + 'static> Batcher<Q, A> {
-    /// `run` answers a batch in its order; `bytes` tells how large a question
-    /// is. The loop ends with the last clone.
+    /// `run` answers a batch in its order; `bytes` returns the size of a question. The
+    /// loop ends with the last clone.
     pub(super) fn new(
         bytes: fn(&Q) -> usize,
         run: impl Fn(Vec<Q>) -> BoxFuture<'static, Result<Vec<A>, StoreError>> + Send + Sync + 'static,
@@ -55,10 +55,10 @@ impl<Q: Clone + Send + 'static, A: Send + 'static> Batcher<Q, A> {
         Self { asks }
     }
 
-    /// Asks, alone or with others.
+    /// Asks, alone or in a batch with others.
     ///
     /// # Errors
-    /// The batch's, shared by all in it.
+    /// The batch's error, shared by all in it.
     pub(super) async fn ask(&self, question: Q) -> Answer<A> {
         let (reply, answer) = oneshot::channel();
         let lost = || Arc::new(StoreError::NoAnswer(Duration::ZERO));
@@ -75,7 +75,7 @@ async fn answer<Q: Clone, A>(run: &Run<Q, A>, batch: Vec<Ask<Q, A>>) {
     match in_time(run(questions)).await {
         Ok(answers) => {
             for ((_, reply), answer) in batch.into_iter().zip(answers) {
-                // An error says that whoever asked has gone.
+                // An error means that the asker has gone.
                 let _ = reply.send(Ok(answer));
             }
         }
@@ -110,7 +110,7 @@ mod tests {
 
     use super::*;
 
-    /// Doubles numbers, one batch per permit, and remembers each batch's size.
+    /// Doubles numbers, one batch per permit, and records each batch's size.
     struct Doubling {
         batcher: Batcher<u32, u32>,
         gate: Arc<Semaphore>,

@@ -1,5 +1,5 @@
-//! Whether the database answers: while it does not, nothing is pulled, and for
-//! a while after it is back nothing is taken over.
+//! Whether the database answers. While it does not, nothing is pulled; for a while after
+//! it is back, nothing is taken over.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -15,11 +15,11 @@ use crate::store::{Schema, StoreError};
 const PING: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What is known about the database. Clones know the same.
+/// What is known about the database. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Health {
     up: Arc<watch::Sender<bool>>,
-    /// Since when it answers, as far as is known here.
+    /// When it began to answer, as far as this worker knows.
     up_since: Arc<Mutex<Instant>>,
 }
 
@@ -39,15 +39,15 @@ impl Health {
         self.up.subscribe()
     }
 
-    /// Whether the database has answered for at least this long, as far as is
-    /// known here.
+    /// Whether the database has answered for at least this long, as far as this worker
+    /// knows.
     #[must_use]
     pub fn is_up_for(&self, at_least: Duration) -> bool {
         let up_since = *self.up_since.lock().unwrap_or_else(PoisonError::into_inner);
         *self.up.borrow() && up_since.elapsed() >= at_least
     }
 
-    /// Notes whether the database has answered.
+    /// Records whether the database has answered.
     pub fn note(&self, failure: Option<&StoreError>) {
         if let Some(failure) = failure.filter(|failure| failure.is_away())
             && self.up.send_replace(false)
@@ -56,8 +56,8 @@ impl Health {
         }
     }
 
-    /// Completes when the database was away and answers again. Until
-    /// [`Health::is_back`] work does not go on.
+    /// Completes when the database was away and answers again. Work resumes only after
+    /// [`Health::is_back`].
     pub async fn answers_again(&self, schema: &dyn Schema) {
         let mut backoff = Backoff::new(PING.0, PING.1);
         // The sender lives in self, so waiting cannot fail.
@@ -70,7 +70,7 @@ impl Health {
         }
     }
 
-    /// Work goes on.
+    /// Lets work resume.
     pub fn is_back(&self) {
         info!("the database is back: pulling goes on");
         *self.up_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();

@@ -1,4 +1,4 @@
-//! Looking at topics and subscriptions, and making those that `dev` needs.
+//! Inspects topics and subscriptions, and creates those that `dev` needs.
 
 use std::time::Duration;
 
@@ -9,23 +9,23 @@ use super::{Connection, PubsubError};
 /// How long one of these calls may take before Pub/Sub counts as not answering.
 const TIMEOUT: Duration = Duration::from_secs(15);
 
-/// What Pub/Sub keeps messages for unless told otherwise.
+/// How long Pub/Sub keeps messages by default.
 /// <https://cloud.google.com/pubsub/docs/subscription-properties#message_retention_duration>
 const DEFAULT_RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// What Pub/Sub's own dead-letter policy allows unless told otherwise.
+/// How many deliveries Pub/Sub's own dead-letter policy allows by default.
 /// <https://cloud.google.com/pubsub/docs/dead-letter-topics#dead-letter_topic_properties>
 const DEFAULT_DELIVERY_ATTEMPTS: u32 = 5;
 
-/// What Pub/Sub says about a subscription, as far as it matters here.
+/// The settings of a subscription that matter here.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SubscriptionFacts {
     /// Its full path.
     pub topic: String,
     /// How long a message is kept for redelivery.
     pub retention: Duration,
-    /// After so many deliveries Pub/Sub itself dead-letters a message. None: it
-    /// has no policy for that.
+    /// Pub/Sub itself dead-letters a message after this many deliveries. None: the
+    /// subscription has no dead-letter policy.
     pub max_delivery_attempts: Option<u32>,
 }
 
@@ -49,7 +49,7 @@ impl Connection {
         }
     }
 
-    /// What Pub/Sub says about a subscription.
+    /// Reads a subscription's settings.
     ///
     /// # Errors
     /// [`PubsubError::NotFound`] when there is no such subscription.
@@ -76,7 +76,7 @@ impl Connection {
     /// Whether the topic exists.
     ///
     /// # Errors
-    /// As Pub/Sub answers, except that a missing topic is `Ok(false)`.
+    /// Pub/Sub's error, except that a missing topic is `Ok(false)`.
     pub async fn topic_exists(&self, topic: &str) -> Result<bool, PubsubError> {
         let path = self.topic_path(topic);
         let what = format!("topic {path}");
@@ -91,10 +91,10 @@ impl Connection {
         }
     }
 
-    /// Makes the topic unless it exists.
+    /// Creates the topic unless it exists.
     ///
     /// # Errors
-    /// As Pub/Sub answers.
+    /// Pub/Sub's error.
     pub async fn ensure_topic(&self, topic: &str) -> Result<(), PubsubError> {
         let path = self.topic_path(topic);
         let what = format!("topic {path}");
@@ -105,10 +105,10 @@ impl Connection {
         made.await
     }
 
-    /// Makes the subscription of a topic unless it exists.
+    /// Creates the subscription of a topic unless it exists.
     ///
     /// # Errors
-    /// As Pub/Sub answers.
+    /// Pub/Sub's error.
     pub async fn ensure_subscription(
         &self,
         subscription: &str,

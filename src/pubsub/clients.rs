@@ -7,11 +7,11 @@ use google_cloud_pubsub::client::Subscriber;
 
 use super::{Connection, PubsubError};
 
-/// An HTTP/2 connection carries a hundred streams, as a rule; acks need some.
+/// An HTTP/2 connection usually carries a hundred streams; acks need some of them.
 const STREAMS_PER_CHANNEL: usize = 80;
 
-/// Makes the client when it is first needed, and another when its connections
-/// seem dead. Clones share it.
+/// Creates the client when it is first needed, and a new one when its connections seem
+/// dead. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Clients {
     connection: Connection,
@@ -25,7 +25,7 @@ struct Newest {
     client: Option<Subscriber>,
 }
 
-/// A client, and which one it is.
+/// A client and its generation.
 #[derive(Debug, Clone)]
 pub(super) struct Client {
     pub(super) subscriber: Subscriber,
@@ -55,7 +55,7 @@ impl Clients {
         };
         let made = self.make().await?;
         let mut newest = self.lock();
-        // Whoever was quicker has made the one that all use.
+        // If another task was quicker, all use its client.
         let subscriber = newest.client.get_or_insert(made).clone();
         Ok(Client {
             subscriber,
@@ -63,8 +63,8 @@ impl Clients {
         })
     }
 
-    /// The connections of that generation may be dead, without a sign. What is
-    /// open on them goes on; the next stream gets a new connection.
+    /// Replaces the client of that generation, whose connections may be dead without a
+    /// sign. Its open streams go on; the next stream gets a new connection.
     pub(super) fn replace(&self, generation: u64) {
         let mut newest = self.lock();
         if newest.generation == generation {

@@ -1,4 +1,4 @@
-//! What has happened on a subscription since the start, in numbers.
+//! Counts what has happened on a subscription since the start.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -15,28 +15,27 @@ pub struct Counters {
     pub(super) streams_quiet: Counter,
 }
 
-/// The counts as they stand.
+/// The counts at one moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Figures {
     pub deliveries: u64,
     pub acks: u64,
-    /// Acks that an exactly-once subscription did not confirm: their messages
-    /// may come again.
+    /// Acks that an exactly-once subscription did not confirm: their messages may be
+    /// redelivered.
     pub unconfirmed_acks: u64,
     /// Deliveries that were handed back.
     pub nacks: u64,
-    /// Deliveries that came although their stream had no room for them.
+    /// Deliveries that arrived although their stream had no room for them.
     pub surplus: u64,
     pub streams_opened: u64,
     pub streams_failed: u64,
-    /// Streams that were replaced since they had brought nothing for too long.
+    /// Streams that were replaced because they had brought nothing for too long.
     pub streams_quiet: u64,
 }
 
 impl Counters {
-    /// Whether the broker sends more than it is asked for, as Google's emulator
-    /// does. It sends what it has in any case, and a stream that is closed costs it
-    /// more than that saves.
+    /// Whether the broker ignores the limit of outstanding messages, as Google's emulator
+    /// does. Closing a stream does not stop it, and costs it more than that saves.
     pub(super) fn ignores_limits(&self) -> bool {
         self.surplus.get() > 0
     }

@@ -13,17 +13,17 @@ use tracing::warn;
 use super::counters::Counters;
 use crate::message::Message;
 
-/// The broker hears of a stream's end on another way than of an ack. If the ack
-/// is quicker, the next message goes into a stream that nobody reads, and comes
-/// again only after its ack deadline.
+/// The broker learns of a stream's end and of an ack on different paths. If the ack is
+/// quicker, the next message goes into a stream that nobody reads, and is redelivered
+/// only after its ack deadline.
 const AFTER_CLOSING: Duration = Duration::from_millis(100);
 
-/// A delivery. While it exists, its ack deadline is being extended; dropped
-/// without an ack, it is handed back at once (nack), whatever made it drop.
+/// A delivery. Its ack deadline is extended for as long as it exists; dropping it without
+/// an ack nacks it at once.
 #[derive(Debug)]
 pub struct Delivery {
     pub message: Message,
-    /// Counted by the broker, where the subscription has a dead-letter policy.
+    /// Counted by the broker if the subscription has a dead-letter policy.
     pub attempt: Option<i32>,
     receipt: Receipt,
 }
@@ -31,20 +31,20 @@ pub struct Delivery {
 /// The stream that a delivery came on.
 #[derive(Debug)]
 pub(super) struct Origin {
-    /// Asks for the stream to be closed.
+    /// Requests that the stream be closed.
     pub(super) close: CancellationToken,
-    /// Tells that no more messages come on it.
+    /// Set once no more messages arrive on it.
     pub(super) closed: CancellationToken,
     /// How many of its deliveries may be unsettled at a time.
     capacity: usize,
-    /// Deliveries of it that are not settled.
+    /// Deliveries that are not settled yet.
     unsettled: AtomicUsize,
-    /// Of those, the ones that are held for long.
+    /// The unsettled ones that are held for long.
     held: AtomicUsize,
-    /// Which client it was opened with.
+    /// The generation of the client that opened it.
     pub(super) generation: u64,
     pub(super) counters: Arc<Counters>,
-    /// Has everything that must be over before the subscription is.
+    /// Tracks what must finish before the subscription does.
     settling: TaskTracker,
 }
 
@@ -77,8 +77,8 @@ impl Origin {
         self.unsettled.load(Ordering::Acquire) < self.capacity
     }
 
-    /// Whether deliveries that are held take up much of what the stream may
-    /// bring: it is worth closing. They are extended without it.
+    /// Whether held deliveries take up much of the stream's capacity, so that it is worth
+    /// closing. Their ack deadlines are extended without it.
     pub(super) fn is_clogged(&self) -> bool {
         let held = self.held.load(Ordering::Acquire);
         held > 0 && held * 2 >= self.capacity
@@ -105,7 +105,7 @@ impl Delivery {
         }
     }
 
-    /// The message, and what is needed to settle it later.
+    /// The message, and the receipt that settles it later.
     #[must_use]
     pub fn into_parts(self) -> (Message, Receipt) {
         (self.message, self.receipt)
@@ -136,38 +136,38 @@ impl Drop for Unsettled {
 }
 
 impl Receipt {
-    /// Tells the broker that the message is settled. Best effort: the ack may
-    /// get lost and the message come again, which the guard then answers. On an
-    /// exactly-once subscription it is known, and counted, if it is not
-    /// confirmed; even then the guard's table decides.
+    /// Acknowledges the message. Best effort: the ack may get lost and the message be
+    /// redelivered; the guard then answers it. An exactly-once subscription reports an
+    /// ack that was not confirmed, which is counted; even then the guard's table decides.
     pub fn ack(self) {
         let Self { handler, unsettled } = self;
         tell_ack(handler, &unsettled.origin);
     }
 
-    /// As [`Receipt::ack`], but no other message may come in its place: its job
-    /// still runs, or older ones wait for the room.
+    /// As [`Receipt::ack`], but keeps the broker from sending another message in its
+    /// place: its job still runs, or older jobs wait for the room.
     pub fn ack_without_a_successor(self) {
         let origin = &self.unsettled.origin;
         match origin.capacity {
             1 if !origin.counters.ignores_limits() => self.settle_without_a_successor(tell_ack),
-            // A stream of many brings what it may hold in any case.
+            // A stream with a higher capacity brings up to that many in any case.
             _ => self.ack(),
         }
     }
 
-    /// Hands the message back for redelivery, now.
+    /// Hands the message back for redelivery at once.
     pub fn nack(self) {
         let Self { handler, unsettled } = self;
         tell_nack(handler, &unsettled.origin);
     }
 
-    /// As [`Receipt::nack`] for a message that must not come back here.
+    /// As [`Receipt::nack`], but closes the stream first, so that the message does not
+    /// come back here.
     pub fn hand_back(self) {
         self.settle_without_a_successor(tell_nack);
     }
 
-    /// The message will stay unsettled for long while others run.
+    /// Marks the message as unsettled for long while others run.
     pub fn mark_held(&mut self) {
         if !self.unsettled.is_held {
             self.unsettled.is_held = true;

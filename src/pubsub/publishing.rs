@@ -1,4 +1,4 @@
-//! Publishing, with a client kept per topic.
+//! Publishing, with one client per topic.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,8 +37,8 @@ impl Publishers {
     /// Publishes one message and returns the id that the broker gave it.
     ///
     /// # Errors
-    /// The topic does not exist, may not be published to, does not take the
-    /// message, or did not answer.
+    /// The topic does not exist, may not be published to, rejects the message, or did not
+    /// answer.
     pub async fn publish(&self, topic: &str, message: Outgoing) -> Result<String, PubsubError> {
         let path = self.connection.topic_path(topic);
         let publisher = self.publisher(&path).await?;
@@ -48,7 +48,7 @@ impl Publishers {
             .set_ordering_key(&message.ordering_key);
         let published = publisher.publish(sent).await;
         if published.is_err() && !message.ordering_key.is_empty() {
-            // A failure holds up all that comes after it with the same key.
+            // A failure blocks all later messages with the same key.
             publisher.resume_publish(&message.ordering_key);
         }
         published.map_err(|error| {

@@ -1,4 +1,4 @@
-//! Just-in-time streaming pull: a message is asked for when it can be started.
+//! Just-in-time streaming pull: asks for a message when it can be started.
 
 mod stream;
 
@@ -17,29 +17,28 @@ use super::delivery::{Delivery, Origin};
 use crate::retry::jittered;
 use stream::{Arrival, Queue};
 
-/// The client stops extending the ack deadline silently after its `max_lease`.
-/// Nothing here relies on that, so it is out of reach; timeouts are the task's.
+/// The client silently stops extending the ack deadline after its `max_lease`. Nothing
+/// here relies on that, so it is set out of reach; tasks have their own timeouts.
 const MAX_LEASE: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
 
-/// Streams that are open for nothing but deliveries that are held. They need
-/// none, but closing one costs the broker a little.
+/// How many streams may stay open only for held deliveries. Those do not need a stream,
+/// but closing one costs the broker a little.
 const MAX_CLOGGED: usize = 8;
 
 /// One subscription, pulled message by message.
 ///
-/// With `prefetch` one long-lived stream brings messages ahead of the slots.
-/// Without, each stream asks for one message at a time: a message that is
-/// unsettled keeps its stream from bringing another, and a stream without one
-/// listens. Nothing is asked for but by [`Subscription::listen`].
+/// With `prefetch`, one long-lived stream brings messages ahead of the slots. Without,
+/// each stream asks for one message at a time: an unsettled message keeps its stream from
+/// bringing another, and a stream without one listens. Only [`Subscription::listen`] asks
+/// for messages.
 ///
-/// Flow control counts what is unacknowledged: an early ack on an open stream
-/// makes the server send the next message to a busy worker. So the stream is
-/// closed before such an ack.
+/// Flow control counts unacknowledged messages: after an early ack on an open stream, the
+/// server sends the next message to a busy worker. So the stream is closed before such an
+/// ack.
 ///
-/// Google's emulator ignores the limit and sends what it has. It also keeps a
-/// stream that is gone as a receiver until it has swallowed a batch, which comes
-/// again only after the ack deadline: one more reason to close streams only
-/// where it must be.
+/// Google's emulator ignores the limit and sends everything it has. It also keeps a
+/// closed stream as a receiver until that has swallowed a batch, which is redelivered
+/// only after the ack deadline: another reason to close streams only when necessary.
 #[derive(Debug)]
 pub struct Subscription {
     clients: Clients,
@@ -47,23 +46,23 @@ pub struct Subscription {
     pulling: Pulling,
     counters: Arc<Counters>,
     arrivals: mpsc::Receiver<Arrival>,
-    /// Deliveries that came before a failure was passed over.
+    /// Deliveries that arrived before a failure was passed over.
     early: VecDeque<Delivery>,
     queue: Queue,
     streams: Vec<Arc<Origin>>,
-    /// Streams that are not done yet, and what is still to be settled.
+    /// Streams that are not done yet, and deliveries still to be settled.
     settling: TaskTracker,
 }
 
 /// How a subscription is pulled.
 #[derive(Debug, Clone)]
 pub struct Pulling {
-    /// What is asked of the broker, and extended while a message is held.
+    /// The ack deadline asked of the broker, and extended while a message is held.
     pub ack_deadline: Duration,
     /// How many jobs may run side by side.
     pub slots: usize,
-    /// How many messages may be held beyond those. 0: a stream per unsettled
-    /// message; otherwise one stream for all.
+    /// How many messages may be held beyond those. 0: one stream per unsettled message;
+    /// otherwise one stream for all.
     pub prefetch: usize,
     /// A stream that has room and brings nothing for this long is replaced.
     pub quiet_limit: Duration,
@@ -78,7 +77,7 @@ impl Pulling {
         }
     }
 
-    /// How many streams may be open at a time, as a rule.
+    /// How many streams are usually open at a time.
     #[must_use]
     pub fn streams(&self) -> usize {
         match self.prefetch {
@@ -110,20 +109,19 @@ impl Subscription {
         &self.path
     }
 
-    /// What happens on it, in numbers, from now on.
+    /// The subscription's counters.
     #[must_use]
     pub fn counters(&self) -> Arc<Counters> {
         Arc::clone(&self.counters)
     }
 
-    /// Whether it holds messages ahead of the slots by itself.
+    /// Whether the subscription holds messages ahead of the slots.
     #[must_use]
     pub fn prefetches(&self) -> bool {
         self.pulling.prefetch > 0
     }
 
-    /// The next delivery that comes on a stream. Waits for ever while none is
-    /// open. Nothing is lost if it is given up.
+    /// The next delivery from any stream. Waits for ever while none is open. Cancel-safe.
     ///
     /// # Errors
     /// A stream ended, or failed in a way that the client does not retry;
@@ -145,7 +143,7 @@ impl Subscription {
         }
     }
 
-    /// Sees to it that a stream listens.
+    /// Ensures that a stream listens.
     ///
     /// # Errors
     /// No client can be built.
@@ -158,8 +156,8 @@ impl Subscription {
         self.open().await
     }
 
-    /// Whether the stream counts as one that listens. As long as it is open, one
-    /// that prefetches does, and any stream of a broker that ignores limits.
+    /// Whether the stream counts as listening. If it prefetches, or the broker ignores
+    /// limits, any open stream does.
     fn listens(&self, stream: &Origin) -> bool {
         match self.prefetches() || self.counters.ignores_limits() {
             true => !stream.close.is_cancelled(),
@@ -167,7 +165,8 @@ impl Subscription {
         }
     }
 
-    /// Deliveries that are held are extended without their stream.
+    /// Closes streams that are full of held deliveries, whose ack deadlines are extended
+    /// without them.
     fn close_clogged(&mut self) {
         if self.counters.ignores_limits() {
             return;
@@ -206,8 +205,8 @@ impl Subscription {
         Ok(())
     }
 
-    /// A connection that has died without a sign takes all its streams along,
-    /// and would take the next one.
+    /// A connection that has died without a sign takes all its streams down, and the next
+    /// one too, so its client is replaced.
     fn count_failure(&self, failure: &PubsubError, generation: u64) {
         if !matches!(failure, PubsubError::Quiet { .. }) {
             self.counters.streams_failed.add_one();
@@ -221,7 +220,7 @@ impl Subscription {
         self.clients.replace(generation);
     }
 
-    /// Streams that break together are one failure, not one each.
+    /// Counts streams that break together as one failure, not one each.
     fn pass_over_failures(&mut self) {
         while let Ok(arrival) = self.arrivals.try_recv() {
             match arrival.delivery {
@@ -231,9 +230,9 @@ impl Subscription {
         }
     }
 
-    /// Asks for nothing more until [`Subscription::listen`]. A message that the
-    /// broker sends just then may be lost until its ack deadline, so this is not
-    /// for moments when one is likely to be on its way.
+    /// Asks for nothing more until [`Subscription::listen`]. A message that the broker is
+    /// just sending may be lost until its ack deadline, so do not call this when one is
+    /// likely to be on its way.
     pub fn rest(&mut self) {
         if self.prefetches() || self.counters.ignores_limits() {
             return;
@@ -243,7 +242,7 @@ impl Subscription {
         }
     }
 
-    /// Pulls no more, and hands back at once what no job was begun for.
+    /// Stops pulling, and hands back at once the deliveries that no job was begun for.
     pub fn stop_pulling(&mut self) {
         for stream in &self.streams {
             stream.close.cancel();
@@ -251,13 +250,13 @@ impl Subscription {
         self.arrivals.close();
         self.pass_over_failures();
         for delivery in self.early.drain(..) {
-            // On a stream that is still open it would come back here.
+            // A still open stream would bring it back here.
             delivery.into_parts().1.hand_back();
         }
     }
 
-    /// Pulls no more, and waits until the broker has been told about every
-    /// settled delivery.
+    /// Stops pulling, and waits until the broker has been told about every settled
+    /// delivery.
     pub async fn flush(mut self) {
         self.stop_pulling();
         self.settling.close();

@@ -1,5 +1,4 @@
-//! Why the tables could not be read or written, and what that means for the
-//! message.
+//! Why the tables could not be read or written, and what that means for the message.
 
 use std::time::Duration;
 
@@ -8,35 +7,33 @@ use tokio::time::timeout;
 /// Why the tables could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The database cannot be reached or refuses to work now. The message is
-    /// kept unacknowledged; the same call may succeed later.
+    /// The database cannot be reached, or refuses to work now. The message stays
+    /// unacknowledged; the same call may succeed later.
     #[error("the database is not available: {0}")]
     Unavailable(sqlx::Error),
-    /// Another session is in the way: it holds a lock for too long, or one of two
-    /// transactions had to give way. The database is there; the same call may
-    /// succeed later.
+    /// Another session is in the way: it holds a lock for too long, or the database broke a
+    /// deadlock. The database is up; the same call may succeed later.
     #[error("another session is in the way: {0}")]
     InTheWay(sqlx::Error),
     /// Another session has locked the job's row. Nothing has happened; the same
     /// call may succeed later.
     #[error("another session has locked the job's row")]
     Locked,
-    /// The database does not take the values, and never will. The message is
-    /// kept unacknowledged; a job ends without its result.
+    /// The database rejects the values, and always will. The message stays unacknowledged; a
+    /// job ends without its result.
     #[error("the database refused a statement: {0}")]
     Refused(sqlx::Error),
-    /// The database did not answer in time. What was asked may or may not have
-    /// happened; asking again tells.
+    /// The database did not answer in time. The call may or may not have taken effect;
+    /// repeating it shows which.
     #[error("the database did not answer within {} ms", .0.as_millis())]
     NoAnswer(Duration),
-    /// A row holds what this version cannot read. The message is kept
-    /// unacknowledged.
+    /// This version cannot read a row. The message stays unacknowledged.
     #[error("a stored row cannot be read: {0}")]
     Unreadable(String),
 }
 
 impl StoreError {
-    /// Whether the database undid the transaction for another one's sake.
+    /// Whether the database rolled the transaction back in favour of another one.
     /// <https://www.postgresql.org/docs/current/mvcc-serialization-failure-handling.html>
     pub(super) fn was_rolled_back(&self) -> bool {
         let Self::InTheWay(sqlx::Error::Database(error)) = self else {
@@ -51,7 +48,7 @@ impl StoreError {
         self.is_away() || matches!(self, Self::InTheWay(_) | Self::Locked)
     }
 
-    /// Whether the database itself is away.
+    /// Whether the database itself does not answer.
     #[must_use]
     pub fn is_away(&self) -> bool {
         matches!(self, Self::Unavailable(_) | Self::NoAnswer(_))
@@ -82,9 +79,9 @@ impl From<sqlx::Error> for SchemaError {
 }
 
 impl From<sqlx::Error> for StoreError {
-    /// What is not known to be about the values themselves counts as passing:
-    /// a full disk, a failover to a read-only standby, a schema in the middle
-    /// of a change. The same call may succeed later, and giving up would lose.
+    /// An error counts as passing unless it is known to be about the values: it may be a full
+    /// disk, a failover to a read-only standby, or a schema in the middle of a change. The
+    /// same call may succeed later, and giving up would lose the message.
     fn from(error: sqlx::Error) -> Self {
         match &error {
             sqlx::Error::Database(refusal) if is_about_values(refusal.code().as_deref()) => {
@@ -108,9 +105,8 @@ fn is_in_the_way(code: Option<&str>) -> bool {
     matches!(code, Some("40001" | "40P01" | "55P03" | "57014"))
 }
 
-/// Postgres's classes of errors about what was to be written: data exceptions
-/// (22), constraints (23), program limits (54); SQLite's too big (18) and
-/// constraint (19).
+/// Postgres's error classes about the written values: data exceptions (22), constraints (23),
+/// program limits (54); SQLite's too big (18) and constraint (19).
 /// <https://www.postgresql.org/docs/current/errcodes-appendix.html>
 fn is_about_values(code: Option<&str>) -> bool {
     let Some(code) = code else {
@@ -120,7 +116,7 @@ fn is_about_values(code: Option<&str>) -> bool {
         5 => ["22", "23", "54"]
             .iter()
             .any(|class| code.starts_with(class)),
-        // The low byte is the primary code of SQLite's extended ones.
+        // The low byte of SQLite's extended codes is the primary code.
         _ => code
             .parse::<u32>()
             .is_ok_and(|code| matches!(code & 0xff, 18 | 19)),
@@ -130,7 +126,7 @@ fn is_about_values(code: Option<&str>) -> bool {
 /// A database that takes longer counts as not answering.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// An answer of the database, unless it takes too long.
+/// The database's answer, or an error if it takes too long.
 ///
 /// # Errors
 /// The database's, or [`StoreError::NoAnswer`].

@@ -32,16 +32,16 @@ use crate::retry::Backoff;
 /// unavailable.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A connection that does not answer this long after a statement was given up is
-/// dead: a failover may leave no sign but silence. It gives its place in the pool
-/// back, which it would otherwise occupy until TCP gives up.
+/// A released connection must answer a ping within this time, or it is closed. A failover
+/// may leave no other sign, and a dead connection would occupy its place in the pool
+/// until TCP gives up.
 const SILENCE: Duration = Duration::from_secs(5);
 
-/// No statement or lock wait may occupy a worker for long, and no transaction
-/// may stay open behind a worker that is gone. The server ends the session of a
-/// worker whose machine has vanished within half a minute.
+/// No statement or lock wait may block a worker for long, and no transaction may stay
+/// open after its worker is gone. The server ends the session of a vanished machine
+/// within half a minute.
 const LIMITS: [(&str, &str); 7] = [
-    // Compiling a plan takes longer than these statements do.
+    // Compiling a plan takes longer than these statements.
     ("jit", "off"),
     ("statement_timeout", "15s"),
     ("lock_timeout", "5s"),
@@ -51,7 +51,7 @@ const LIMITS: [(&str, &str); 7] = [
     ("tcp_keepalives_count", "3"),
 ];
 
-/// More than one: a connection that has gone silent stays taken.
+/// More than one, since a dead connection keeps its place until it is detected.
 const RENEWAL_CONNECTIONS: u32 = 3;
 
 /// Pauses before a rolled-back transaction is tried again.
@@ -62,9 +62,9 @@ const ROLLED_BACK_TRIES: u32 = 5;
 #[derive(Clone)]
 pub struct PostgresStore {
     pool: PgPool,
-    /// Renewals have connections of their own, so that no flood of claims
-    /// delays them. They do not wait for the disk: a renewal that a crash of
-    /// the server undoes only ends a lease early.
+    /// Renewals have their own connections, so that a flood of claims does not delay
+    /// them. They commit asynchronously: if the server crashes and loses one, a lease
+    /// only ends early.
     renewals: PgPool,
     url: String,
 }
@@ -112,8 +112,8 @@ impl Pooled for PostgresStore {
     }
 }
 
-/// Tries a transaction again that Postgres rolled back for another's sake
-/// (serialization failure, deadlock): nothing of it has happened.
+/// Retries a transaction that Postgres rolled back because of another one (serialization
+/// failure, deadlock). Nothing of it has happened.
 async fn retried<T, F: Future<Output = Result<T, StoreError>>>(
     transaction: impl Fn() -> F,
 ) -> Result<T, StoreError> {

@@ -1,5 +1,5 @@
-//! What people read, written once for every database: each has views of the
-//! same names and columns.
+//! Records that people read, written once for every database: the views have the same
+//! names and columns.
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
@@ -63,8 +63,8 @@ struct AttemptRow {
     series: String,
 }
 
-/// Job ids are UUIDs of version 7, so their order is that of first arrival. An
-/// empty task is any.
+/// Job ids are UUIDs of version 7, so they sort by first arrival. An empty task matches
+/// any.
 const NEWEST: &str = "
 SELECT * FROM jobs
 WHERE ($1 = '' OR task = $1) ORDER BY job_id DESC LIMIT $2";
@@ -73,10 +73,12 @@ const NEWEST_ENDED: &str = "
 SELECT * FROM jobs
 WHERE ($1 = '' OR task = $1) AND stored_state = $3 ORDER BY job_id DESC LIMIT $2";
 
+/// Running ones are held, which Postgres has an index of.
 const NEWEST_UNFINISHED: &str = "
 SELECT * FROM jobs
 WHERE job_id IN (SELECT job_id FROM unfinished_jobs
-                 WHERE ($1 = '' OR task = $1) AND state = $3 ORDER BY job_id DESC LIMIT $2)
+                 WHERE ($1 = '' OR task = $1) AND state = $3 AND (is_held OR $3 = 'waiting')
+                 ORDER BY job_id DESC LIMIT $2)
 ORDER BY job_id DESC";
 
 const JOB: &str = "SELECT * FROM jobs WHERE job_id = $1";
@@ -105,7 +107,7 @@ SELECT attempt, worker, ended_at, outcome, log, series FROM job_attempts
 WHERE job_id = $1
 ORDER BY attempt";
 
-/// Digits of a job id that are indexed.
+/// How many digits of a job id are indexed.
 const INDEXED_DIGITS: usize = 4;
 
 #[async_trait]

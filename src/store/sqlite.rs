@@ -1,5 +1,5 @@
-//! The tables on SQLite: one process's own, for development and single
-//! machines. Statements have the names and the order of those for Postgres.
+//! The tables on SQLite: for one process, in development and on single machines.
+//! Statements have the same names and order as those for Postgres.
 
 mod claims;
 mod dead_letters;
@@ -30,11 +30,11 @@ use super::{
 use crate::job::{Claim, ClaimRequest, DeadLetter, DueJob, Fence, JobKey, Pick, Renewal, Taken};
 use crate::record::{AttemptReport, Cancelling, Note, Retrying};
 
-/// Takes the write lock at once: a transaction that began by reading could
-/// not become a writer after another one's commit.
+/// Takes the write lock at once: a transaction that began with a read cannot become a
+/// writer after another one's commit.
 const BEGIN: &str = "BEGIN IMMEDIATE";
 
-/// SQLite has one writer at a time; a few more connections let readers by.
+/// SQLite has one writer at a time; the other connections are for readers.
 const CONNECTIONS: u32 = 4;
 
 /// How long a writer waits for another before the database counts as busy.
@@ -47,7 +47,8 @@ pub struct SqliteStore {
 }
 
 impl SqliteStore {
-    /// Opens the file that the URL names, making it and its folder if it may.
+    /// Opens the file that the URL names; creates it and its folder if `missing` allows
+    /// it.
     ///
     /// # Errors
     /// [`StoreError::Unavailable`] when the file cannot be opened.

@@ -1,4 +1,4 @@
-//! What the store is asked with, and what it answers.
+//! The store's arguments and answers.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,12 +17,12 @@ use crate::report::Checkpoint;
 pub struct ClaimTerms {
     pub worker: Arc<str>,
     pub lease: Duration,
-    /// A job whose lease has ended so often without a word from its worker is
-    /// not taken over again but dead: it may be what kills them.
+    /// A job whose lease has expired this many times without a word from its worker ends
+    /// dead instead of being taken over again: it may be what kills the workers.
     pub max_crashes: u32,
 }
 
-/// A run's last write, where its job ends.
+/// A run's last write when its job ends.
 #[derive(Debug, Clone)]
 pub struct Finish {
     pub fence: Fence,
@@ -40,11 +40,11 @@ pub enum Finished {
     Ended,
     /// The job is not this run's any more.
     NotMine,
-    /// Another session has locked the job's row: nothing has happened yet.
+    /// Another session has locked the job's row. Nothing has happened yet.
     Locked,
 }
 
-/// A run's last write, where its job goes on.
+/// A run's last write when its job goes on.
 #[derive(Debug, Clone)]
 pub struct Release {
     pub fence: Fence,
@@ -55,15 +55,15 @@ pub struct Release {
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Released {
-    /// Not by its own fault: the attempt does not count.
+    /// Not the run's fault: the attempt does not count.
     Interrupted,
-    /// The attempt counts, and the next one comes after a while.
+    /// The attempt counts; the next one comes after `retry_in`.
     Failed { error: String, retry_in: Duration },
 }
 
 impl Released {
-    /// As the tables have it: attempts that do not count, how long the job
-    /// waits, its error, and the kind of the ledger's entry.
+    /// As column values: attempts that do not count, how long the job waits, its error,
+    /// and the kind of the ledger's entry.
     pub(super) fn columns(&self) -> (i32, Duration, Option<&str>, &'static str) {
         match self {
             Self::Interrupted => (1, Duration::ZERO, None, "released"),
@@ -72,11 +72,11 @@ impl Released {
     }
 }
 
-/// What a worker takes from the table: what it could have pulled itself and
-/// has room for, with the limits that go with it.
+/// What a worker may take from the table: jobs that it could also have pulled and has
+/// room for, with their limits.
 #[derive(Debug, Clone, Default)]
 pub struct Reach {
-    /// With the topic for dead letters.
+    /// Each with its dead-letter topic.
     pub subscriptions: BTreeMap<String, Option<Arc<str>>>,
     pub tasks: BTreeMap<String, TaskTerms>,
 }
@@ -85,13 +85,13 @@ pub struct Reach {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TaskTerms {
     pub max_attempts: u32,
-    /// A claim is all that an ack of its message waits for: once the job runs,
-    /// the table is to bring it back.
+    /// The message is acked once a claim has committed. From then on the table brings the
+    /// job back.
     pub acked_when_claimed: bool,
 }
 
 impl Reach {
-    /// What ends a job of theirs without a run.
+    /// The limits that end a job without a run.
     #[must_use]
     pub fn limits(&self, subscription: &str, task: &str) -> Limits {
         Limits {
@@ -103,7 +103,7 @@ impl Reach {
         }
     }
 
-    /// Whether an ack of such a job's message waits for a claim only.
+    /// Whether the message of such a job is acked once it is claimed.
     #[must_use]
     pub fn acked_when_claimed(&self, task: &str) -> bool {
         self.tasks
@@ -112,7 +112,7 @@ impl Reach {
     }
 }
 
-/// A message that is not run at all, and why.
+/// A message that will never run, and why.
 #[derive(Debug, Clone)]
 pub struct Refusal {
     pub key: JobKey,
@@ -127,21 +127,21 @@ pub struct Refusal {
     pub dead_letter_topic: Option<Arc<str>>,
 }
 
-/// Which dead letters are asked for.
+/// Which dead letters to return.
 #[derive(Debug, Clone)]
 pub struct DeadLettersDue {
-    /// Only those of jobs that this worker ran last, or refused.
+    /// Only those of jobs that this worker ran last or refused.
     pub worker: Option<Arc<str>>,
-    /// Only those that have waited for so long.
+    /// Only those that have waited for at least this long.
     pub at_least: Duration,
-    /// None to these topics.
+    /// None for these topics.
     pub not_to: Vec<String>,
-    /// For so long nobody else is given them.
+    /// No other worker gets them for this long.
     pub time_to_publish: Duration,
     pub limit: u32,
 }
 
-/// What is written about a job whose task nobody knew.
+/// What to record about a job whose task no worker knew.
 #[derive(Debug, Clone)]
 pub struct GivenUp {
     pub key: JobKey,
@@ -168,22 +168,22 @@ impl Refused {
     }
 }
 
-/// What a held delivery finds when it looks again.
+/// How a job stands when the holder of its delivery looks again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
     Finished(FinalState),
-    /// Some run holds the job for this much longer, unless it renews. `acked`:
-    /// the queue brings the job back if that run is lost.
+    /// Some run holds the job for this much longer, unless it renews. `acked`: the queue
+    /// brings the job back if that run is lost.
     Held {
         remaining: Duration,
         acked: bool,
     },
-    /// It waits in the queue for this much longer, or for a worker with room.
+    /// The job waits in the queue for this much longer, or for a worker with room.
     Waiting {
         remaining: Duration,
     },
-    /// The lease of its run has expired: a delivery may claim it now.
+    /// The run's lease has expired: a delivery may claim the job now.
     Lost,
-    /// It is not on record: a delivery may claim it anew.
+    /// The job is not on record: a delivery may claim it anew.
     Missing,
 }

@@ -6,7 +6,7 @@ use super::StoreError;
 use crate::job::FinalState;
 use crate::report::Progress;
 
-/// The ledger keeps so many duplicates of one job; the count goes on.
+/// The ledger keeps at most this many duplicates of a job; the count goes on.
 pub(super) const MAX_DUPLICATES_IN_LEDGER: u32 = 50;
 
 /// Why a job is parked.
@@ -38,7 +38,7 @@ pub(super) fn json_text(value: &impl serde::Serialize) -> Result<String, StoreEr
     serde_json::to_string(value).map_err(|error| StoreError::Unreadable(error.to_string()))
 }
 
-/// A series as JSON, which has no number for what is not finite: without that.
+/// A progress series as JSON, without NaN and infinities: JSON has no number for them.
 pub(super) fn series_text(series: &[Progress]) -> Result<String, StoreError> {
     let mut series = series.to_vec();
     for report in &mut series {

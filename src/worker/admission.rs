@@ -1,11 +1,10 @@
-//! Decides what this worker may take now: slots, what subscriptions and tasks
-//! may use of them, GPUs, and places for deliveries that are held.
+//! Decides what this worker may take now: slots, the shares of subscriptions and tasks,
+//! GPUs, and places for held deliveries.
 //!
 //! It is asked before a pull ([`Admission::could_begin`]), at an arrival
-//! ([`Admission::admit`], [`Admission::hold`]) and in a sweep
-//! ([`Admission::admit_due`]). Jobs in the queue are older than what could be
-//! pulled, so nothing is pulled between [`Admission::sweep_first`] and the end of
-//! that sweep.
+//! ([`Admission::admit`], [`Admission::hold`]) and in a sweep ([`Admission::admit_due`]).
+//! Jobs in the queue are older than messages still to be pulled, so nothing is pulled
+//! between [`Admission::sweep_first`] and the end of that sweep.
 
 mod capacity;
 mod rooms;
@@ -25,7 +24,7 @@ use crate::store::Reach;
 pub(super) use capacity::{Capacity, SubscriptionCapacity, TaskCapacity};
 use rooms::Rooms;
 
-/// Data of messages that wait for their claim. With more, nothing is asked for.
+/// Limit on the data of messages that wait for their claim. Above it, nothing is pulled.
 const MAX_LOAD: usize = 64 << 20;
 
 /// The room of one worker. Clones share it.
@@ -42,15 +41,15 @@ struct Inner {
     changed: watch::Sender<()>,
 }
 
-/// Room for one job; comes free when dropped.
+/// Room for one job; freed when dropped.
 pub(super) struct Room {
     admission: Admission,
     id: u64,
-    /// A run that cannot be ended has them for longer than its room.
+    /// Outlives the room if the run cannot be ended.
     devices: Option<Arc<DeviceSet>>,
 }
 
-/// A place for one delivery that is held; comes free when dropped.
+/// A place for one held delivery; freed when dropped.
 pub(super) struct Place {
     admission: Admission,
     subscription: Arc<str>,
@@ -62,7 +61,7 @@ pub(super) struct Load {
     bytes: usize,
 }
 
-/// Tells when there may be more room, or less.
+/// Signals that there may be more room, or less.
 pub(super) struct Changes {
     rooms: watch::Receiver<()>,
     devices: watch::Receiver<()>,
@@ -97,9 +96,8 @@ impl Admission {
         }
     }
 
-    /// Room for a job that has arrived, all that it needs or nothing. None also
-    /// where it would delay an older one that waits for what comes free, and while
-    /// older ones are looked for.
+    /// Room for an arrived job: all that it needs, or None. Also None if the job would
+    /// delay an older one that waits for room, and while a sweep looks for older ones.
     pub(super) fn admit(&self, key: &JobKey, task: &str) -> Option<Room> {
         let mut rooms = self.lock();
         let free = self.inner.devices.free();
@@ -110,9 +108,9 @@ impl Admission {
         Some(room)
     }
 
-    /// Whether a message of the subscription could be begun now, whichever task it
-    /// names. Not while older jobs are looked for, or while the places for held
-    /// deliveries are taken.
+    /// Whether a message of the subscription could be begun now, whichever task it names.
+    /// Not while a sweep looks for older jobs, nor while the places for held deliveries
+    /// are taken.
     pub(super) fn could_begin(&self, subscription: &str) -> bool {
         if self.is_overloaded() {
             return false;
@@ -126,8 +124,8 @@ impl Admission {
         !self.is_overloaded() && self.lock().could_hold(subscription)
     }
 
-    /// A place for a delivery that is held. There always is one for what has
-    /// arrived; what is asked for next depends on it.
+    /// A place for a held delivery. One that has arrived always gets a place; the count
+    /// decides whether more is pulled.
     pub(super) fn hold(&self, subscription: &Arc<str>) -> Place {
         self.lock().hold(subscription);
         self.inner.changed.send_replace(());
@@ -137,8 +135,8 @@ impl Admission {
         }
     }
 
-    /// Counts a message's data until its claim is answered: from then on a delivery
-    /// that is held has none.
+    /// Counts a message's data until its claim is answered: a held delivery keeps no
+    /// data.
     pub(super) fn load(&self, bytes: usize) -> Load {
         self.inner.load.fetch_add(bytes, Ordering::AcqRel);
         Load {
@@ -151,21 +149,21 @@ impl Admission {
         self.inner.load.load(Ordering::Acquire) >= MAX_LOAD
     }
 
-    /// A job of the subscription was put in the queue for want of room, which may
-    /// have come free meanwhile.
+    /// Notes that a job of the subscription was put in the queue for want of room; room
+    /// may have come free meanwhile.
     pub(super) fn queued(&self, subscription: &str) {
         let free = self.inner.devices.free();
         self.lock().queued(subscription, free, Instant::now());
         self.inner.changed.send_replace(());
     }
 
-    /// Whether a message that is settled may be followed by the next one.
+    /// Whether the next message may follow a settled one.
     pub(super) fn wants_a_successor(&self) -> bool {
         self.lock().nothing_waits()
     }
 
-    /// Jobs may wait in the queue that are older than what could be pulled: it
-    /// is swept before anything more is asked for.
+    /// Requests a sweep before the next pull: the queue may have jobs older than the
+    /// messages still to be pulled.
     pub(super) fn sweep_first(&self) {
         self.lock().sweep_first();
         self.inner.changed.send_replace(());
@@ -175,22 +173,21 @@ impl Admission {
         self.lock().is_sweep_due()
     }
 
-    /// The queue has been swept: a sweep is due still if one was asked for after
-    /// the last call of [`Admission::within`].
+    /// Ends a sweep. A sweep is still due if one was requested after the last call of
+    /// [`Admission::within`].
     pub(super) fn swept(&self) {
         self.lock().swept();
         self.inner.changed.send_replace(());
     }
 
-    /// Begins a look into the queue. Of everything within reach, what is worth
-    /// looking for, and how many jobs of each kind.
+    /// Begins a sweep: returns `reach` without the tasks that need more GPUs than this worker
+    /// has, and how many jobs of each kind to look for.
     pub(super) fn within(&self, reach: &Reach) -> (Reach, usize) {
         self.lock().within(reach)
     }
 
-    /// Room for those jobs in the queue that fit; `due` is sorted by age. The
-    /// oldest that does not fit has what comes free reserved for it once it has
-    /// waited long enough.
+    /// Room for those due jobs that fit; `due` is sorted by age. Once the oldest that
+    /// does not fit has waited long enough, freed room is reserved for it.
     pub(super) fn admit_due(&self, due: Vec<DueJob>) -> Vec<(DueJob, Room)> {
         let mut rooms = self.lock();
         let free = self.inner.devices.free();
@@ -212,7 +209,7 @@ impl Admission {
             id,
             devices: match rooms.gpus_of(task) {
                 0 => None,
-                // As many were free under the same lock.
+                // They were free under the same lock.
                 gpus => self.inner.devices.take(gpus).map(Arc::new),
             },
         }
@@ -231,8 +228,8 @@ impl Admission {
 }
 
 impl Room {
-    /// The run begins: its time counts from here. Returns the GPUs that the job has
-    /// to itself.
+    /// Marks the start of the run, from which its time counts. Returns the job's own
+    /// GPUs.
     pub(super) fn begin(&self) -> Option<Arc<DeviceSet>> {
         self.admission.lock().begin(self.id, Instant::now());
         self.devices.clone()
@@ -241,7 +238,7 @@ impl Room {
 
 impl Drop for Room {
     fn drop(&mut self) {
-        // The GPUs first: whoever hears of the room may need them.
+        // Frees the GPUs first: whoever is told of the room may need them.
         self.devices = None;
         let mut rooms = self.admission.lock();
         let free = self.admission.inner.devices.free();

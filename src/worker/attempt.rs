@@ -1,8 +1,8 @@
 //! One attempt of a job, from its claim to the settled delivery.
 //!
-//! An attempt owns its claim, its lease, its delivery and its room. Invariant:
-//! the lease is renewed until the ending is written or given up; only then is
-//! the delivery settled, once; only then do lease and room go.
+//! An attempt owns its claim, its lease, its delivery and its room. Invariant: the lease
+//! is renewed until the ending is written or given up; only then is the delivery settled,
+//! once; only then are lease and room released.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,13 +34,13 @@ use crate::report::{Checkpoint, Progress, Reports};
 use crate::shutdown::Shutdown;
 use crate::store::{Finish, Release, Released};
 
-/// A failing job of an ordering key holds up those behind it, so it is tried
-/// again sooner than its task's backoff may say.
+/// A failing job blocks those behind it in its ordering key, so it is retried after at
+/// most this long, even if its task's backoff is longer.
 const LONGEST_ORDERED_WAIT: Duration = Duration::from_secs(10);
 
 /// A run may report checkpoints as often as it likes; one is written this often.
 const BETWEEN_CHECKPOINTS: Duration = Duration::from_secs(1);
-/// What a run has reported is put on record this often while it goes on.
+/// How often a run's reports are recorded while it goes on.
 const BETWEEN_RECORDS: Duration = Duration::from_secs(30);
 
 /// The parts of a worker that its attempts share.
@@ -62,34 +62,34 @@ pub(super) struct Assignment {
     pub(super) message_id: Arc<str>,
     pub(super) is_ordered: bool,
     pub(super) payload: Payload,
-    /// The message's data, which the payload is read from.
+    /// The message's data, which contains the payload.
     pub(super) data: Bytes,
 }
 
-/// An acquired job that is run.
+/// An acquired job while it runs.
 pub(super) struct Attempt {
     context: Arc<Context>,
     job: Assignment,
     acquired: Acquired,
     reports: Reports,
-    /// None once it is acked, or where the job came from the queue.
+    /// None once it is acked, or if the job came from the queue.
     delivery: Option<Receipt>,
     lease: Lease,
     room: Room,
 }
 
-/// What the broker is told once the ending is written.
+/// What to tell the broker once the ending is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Settling {
     Ack,
-    /// Another worker may go on, or somebody has to claim the job anew.
+    /// Another worker may go on, or somebody must claim the job anew.
     Nack,
-    /// Hold it, and look at its job then.
+    /// Hold the delivery, and look at its job then.
     HoldUntil(Instant),
 }
 
 impl Attempt {
-    /// From here on the lease is renewed.
+    /// Starts renewing the lease.
     pub(super) fn new(
         context: &Arc<Context>,
         job: Assignment,
@@ -112,17 +112,17 @@ impl Attempt {
         &self.acquired.fence
     }
 
-    /// Runs the job and sees to everything that follows from how it ends.
+    /// Runs the job, records its ending and settles its delivery.
     pub(super) async fn run(self) {
         let span = error_span!("job", job.id = %self.acquired.job_id, task.name = self.job.task.name, attempt = self.fence().attempt);
         self.run_to_the_end().instrument(span).await;
     }
 
     async fn run_to_the_end(mut self) {
-        // What has not started when the worker drains is given back.
+        // A job that has not started when the worker drains is given back.
         let starts = !self.context.shutdown.draining.is_cancelled();
         if starts && self.job.task.settings.ack == AckTiming::BeforeRun {
-            // The claim, payload included, has committed.
+            // The claim has committed, payload included.
             ack_early(
                 &self.context.guard,
                 &self.acquired.fence,
@@ -136,13 +136,13 @@ impl Attempt {
         };
         failpoint::reach(Step::AfterRun);
         let settling = self.write_ending(outcome).await;
-        // Only of a job that has ended.
+        // Only for a job that has ended.
         if settling == Settling::Ack {
             let executor = &self.job.task.executor;
             executor.forget(self.acquired.job_id).await;
         }
         if self.job.is_ordered {
-            // The next one of its key may run now, before anything is pulled.
+            // The next job of its key may run now, before anything is pulled.
             self.context.admission.sweep_first();
         }
         self.settle(settling);
@@ -180,7 +180,7 @@ impl Attempt {
             never = watched.record_now_and_then() => never,
         };
         match outcome {
-            // Whoever stops this worker may have told its programs, too.
+            // Whoever stops this worker may have signalled its programs, too.
             Outcome::Failed {
                 error,
                 permanent: false,
@@ -212,7 +212,7 @@ impl Attempt {
         }
     }
 
-    /// Writes what becomes of the job; tries for as long as the worker may.
+    /// Writes what becomes of the job; retries until the worker gives up.
     async fn write_ending(&self, outcome: Outcome) -> Settling {
         let name = outcome.name();
         let policy = self.job.task.settings.retry_policy();
@@ -359,8 +359,7 @@ impl Attempt {
         }
     }
 
-    /// The ending is written or given up: nobody renews the lease any more, and
-    /// the room is free for others.
+    /// Stops renewing the lease and frees the room: the ending is written or given up.
     fn let_go(self) {
         let Self {
             context,
@@ -384,7 +383,7 @@ struct Watched<'a> {
 }
 
 impl Watched<'_> {
-    /// Passes reports on until the run ends. Never completes.
+    /// Passes progress reports on until the run ends. Never completes.
     async fn relay_progress(&self, mut reports: watch::Receiver<Progress>) -> Outcome {
         while reports.changed().await.is_ok() {
             let report = reports.borrow_and_update().clone();
@@ -394,8 +393,8 @@ impl Watched<'_> {
         std::future::pending().await
     }
 
-    /// Stores checkpoints as they come, the newest where several come at once;
-    /// the first one is what `after_checkpoint` acks after. Never completes.
+    /// Stores checkpoints as they come, only the newest of several. With
+    /// `after_checkpoint`, the first one acks the message. Never completes.
     async fn store_checkpoints(
         &self,
         ack: AckTiming,
@@ -428,8 +427,8 @@ impl Watched<'_> {
         std::future::pending().await
     }
 
-    /// Puts on record now and then what the run has reported: it stays if the
-    /// worker is lost. Never completes.
+    /// Records the run's reports now and then, so that they survive the worker. Never
+    /// completes.
     async fn record_now_and_then(&self) -> Outcome {
         loop {
             sleep(BETWEEN_RECORDS).await;

@@ -1,12 +1,11 @@
 //! Publishes the messages of dead jobs to their subscription's topic.
 //!
-//! A job's death and the wish to publish its message are one commit, and only
-//! then is the message acked; so nothing is lost whenever a worker dies. A
-//! dead letter may be published twice, but not never.
+//! One commit records a job's death and that its message must be published, and only then
+//! is the message acked; so no crash loses it. A dead letter is published at least once.
 //!
-//! The worker that ended the job publishes at once. Every worker also publishes
-//! dead letters that have waited for longer. A message that Pub/Sub will never
-//! take stays in the table only, and the ledger says so.
+//! The worker that ended the job publishes at once. Every worker also publishes dead
+//! letters that have waited for longer. A message that Pub/Sub will never take stays in
+//! the table only, and the ledger says so.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,16 +20,16 @@ use crate::pubsub::{Outgoing, Publishers, PubsubError};
 use crate::retry::{Backoff, jittered};
 use crate::store::{DeadLetterBox, DeadLettersDue, StoreError, in_time};
 
-/// What other workers should have published long ago is looked for so often.
+/// How often to look for dead letters that other workers should have published long ago.
 const PAUSE: Duration = Duration::from_secs(5);
 const LONG_AGO: Duration = Duration::from_secs(10);
 /// Pauses after a failure.
 const TRY_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
-/// Less than others leave it to this worker.
+/// Shorter than the time after which other workers try.
 const PUBLISH_TIMEOUT: Duration = Duration::from_secs(20);
 /// After this long another worker tries to publish a dead letter.
 const TIME_TO_PUBLISH: Duration = Duration::from_secs(60);
-/// Their data is in memory.
+/// Small, since their data is in memory.
 const BATCH: u32 = 10;
 
 /// Pub/Sub's limits.
@@ -46,18 +45,18 @@ pub(super) struct DeadLetters {
     pub(super) draining: CancellationToken,
 }
 
-/// Which dead letters are looked for.
+/// Which dead letters to look for.
 #[derive(Debug, Clone, Copy)]
 enum Whose {
     Mine,
-    /// Their own worker has had its time.
+    /// Those whose own worker has had its time.
     Anybodys {
         at_least: Duration,
     },
 }
 
 impl DeadLetters {
-    /// Publishes until the worker drains, and then once more what it has left.
+    /// Publishes until the worker drains, then the rest of its own once more.
     pub(super) async fn run(&self) {
         let mut backoff = Backoff::new(TRY_AGAIN.0, TRY_AGAIN.1);
         let mut failed = false;
@@ -78,13 +77,13 @@ impl DeadLetters {
         }
     }
 
-    /// Publishes what the last jobs of a stopping worker have left.
+    /// Publishes the dead letters that a stopping worker's last jobs have left.
     pub(super) async fn publish_mine(&self) {
         self.publish_all(Whose::Mine).await;
     }
 
-    /// False where something could not be published. A topic that fails does
-    /// not keep the others waiting.
+    /// False if something could not be published. A failing topic does not delay the
+    /// others.
     async fn publish_all(&self, whose: Whose) -> bool {
         let mut failing: Vec<String> = Vec::new();
         loop {
@@ -159,7 +158,7 @@ impl DeadLetters {
     }
 }
 
-/// The message as it was, and why it is dead.
+/// The message unchanged, plus why it is dead.
 fn outgoing(letter: &DeadLetter) -> Outgoing {
     let message = &letter.message;
     let published = message.publish_time.to_rfc3339();
@@ -184,7 +183,7 @@ fn outgoing(letter: &DeadLetter) -> Outgoing {
         .attributes
         .iter()
         .filter(|(name, _)| !ours.iter().any(|(our_name, _)| our_name == *name))
-        // A message may have as many as there may be; some must go.
+        // The message may already have the maximum number of attributes; some must go.
         .take(MAX_ATTRIBUTES - ours.len())
         .map(|(name, value)| (name.clone(), value.clone()));
     Outgoing {

@@ -1,4 +1,4 @@
-//! What happens in a worker, for those who watch it.
+//! A worker's events, for those who watch it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::task::Progress;
 
-/// A slow watcher loses the oldest events rather than hold up the worker.
+/// A slow watcher loses the oldest events rather than delay the worker.
 const CAPACITY: usize = 1024;
 
 /// Something that happened to a message or its job.
@@ -30,12 +30,12 @@ pub enum EventKind {
     /// The attempt ended, with the outcome's name.
     Ended {
         outcome: &'static str,
-        /// When the next one begins; none, when the job has ended too.
+        /// When the next attempt begins; None if the job has ended too.
         retry_in: Option<Duration>,
     },
     /// The job waits in the table.
     Queued,
-    /// A delivery was not let through.
+    /// The guard did not let a delivery through.
     Suppressed,
     /// The message will never run.
     Refused {
@@ -43,7 +43,7 @@ pub enum EventKind {
     },
 }
 
-/// Where events go, and where they can be watched.
+/// Sends events to those who watch.
 #[derive(Debug, Clone)]
 pub struct Events {
     sender: broadcast::Sender<Event>,
@@ -64,7 +64,7 @@ impl Events {
     }
 
     pub(super) fn tell(&self, message_id: &Arc<str>, kind: EventKind) {
-        // An error only says that nobody watches.
+        // An error only means that nobody watches.
         let _ = self.sender.send(Event {
             message_id: Arc::clone(message_id),
             kind,

@@ -1,10 +1,9 @@
 //! Deliveries of messages whose job is on record but has not ended.
 //!
-//! Acknowledging one would settle the message and take away what `after_run`
-//! promises, so it is held, its ack deadline extended, without a slot. One loop
-//! looks at the jobs of all of them together. How many a subscription may have
-//! is bounded by not asking for more; what has arrived is never handed back for
-//! want of a place.
+//! An ack would settle the message and break the promise of `after_run`, so the delivery
+//! is held without a slot, and its ack deadline extended. One loop looks at all their
+//! jobs together. A subscription's number of held deliveries is bounded by pulling no
+//! more; a delivery that has arrived is never handed back for want of a place.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,15 +26,15 @@ use crate::store::{GivenUp, Standing, in_time};
 const AFTER_LEASE: Duration = Duration::from_millis(500);
 /// A job may end elsewhere, or wait for a worker, long before its lease expires.
 const LONGEST_LOOK: Duration = Duration::from_secs(10);
-/// Between looks that found nothing to wait for in particular.
+/// Pause after a look that found nothing particular to wait for.
 const PAUSE: Duration = Duration::from_secs(2);
-/// Keys in one look.
+/// Maximum keys in one look.
 const MOST_AT_ONCE: usize = 500;
-/// Deliveries that wait to be handed back while the database is away. More are
-/// handed back at once.
+/// At most this many deliveries wait to be handed back while the database is away. More
+/// are handed back at once.
 const MAX_PAUSED: usize = 200;
 
-/// The deliveries that one worker holds. Clones hold the same.
+/// The deliveries that one worker holds. Clones share them.
 #[derive(Clone)]
 pub(super) struct HeldDeliveries {
     shared: Arc<Shared>,
@@ -56,12 +55,12 @@ struct Shared {
 /// The deliveries of one job.
 struct Held {
     look_at: Instant,
-    /// The task is not known here.
+    /// Set if this worker does not know the task.
     unknown: Option<Unknown>,
     deliveries: Vec<(Receipt, Place)>,
 }
 
-/// What is known about a delivery that is to be held.
+/// How and until when to hold a delivery.
 pub(super) struct Holding {
     pub(super) key: JobKey,
     pub(super) place: Place,
@@ -70,10 +69,10 @@ pub(super) struct Holding {
     pub(super) unknown: Option<Unknown>,
 }
 
-/// A task that this worker does not know, and that another might.
+/// A task that this worker does not know, but another might.
 #[derive(Debug, Clone)]
 pub(super) struct Unknown {
-    /// What is wrong with it after that.
+    /// The job's error if no worker comes to know the task in time.
     pub(super) error: String,
     pub(super) dead_letter_topic: Option<Arc<str>>,
 }
@@ -101,8 +100,8 @@ impl HeldDeliveries {
         }
     }
 
-    /// Holds a delivery until its job has ended or needs it no more, and then
-    /// acks it. The queue brings the job back meanwhile.
+    /// Holds a delivery until its job has ended or does not need it any more, then acks
+    /// it. Meanwhile the queue brings the job back.
     pub(super) fn hold(&self, mut delivery: Receipt, holding: Holding) {
         delivery.mark_held();
         let Shared {
@@ -128,7 +127,7 @@ impl HeldDeliveries {
         changed.notify_one();
     }
 
-    /// A delivery of a job that this worker begins to run.
+    /// Takes out a delivery of a job that this worker begins to run.
     pub(super) fn take(&self, key: &JobKey) -> Option<Receipt> {
         let mut held = self.lock();
         let entry = held.get_mut(key)?;
@@ -139,8 +138,7 @@ impl HeldDeliveries {
         Some(delivery)
     }
 
-    /// An attempt of the job has ended in this worker: its deliveries need not
-    /// wait for the next look.
+    /// Looks at the job at once, since an attempt of it has ended in this worker.
     pub(super) fn look_now(&self, key: &JobKey) {
         if let Some(held) = self.lock().get_mut(key) {
             held.look_at = Instant::now();
@@ -148,13 +146,13 @@ impl HeldDeliveries {
         }
     }
 
-    /// The database is away: hands a delivery back after a jittered pause,
-    /// without which a broker would send it again at once.
+    /// Hands a delivery back after a jittered pause, while the database is away. Without
+    /// the pause a broker would redeliver it at once.
     pub(super) fn hand_back_later(&self, delivery: Receipt) {
         self.hand_back_in(jittered(PAUSE), delivery);
     }
 
-    /// The same after a given pause.
+    /// Hands a delivery back after the given pause.
     pub(super) fn hand_back_in(&self, pause: Duration, delivery: Receipt) {
         let Some(place) = place_in(&self.shared.paused) else {
             return delivery.nack();
@@ -170,8 +168,7 @@ impl HeldDeliveries {
         });
     }
 
-    /// Looks at the jobs until the worker drains, and then hands back all
-    /// deliveries that are held.
+    /// Looks at the jobs until the worker drains, then hands back all held deliveries.
     pub(super) async fn run(self) {
         let Shared {
             changed, draining, ..
@@ -251,7 +248,7 @@ impl HeldDeliveries {
         }
     }
 
-    /// Pub/Sub has redelivered these: any worker may take them over at once.
+    /// Offers lost jobs to any worker: Pub/Sub has redelivered them.
     async fn offer(&self, lost: &[JobKey]) {
         match in_time(self.shared.guard.store().offer(lost)).await {
             Ok(()) => self.shared.admission.sweep_first(),

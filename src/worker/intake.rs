@@ -1,13 +1,13 @@
-//! What all deliveries of one subscription share.
+//! The state that all deliveries of one subscription share.
 
 use std::sync::Arc;
 
 use super::key_turns::KeyTurns;
 use crate::config;
 
-/// One subscription, as the processing of its deliveries sees it.
+/// One subscription, for processing its deliveries.
 pub(super) struct Intake {
-    /// The name that the guard's keys carry.
+    /// The name used in the guard's keys.
     pub(super) name: Arc<str>,
     pub(super) settings: config::Subscription,
     pub(super) dead_letter_topic: Option<Arc<str>>,

@@ -1,5 +1,5 @@
-//! Messages of one ordering key are put on record in the order in which they
-//! arrived; from there on the queue keeps it.
+//! Records messages of one ordering key in their order of arrival; after that the queue
+//! keeps the order.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,11 +8,10 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-/// When a message was not put on record, those that were fetched behind it arrive
-/// within this time.
+/// If a message was not recorded, the messages fetched behind it arrive within this time.
 pub(super) const FETCHED_BEFORE: Duration = Duration::from_secs(5);
 
-/// Who comes after whom, per ordering key of one subscription.
+/// The order of messages per ordering key of one subscription.
 #[derive(Debug, Clone, Default)]
 pub(super) struct KeyTurns {
     keys: Arc<Mutex<Keys>>,
@@ -24,23 +23,23 @@ struct Keys {
     broken: HashMap<String, Broken>,
 }
 
-/// A key whose message could not be put on record: until the broker has sent it
-/// again, no other one of the key may be.
+/// A key whose message could not be recorded. No other message of the key may be recorded
+/// until the broker has redelivered it.
 #[derive(Debug)]
 struct Broken {
     message_id: String,
     until: Instant,
 }
 
-/// The last message of a key that has not been put on record yet.
+/// The last message of a key that is not recorded yet.
 #[derive(Debug)]
 struct Last {
     number: u64,
     recorded: oneshot::Receiver<()>,
 }
 
-/// One message's place behind the earlier ones of its key. Dropped without
-/// [`Turn::recorded`], those behind it are told that the order is broken.
+/// One message's place behind the earlier ones of its key. Dropping it without
+/// [`Turn::recorded`] tells those behind it that the order is broken.
 #[derive(Debug)]
 pub(super) struct Turn {
     turns: KeyTurns,
@@ -93,7 +92,7 @@ impl Keys {
     fn break_off(&mut self, ordering_key: &str, message_id: &str) {
         let now = Instant::now();
         self.broken.retain(|_, broken| broken.until >= now);
-        // The first one is what the others wait for.
+        // The others wait for the first one.
         self.broken
             .entry(ordering_key.to_owned())
             .or_insert_with(|| Broken {
@@ -104,8 +103,8 @@ impl Keys {
 }
 
 impl Turn {
-    /// Waits for the message before. False: it is not on record, so this one
-    /// must not be either; the broker sends both again, in order.
+    /// Waits for the previous message. False: that one is not on record, so this one must
+    /// not be either; the broker redelivers both, in order.
     pub(super) async fn comes(&mut self) -> bool {
         match self.before.take() {
             _ if self.is_out_of_turn => false,
@@ -114,10 +113,10 @@ impl Turn {
         }
     }
 
-    /// The message is on record, or has no place in the order.
+    /// Marks the message as recorded, or as having no place in the order.
     pub(super) fn recorded(mut self) {
         if let Some(sender) = self.recorded.take() {
-            // An error says that nobody is behind.
+            // An error means that nobody is behind.
             let _ = sender.send(());
         }
     }
@@ -171,11 +170,11 @@ mod tests {
         drop(first);
         assert!(!second.comes().await);
         drop(second);
-        // It was fetched before, and only begun later.
+        // The third was fetched before, but begun only later.
         let mut third = turns.next("a", "3");
         assert!(!third.comes().await);
         drop(third);
-        // The broker sends all again, in order.
+        // The broker redelivers all of them, in order.
         let mut again = turns.next("a", "1");
         assert!(again.comes().await);
         again.recorded();

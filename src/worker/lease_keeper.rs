@@ -1,8 +1,8 @@
-//! Renews the leases of every attempt of this worker.
+//! Renews the leases of all attempts of this worker.
 //!
-//! Invariant: a run is asked to stop before its lease can have expired, by this
-//! process's own clock, counted from before the last successful renewal was
-//! sent, less a margin. The database's clock is never compared with it.
+//! Invariant: a run is asked to stop before its lease can have expired. Expiry is
+//! measured by this process's own clock, from just before the last successful renewal was
+//! sent, less a margin. It is never compared with the database's clock.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,10 +19,10 @@ use crate::job::{Acquired, Fence, JobKey, Renewal};
 use crate::retry::jittered;
 use crate::store::{ClaimTerms, Claims, StoreError, in_time};
 
-/// About this long after somebody asked for it a run is told to stop.
+/// A run is told to stop about this long after somebody asked for it.
 const CANCEL_LOOK: Duration = Duration::from_secs(1);
 
-/// The leases of one worker. Clones renew the same ones.
+/// The leases of one worker. Clones share them.
 #[derive(Clone)]
 pub(super) struct LeaseKeeper {
     claims: Arc<dyn Claims>,
@@ -36,7 +36,7 @@ struct Entry {
     fence: Fence,
     /// Until when the run may go on, by this process's clock.
     valid_until: watch::Sender<Instant>,
-    /// Somebody asked for the job to be cancelled.
+    /// Cancelled when somebody asks to cancel the job.
     cancelled: CancellationToken,
 }
 
@@ -54,13 +54,13 @@ impl Lease {
         self.valid_until.clone()
     }
 
-    /// Cancelled when somebody asks for the job to be cancelled.
+    /// Cancelled when somebody asks to cancel the job.
     pub(super) fn cancelled(&self) -> CancellationToken {
         self.cancelled.clone()
     }
 
-    /// Completes when the run must stop: its lease was taken over, or could
-    /// not be renewed in time.
+    /// Completes when the run must stop: its lease was taken over, or could not be
+    /// renewed in time.
     pub(super) async fn lost(&mut self) {
         loop {
             let valid_until = *self.valid_until.borrow_and_update();
@@ -94,7 +94,7 @@ impl LeaseKeeper {
         }
     }
 
-    /// Begins to renew an acquired claim's lease.
+    /// Starts renewing an acquired claim's lease.
     pub(super) fn begin(&self, acquired: &Acquired) -> Lease {
         let token = acquired.fence.token;
         let (sender, valid_until) = watch::channel(self.valid_from(acquired.claimed_at));
@@ -115,14 +115,14 @@ impl LeaseKeeper {
         }
     }
 
-    /// Whether an attempt of this worker has the job. Then nobody here takes it
-    /// over, even if its lease has expired.
+    /// Whether an attempt of this worker has the job. If so, nobody here takes it over,
+    /// even if its lease has expired.
     pub(super) fn has(&self, key: &JobKey) -> bool {
         let leases = lock(&self.leases);
         leases.values().any(|entry| entry.fence.key == *key)
     }
 
-    /// Looks now and then whether somebody wants a job cancelled that runs here.
+    /// Checks now and then whether a job that runs here is to be cancelled.
     pub(super) async fn watch_for_cancels(self) {
         loop {
             sleep(jittered(CANCEL_LOOK)).await;
@@ -145,9 +145,9 @@ impl LeaseKeeper {
         }
     }
 
-    /// Renews every quarter of a lease, and sooner after a try that left some
-    /// lease as it was: the configuration limits the margin to about a third of
-    /// a lease, so that two tries may fail, slowly even.
+    /// Renews every quarter of a lease, and sooner after a try that left a lease
+    /// unrenewed. The configuration limits the margin to about a third of a lease, so
+    /// that two tries may fail, even slowly.
     pub(super) async fn run(self) {
         let lease = self.terms.lease;
         let mut pause = lease / 4;
@@ -160,7 +160,7 @@ impl LeaseKeeper {
         }
     }
 
-    /// False where some lease could not be renewed, and may be yet.
+    /// False if a lease could not be renewed but still may be.
     async fn renew_all(&self) -> bool {
         let fences: Vec<Fence> = lock(&self.leases)
             .values()
@@ -203,8 +203,8 @@ impl LeaseKeeper {
         unknown == 0
     }
 
-    /// No answer within an eighth of a lease is none: there is time for another
-    /// try.
+    /// No answer within an eighth of a lease counts as a failure, which leaves time for
+    /// another try.
     async fn renew(&self, fences: &[Fence]) -> Result<Vec<Renewal>, StoreError> {
         let patience = self.terms.lease / 8;
         timeout(patience, self.claims.renew(fences, self.terms.lease))
@@ -212,9 +212,9 @@ impl LeaseKeeper {
             .unwrap_or(Err(StoreError::NoAnswer(patience)))
     }
 
-    /// A run must be over, not only asked to stop, when its lease expires: hence
-    /// the stop grace within the margin. The rest allows for two clocks that
-    /// run at slightly different speeds.
+    /// A run must be over, not only asked to stop, when its lease expires: hence the
+    /// margin includes the stop grace. The rest allows for two clocks that run at
+    /// slightly different speeds.
     fn valid_from(&self, asked_at: Instant) -> Instant {
         let lease = self.terms.lease;
         let margin = self.stop_grace + lease / 100;

@@ -33,7 +33,7 @@ pub(super) struct Processor {
     pub(super) running: TaskTracker,
 }
 
-/// A delivery that was looked at: what it asks for, and the room for it.
+/// A decoded delivery: what it asks for, and the room for it.
 struct Arrival {
     intake: Arc<Intake>,
     message: Message,
@@ -54,13 +54,13 @@ enum Space {
 struct Wish {
     request: Request,
     key: JobKey,
-    /// None where the task is not known here.
+    /// None if this worker does not know the task.
     task: Option<Arc<ConfiguredTask>>,
 }
 
 impl Processor {
-    /// Begins with a delivery. Returns once it has its room, or none, so that
-    /// what is asked for next depends on it.
+    /// Begins with a delivery. Returns once it has its room, or none, since that decides
+    /// whether more is pulled.
     pub(super) fn begin(self: &Arc<Self>, intake: &Arc<Intake>, delivery: Delivery) {
         let span = error_span!("delivery", message.id = %delivery.message.id, delivery.attempt = delivery.attempt);
         let (message, delivery) = delivery.into_parts();
@@ -95,7 +95,7 @@ impl Processor {
             .spawn(async move { processor.process(arrival).await }.instrument(span));
     }
 
-    /// Runs a job from the queue, with its delivery if it is held here.
+    /// Runs a job from the queue, with its delivery if that is held here.
     pub(super) async fn run_taken(&self, taken: Taken, room: Room) {
         let fence = taken.acquired.fence.clone();
         let Some(intake) = self.intakes.get(&*fence.key.subscription) else {
@@ -139,7 +139,7 @@ impl Processor {
             && !turn.comes().await
         {
             info!("an earlier message of its ordering key is not on record: handed back later");
-            // Not at once, or it comes again and again until that one has come.
+            // Not at once, or it would come again and again before the earlier message.
             return self.context.held.hand_back_in(FETCHED_BEFORE, delivery);
         }
         let wish = match wish {
@@ -188,7 +188,7 @@ impl Processor {
                 let attempt = Attempt::new(&self.context, job, acquired, Some(delivery), room);
                 attempt.run().await;
             }
-            // Only what has room asks to run.
+            // Only a delivery with room asks to run.
             (Claim::Acquired(acquired), _, _) => self.give_back(&acquired.fence).await,
             (Claim::AlreadyFinished(state), _, _) => {
                 info!(state = state.as_str(), "duplicate of a finished message");
@@ -204,8 +204,8 @@ impl Processor {
             (Claim::HeldUntil { until, .. }, _, space) => {
                 info!("duplicate of a message that is running");
                 events.tell(&id, EventKind::Suppressed);
-                // An ack of any delivery settles the message while its job can
-                // still be lost.
+                // An ack of any delivery settles the message while its job can still be
+                // lost.
                 let holding = Holding {
                     key: wish.key,
                     place: space.into_place(&self.context, &intake),
@@ -276,7 +276,7 @@ impl Processor {
         error: String,
     ) -> Box<Refusal> {
         Box::new(Refusal {
-            // By its id: a corrected request may come under the same key.
+            // Keyed by message id: a corrected request may use the same key.
             key: JobKey::of_message_id(&intake.name, message),
             job_id: Uuid::now_v7(),
             task,
@@ -296,7 +296,7 @@ impl Processor {
         space: &Space,
     ) -> ClaimRequest {
         let task = wish.task.as_ref();
-        // An attempt here that could not renew for a while renews first.
+        // An attempt here that could not renew for a while must renew first.
         let may_take_over =
             self.context.guard.may_take_over() && !self.context.keeper.has(&wish.key);
         ClaimRequest {
@@ -328,8 +328,8 @@ impl Processor {
         format!("no task `{name}` is known here; known: {known}")
     }
 
-    /// A message that will never run is put on record; only then is it acked.
-    /// False where it could not be.
+    /// Records a message that will never run; only then acks it. False if it could not be
+    /// recorded.
     async fn refuse(&self, refusal: Refusal, delivery: Receipt, place: Place) -> bool {
         let Context {
             guard,
@@ -355,7 +355,7 @@ impl Processor {
             Ok(Refused::Claimed) => {
                 info!("the message's job is claimed by a worker that knows its task");
                 events.tell(&id, EventKind::Suppressed);
-                // Held like any other duplicate of a job that is not over.
+                // Held like any other duplicate of an unfinished job.
                 let holding = Holding {
                     key: refusal.key,
                     place,
@@ -373,8 +373,8 @@ impl Processor {
         true
     }
 
-    /// The payload was fine when the job was put on record, so nobody else can
-    /// read it either.
+    /// The payload was readable when the job was recorded, so no other worker can read it
+    /// either.
     async fn end_unreadable(
         &self,
         intake: &Intake,
@@ -419,7 +419,7 @@ impl Processor {
 }
 
 impl Space {
-    /// A place to hold the delivery; room for its job is given back.
+    /// A place to hold the delivery; frees its job's room.
     fn into_place(self, context: &Context, intake: &Intake) -> Place {
         match self {
             Self::Place(place) => place,

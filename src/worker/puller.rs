@@ -1,4 +1,4 @@
-//! One loop per subscription: asks for a message while it could be begun.
+//! One loop per subscription: asks for a message while one could be begun.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,13 +16,13 @@ use crate::retry::{Backoff, jittered};
 
 /// Pauses before a broken stream is opened again.
 const REOPEN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
-/// The same for what only a person can mend: loud and slow.
+/// The same for failures that only a person can fix.
 const REOPEN_UNCONFIGURED: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 
-/// A stream that listens goes on for this long when room ends. A message may be
-/// on its way; closing the stream would lose it until its ack deadline.
+/// How long a stream goes on listening after room has run out. A message may be on its
+/// way; closing the stream would lose it until its ack deadline.
 const REST_AFTER: Duration = Duration::from_millis(200);
-/// A stream may begin to listen later: when a message that was held is settled.
+/// A stream may begin to listen again later, when a held message is settled.
 const REST_AGAIN: Duration = Duration::from_secs(1);
 
 pub(super) struct Puller {
@@ -41,15 +41,15 @@ struct Pauses {
 }
 
 impl Puller {
-    /// Pulls until the worker drains, through every failure; gives the
-    /// subscription back so that what is settled late can be flushed.
+    /// Pulls until the worker drains, through every failure. Returns the subscription, so
+    /// that deliveries settled late can be flushed.
     pub(super) async fn run(mut self) -> Subscription {
         let mut changes = self.admission.changes();
         let mut pauses = Pauses {
             passing: Backoff::new(REOPEN.0, REOPEN.1),
             unconfigured: Backoff::new(REOPEN_UNCONFIGURED.0, REOPEN_UNCONFIGURED.1),
         };
-        // When to stop listening, since there is no room.
+        // When to stop listening for want of room.
         let mut rest_at = None;
         while !self.draining.is_cancelled() {
             let asks = self.could_begin_one();
@@ -64,8 +64,8 @@ impl Puller {
             }
             let takes = asks || self.takes_without_room();
             tokio::select! {
-                // What has arrived is begun before it is seen that less may be
-                // asked for; a stop goes before both.
+                // Begins what has arrived before checking whether to ask for less; a stop
+                // precedes both.
                 biased;
                 () = self.draining.cancelled() => break,
                 next = self.subscription.next(), if takes => match next {
@@ -95,8 +95,8 @@ impl Puller {
         is_up && self.admission.could_begin(&self.intake.name)
     }
 
-    /// What comes without being asked for, because it was on its way, goes on
-    /// record for whoever has room. What was fetched ahead stays here instead.
+    /// A message that comes unasked, because it was on its way, is recorded for whoever
+    /// has room. Prefetched messages stay in the subscription instead.
     fn takes_without_room(&self) -> bool {
         !self.subscription.prefetches() && self.admission.could_hold(&self.intake.name)
     }

@@ -1,4 +1,4 @@
-//! Deletes what has been on record for long enough.
+//! Deletes old jobs from the record.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::store::in_time;
 
 /// Many workers purge one table, so each need not look often.
 const EVERY: Duration = Duration::from_secs(60 * 60);
-/// Soon: a worker may be restarted more often than that.
+/// Soon: a worker may be restarted more often than every hour.
 const AFTER_START: Duration = Duration::from_secs(60);
 /// Small, so that no statement takes long.
 const BATCH: u32 = 1000;

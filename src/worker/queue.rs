@@ -1,11 +1,11 @@
-//! Takes jobs from the queue into free room: those that wait and may run, and
-//! those whose worker is lost.
+//! Takes jobs from the queue into free room: waiting jobs that may run, and jobs whose
+//! worker is lost.
 //!
-//! A sweep has three steps: [`Queue::due`] looks and locks nothing, admission
-//! reserves room for the oldest jobs that fit, and [`Queue::take`] takes exactly
-//! those, each on condition that it is still due. Several workers may see the
-//! same jobs; one gets each, and the others give their room back. If the answer
-//! of `take` is lost, its jobs wait for another lease, and that counts as a crash.
+//! A sweep has three steps: [`Queue::due`] reads without locks, admission reserves room
+//! for the oldest jobs that fit, and [`Queue::take`] takes exactly those, each only if it
+//! is still due. Several workers may see the same job; one gets it, and the others give
+//! their room back. If the answer of `take` is lost, its jobs wait until the lease
+//! expires, and that counts as a crash.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -23,18 +23,18 @@ use crate::job::{DueJob, JobKey, Pick, Taken};
 use crate::retry::{Backoff, jittered};
 use crate::store::{Queue, Reach, StoreError, in_time};
 
-/// Between sweeps, about: a job that a stopping worker gave back waits as long.
+/// Pause between sweeps, roughly; a job given back by a stopping worker waits as long.
 const PAUSE: Duration = Duration::from_secs(1);
-/// Jobs of one subscription and task that one sweep looks at.
+/// How many jobs of one subscription and task a sweep looks at.
 const MOST_AT_ONCE: u32 = 200;
-/// Beyond what there is room for: other workers want the same jobs.
+/// Looks at this many more than there is room for: other workers want the same jobs.
 const MARGIN: u32 = 8;
-/// Jobs that others were quicker with, before the next round.
+/// After losing this many jobs to other workers, the round ends.
 const MOST_LOST: usize = 200;
 /// Pauses between tries of a take that was not answered.
 const TRY_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// The worker's way from the queue to its room.
+/// Moves jobs from the queue into the worker's room.
 pub(super) struct Sweeper {
     pub(super) queue: Arc<dyn Queue>,
     pub(super) reach: Reach,
@@ -44,8 +44,8 @@ pub(super) struct Sweeper {
 }
 
 impl Sweeper {
-    /// Sweeps about every second, and at once when older jobs may wait than what
-    /// could be pulled. Ends when the worker drains.
+    /// Sweeps about every second, and at once when jobs may wait that are older than
+    /// messages still to be pulled. Ends when the worker drains.
     pub(super) async fn run(self) {
         let mut next_sweep = Instant::now() + jittered(PAUSE);
         loop {
@@ -62,8 +62,8 @@ impl Sweeper {
         }
     }
 
-    /// Sweeps while there is something to take. A sweep that has begun is seen to
-    /// its end: what it takes is somebody's.
+    /// Sweeps while there is something to take. A sweep that has begun always completes,
+    /// since it may have taken jobs.
     async fn sweep_all(&self) {
         let mut lost = HashSet::new();
         while !self.draining.is_cancelled() && lost.len() < MOST_LOST {
@@ -85,9 +85,9 @@ impl Sweeper {
         }
     }
 
-    /// Looks and takes. True where there may be more to take. `lost` are the jobs
-    /// that this round saw and did not get: another worker was quicker, or
-    /// somebody has locked them.
+    /// One look and one take. True if there may be more to take. `lost` collects the jobs
+    /// that this round saw and did not get: another worker was quicker, or the row was
+    /// locked.
     async fn sweep(&self, lost: &mut HashSet<JobKey>) -> Result<bool, StoreError> {
         let admission = &self.context.admission;
         let (reach, most) = admission.within(&self.reach);
@@ -106,8 +106,8 @@ impl Sweeper {
         Ok(true)
     }
 
-    /// Nobody takes over what he himself runs, nor anything just after an
-    /// outage: its worker renews first.
+    /// A worker never takes over a job that it runs itself, nor any lost job just after
+    /// an outage: that job's worker renews first.
     fn may_take(&self, job: &DueJob) -> bool {
         !job.is_lost || self.context.guard.may_take_over() && !self.context.keeper.has(&job.key)
     }
@@ -147,9 +147,8 @@ impl Sweeper {
         Ok(())
     }
 
-    /// A take may have committed although its answer is lost. Asked again with the
-    /// same tokens it is confirmed, so that no job is left to a lease that nobody
-    /// renews.
+    /// A take may have committed although its answer is lost. Repeating it with the same
+    /// tokens confirms it, so that no job waits for a lease that nobody renews.
     async fn take_until_answered(&self, picks: &[Pick]) -> Result<Vec<Taken>, StoreError> {
         let guard = &self.context.guard;
         let mut backoff = Backoff::new(TRY_AGAIN.0, TRY_AGAIN.1);

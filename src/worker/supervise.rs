@@ -11,8 +11,8 @@ use crate::executor::Attempt;
 use crate::outcome::Outcome;
 use crate::registry::ConfiguredTask;
 
-/// Runs the attempt. Whatever ends it early asks it to stop, gives it the stop
-/// grace, and then abandons it; the outcome tells what ended it.
+/// Runs the attempt. Anything that ends it early asks it to stop, waits the stop grace,
+/// and then abandons it; the outcome says what ended it.
 pub(super) async fn supervise(
     task: &ConfiguredTask,
     attempt: Attempt,
@@ -24,7 +24,7 @@ pub(super) async fn supervise(
     let cancelled = lease.cancelled();
     let mut run = task.executor.execute(attempt);
     let early = tokio::select! {
-        // A run that has ended has ended, whatever else happens meanwhile.
+        // A run that has ended takes precedence over everything else.
         biased;
         outcome = &mut run => return outcome,
         () = lease.lost() => Outcome::LeaseLost,
@@ -41,7 +41,7 @@ pub(super) async fn supervise(
         );
     }
     match (early, last_word) {
-        // It was done before it stopped, and its lease still holds.
+        // It succeeded before it stopped, and its lease still holds.
         (
             Outcome::Interrupted | Outcome::TimedOut | Outcome::Cancelled,
             Ok(done @ Outcome::Succeeded(_)),

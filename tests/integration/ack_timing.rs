@@ -44,7 +44,7 @@ async fn the_job(store: &dyn Store, state: JobState) -> Job {
     .await
 }
 
-/// How many messages the broker still has, running ones included.
+/// How many messages the broker still has, including running ones.
 fn unacked(broker: &Broker) -> usize {
     let subscription = broker.connection.subscription_path("training");
     let inside = broker.builtin.as_ref().unwrap();
@@ -84,7 +84,7 @@ async fn after_run_acks_once_the_outcome_is_written(database: Database) {
     let worker = yard.start_worker("w1");
     broker.publish("training", rehearsal(FOR_EVER)).await;
     the_job(&*store, JobState::Running).await;
-    // The second message's whole life passes while the first one runs.
+    // The second message starts and ends while the first one runs.
     broker.publish("training", rehearsal(0.0)).await;
     the_job(&*store, JobState::Succeeded).await;
     eventually("only the running job's message is left", async || {

@@ -15,7 +15,7 @@ use crate::support::scene::{CALM, Scene, Settings};
 use crate::support::worker::Yard;
 use crate::support::{eventually, once_still};
 
-/// A delivery that is kept for long does not fail, however slow the machine is.
+/// Holding a delivery for long does not fail it, however slow the machine is.
 const PATIENT: Settings = Settings {
     ack_deadline: "60s",
     ..CALM
@@ -32,8 +32,7 @@ struct FiveSubscriptions {
 }
 
 impl FiveSubscriptions {
-    /// None where there is no Postgres. The last subscription has no dead-letter
-    /// policy.
+    /// None without Postgres. The last subscription has no dead-letter policy.
     async fn on_postgres(slots: usize) -> Option<Self> {
         let database = Database::postgres().await?;
         let broker = Broker::builtin().await?;
@@ -59,7 +58,7 @@ impl FiveSubscriptions {
         })
     }
 
-    /// Publishes so many runs to each subscription.
+    /// Publishes this many runs to each subscription.
     async fn publish(&self, each: usize, seconds: f64) {
         for name in SUBSCRIPTIONS {
             let requests = (0..each).map(|_| self.runs.request(seconds));
@@ -84,12 +83,12 @@ impl FiveSubscriptions {
     }
 }
 
-/// A message that comes while a worker's only slot is taken, by a message of
-/// another subscription, would be handed back, by each worker in turn.
+/// Without admission, a message that arrives while the only slot runs a message of
+/// another subscription would be handed back, by each worker in turn.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn busy_workers_with_many_subscriptions_hand_no_message_back() {
     const EACH: usize = 4;
-    // Longer than a worker would keep what it has no slot for.
+    // Longer than a worker would keep a message that it has no slot for.
     const SECONDS: f64 = 1.2;
     let Some(scene) = FiveSubscriptions::on_postgres(1).await else {
         return;
@@ -120,7 +119,7 @@ async fn an_idle_worker_has_few_connections_to_pubsub() {
         return;
     };
     let worker = scene.yard.start_worker("worker");
-    // Each subscription is pulled by the time that its message is done.
+    // Once its message is done, each subscription has been pulled.
     scene.publish(1, 0.0).await;
     scene.nothing_is_left_to_deliver().await;
     let port = scene.broker.port();
@@ -129,9 +128,9 @@ async fn an_idle_worker_has_few_connections_to_pubsub() {
     assert!(worker.stop().await.success());
 }
 
-/// How many jobs wait at one worker unless `max_waiting` says otherwise.
+/// How many jobs wait at one worker by default.
 const MAX_WAITING: usize = 500;
-/// More than wait, and more than are kept for a while.
+/// More than `MAX_WAITING`, and more than are kept for a while.
 const MANY: usize = 720;
 
 /// The only task has no room for another job.
@@ -186,8 +185,8 @@ async fn max_waiting_bounds_what_waits_at_a_worker() {
     a_worker_takes(FULL.slots + 1..=20 + FULL.slots, 100, &settings).await;
 }
 
-/// While jobs run for as long as they like, a worker takes so many of the
-/// messages. All run in the end, and none is ever delivered again.
+/// While jobs run for as long as they like, a worker takes `expected` of the messages.
+/// All run in the end, and none is redelivered.
 async fn a_worker_takes(expected: RangeInclusive<usize>, published: usize, settings: &Settings) {
     let Some(scene) = Scene::on_postgres(settings).await else {
         return;

@@ -1,11 +1,11 @@
-//! The rules of the source tree, read off its `use` lines.
+//! The rules of the source tree, checked in its `use` lines.
 
 use std::path::{Path, PathBuf};
 
 const EMULATOR: &str = "crates/emulator";
 const CLASSIFIER: &str = "crates/train-classifier";
 
-/// (what, the only places that may use it: modules of `src`, and crates)
+/// (path, the only places that may use it: modules of `src`, and crates)
 const ONLY_IN: &[(&str, &[&str])] = &[
     ("sqlx", &["store"]),
     ("google_cloud_pubsub", &["pubsub", EMULATOR]),
@@ -31,14 +31,14 @@ const OUTSIDE_SYSTEMS: &[&str] = &["pubsub", "store", "executor", "nvidia"];
 const SERVICES: &[&str] = &["guard", "registry", "worker", "app", "cli"];
 
 struct Source {
-    /// From the repository's root.
+    /// Relative to the repository's root.
     path: PathBuf,
-    /// The module of `src` that it belongs to, or the crate, as `crates/NAME`.
+    /// Its module of `src`, or its crate as `crates/NAME`.
     place: String,
     text: String,
 }
 
-/// Every Rust file of the daemon and of the crates beside it, tests aside.
+/// Every Rust file of the daemon and of its crates, except tests.
 fn sources() -> Vec<Source> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut folders = vec![root.join("src")];

@@ -1,5 +1,5 @@
-//! Messages that no worker can run: never a panic, never lost, never in a
-//! loop; the refusal is on record with its reason.
+//! Messages that no worker can run. They cause no panic, no loss and no loop; the refusal
+//! is on record with its reason.
 
 use trainyard::record::{Job, JobFilter, JobState};
 
@@ -14,7 +14,7 @@ on_every_broker_and_database!(every_kind_of_bad_message_is_dead_with_its_reason)
 
 const SECTIONS: &str = "[worker]\nslots = 2\nunknown_task_patience = \"1s\"\n[subscriptions.training]\n[tasks.train-classifier]\nbuiltin = \"train-classifier\"\n";
 
-/// (data, what the reason on record says)
+/// (data, part of the recorded reason)
 fn bad_messages() -> Vec<(Vec<u8>, &'static str)> {
     let deep = format!("{{\"name\":{}{}}}", "[".repeat(10_000), "]".repeat(10_000));
     let mut large = b"{\"name\":\"nobody\",\"padding\":\"".to_vec();
@@ -46,14 +46,14 @@ async fn every_kind_of_bad_message_is_dead_with_its_reason(broker: Broker, datab
     for (data, reason) in bad_messages() {
         expected.push((broker.publish("training", data).await, reason));
     }
-    // A message with attributes alone has no data.
+    // A message with attributes only has no data.
     let empty = trainyard::pubsub::Outgoing {
         attributes: vec![("only".to_owned(), "attributes".to_owned())],
         ..Default::default()
     };
     let id = broker.connection.publish("training", empty).await.unwrap();
     expected.push((id, "no data"));
-    // A good one behind them all still runs.
+    // A good message behind them all still runs.
     let dataset = write_tiny_dataset(yard.folder.path());
     let good = tiny_training(&dataset, &yard.folder.path().join("model")).to_string();
     let good = broker.publish("training", good).await;
@@ -76,7 +76,7 @@ async fn every_kind_of_bad_message_is_dead_with_its_reason(broker: Broker, datab
         assert_eq!(job.state, JobState::Dead);
         assert!(error.contains(reason), "{error} should say {reason}");
     }
-    // Not in a loop: each came once, and nothing is left to be delivered.
+    // No loop: each arrived once, and nothing is left to deliver.
     assert_eq!(ended.iter().map(|job| job.duplicates).sum::<u32>(), 0);
     if let Some(inside) = &broker.builtin {
         let subscription = broker.connection.subscription_path("training");

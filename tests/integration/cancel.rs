@@ -49,10 +49,16 @@ async fn a_running_job_is_cancelled_on_whichever_worker_it_runs(database: Databa
 async fn a_waiting_job_is_cancelled_at_once(database: Database) {
     let scene = Scene::new(&database, &Sections::default()).await;
     let _worker = scene.start_worker("w1");
-    // For a worker that knows its task.
+    // Waits for a worker that knows its task.
     let request = json!({"name": "newer"}).to_string();
     let waiting = scene.broker.publish("training", request).await;
     let job = scene.job(&waiting, JobState::Waiting).await;
+    let told = scene.command(&["jobs", "show", &job.id.to_string()]).await;
+    assert!(
+        told.stdout.contains("a worker that knows its task"),
+        "{}",
+        told.stdout
+    );
     let told = scene
         .command(&["jobs", "cancel", &job.id.to_string()])
         .await;

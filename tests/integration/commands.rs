@@ -1,4 +1,4 @@
-//! What a person types, and what they are told.
+//! What a person types, and the answers.
 
 use std::process::Stdio;
 
@@ -18,7 +18,7 @@ const SECTIONS: &str = "[subscriptions.training]\n[tasks.train-classifier]\nbuil
 const CONFIGURATION: i32 = 2;
 const OTHER: i32 = 1;
 
-/// Runs a command and checks that it fails with one sentence that helps.
+/// Runs a command and checks that it fails with one helpful sentence.
 async fn fails(yard: &Yard, arguments: &[&str], code: i32, says: &[&str]) {
     let output = yard.output(arguments).await;
     assert_eq!(output.code, code, "{}", output.stderr);
@@ -251,7 +251,7 @@ fn emulator(faults: &str) -> Command {
     command
 }
 
-/// The first line that a command writes to stderr; it is then killed.
+/// The first line that a command writes to stderr; the command is then killed.
 async fn first_words(mut command: Command) -> String {
     command.stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();

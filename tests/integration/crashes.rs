@@ -1,12 +1,12 @@
-//! What dies, stalls or is cut off, and what becomes of the messages.
+//! Crashes, freezes and outages, and what becomes of the messages.
 
 mod checker;
 mod database_away;
 mod failpoints;
 mod frozen;
 mod killed;
-mod killed_often;
 mod lost_replies;
+mod marathon;
 mod outage;
 mod rolling_restart;
 mod same_job;

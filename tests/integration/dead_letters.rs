@@ -1,4 +1,4 @@
-//! Dead jobs' messages on their topic.
+//! Messages of dead jobs on their dead-letter topic.
 
 use std::collections::BTreeMap;
 
@@ -91,8 +91,8 @@ async fn a_refused_message_is_published_as_it_came(database: Database) {
     assert!(!reasons.contains_key("task"));
 }
 
-/// The job is dead and its message acked; then the topic comes into being and
-/// another worker publishes.
+/// The job is dead and its message acked. Then the topic is created, and another worker
+/// publishes.
 async fn a_dead_letter_survives_the_worker_that_should_have_published_it(database: Database) {
     if !has_failpoints() {
         return;

@@ -91,7 +91,7 @@ async fn a_run_that_takes_too_long_is_stopped_and_tried_again(database: Database
     assert!(job.error.unwrap().contains("timeout"));
 }
 
-/// The only slot is another job's while the failed one waits for an hour.
+/// The only slot runs another job while the failed one waits for an hour.
 async fn a_waiting_retry_holds_no_slot(database: Database) {
     let sections = Sections {
         slots: 1,
@@ -111,7 +111,7 @@ async fn a_waiting_retry_holds_no_slot(database: Database) {
     assert_eq!(job.error.as_deref(), Some("told to fail"));
     let other = scene.publish(json!({})).await;
     scene.job(&other, JobState::Succeeded).await;
-    // Asked for by a person, it need not wait any longer.
+    // A person's request ends the wait.
     let told = scene
         .command(&["jobs", "retry", &job.id.to_string()])
         .await
@@ -121,7 +121,7 @@ async fn a_waiting_retry_holds_no_slot(database: Database) {
     scene.nothing_is_left_to_deliver().await;
 }
 
-/// However many there are, and however they are fetched.
+/// Holds for many later messages, prefetched or not.
 async fn a_retry_comes_before_messages_that_came_later(database: Database) {
     const NEW: usize = 40;
     for subscription in ["", "prefetch = 100"] {
@@ -143,7 +143,7 @@ async fn a_retry_comes_before_messages_that_came_later(database: Database) {
             .iter()
             .rposition(|label| label == "retried")
             .unwrap();
-        // The queue is looked at about every second, ten runs.
+        // The queue is swept about every second, which is ten runs.
         assert!(retry < NEW * 3 / 4, "{retry}th of {NEW}: {subscription}");
         assert_eq!(worker.stop().await.code(), Some(0));
     }

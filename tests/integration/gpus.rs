@@ -1,4 +1,4 @@
-//! Which job gets the GPUs that come free.
+//! Which job gets the GPUs that are freed.
 
 use serde_json::json;
 
@@ -8,7 +8,7 @@ use crate::support::training::{Scene, Sections, TRAINING};
 
 const SMALL: usize = 16;
 
-/// The jobs write down in which order they start.
+/// The jobs log the order in which they start.
 const SECTIONS: Sections = Sections {
     slots: 4,
     worker: "gpus = [\"0\", \"1\"]\nreserve_after = \"500ms\"",
@@ -22,8 +22,8 @@ command = ["sh", "-c", "echo large >> order"]
 gpus = 2"#,
 };
 
-/// Small jobs end at different times, so that two GPUs are never free at once
-/// unless the one that comes free first is kept.
+/// Small jobs end at different times, so two GPUs are never free at once unless the first
+/// one freed is reserved.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_job_that_needs_all_gpus_is_not_passed_by_again_and_again() {
     let Some(database) = Database::postgres().await else {

@@ -1,4 +1,4 @@
-//! Messages go where a slot is free, or are fetched ahead where that is wanted.
+//! Messages go where a slot is free, or are prefetched if configured.
 
 use std::collections::HashMap;
 
@@ -36,11 +36,11 @@ async fn no_message_waits_at_a_busy_worker_with_after_run() {
     no_message_waits_at_a_busy_worker("after_run", json!({}), 2).await;
 }
 
-/// Two workers with a slot each. While one is kept busy, each message goes to
-/// the other, which comes free; then the same the other way round. One that had
-/// gone to the busy worker would have been handed back and delivered again.
+/// Two workers with one slot each. While one is busy, each message goes to the other,
+/// whose slot becomes free; then vice versa. A message sent to the busy worker would have
+/// been handed back and redelivered.
 ///
-/// `unacked`: how many of two that run are not acked yet.
+/// `unacked`: how many of the two running messages are not acked yet.
 async fn no_message_waits_at_a_busy_worker(ack: &'static str, more: Value, unacked: usize) {
     let Some(scene) = Scene::on_postgres(&Settings { ack, ..CALM }).await else {
         return;
@@ -75,8 +75,8 @@ async fn no_message_waits_at_a_busy_worker(ack: &'static str, more: Value, unack
     assert!(jobs.iter().all(|job| job.attempts == 1), "{jobs:#?}");
     let deliveries: Vec<u32> = workers.iter().flat_map(deliveries_that_started).collect();
     assert_eq!(deliveries.len(), JOBS);
-    // A broker that is slow to notice a stream's end may send one into it. What
-    // is asked for by busy workers would be most of them.
+    // A broker that is slow to notice a stream's end may send one message into it. If
+    // busy workers asked for messages, most would be redelivered.
     let again = deliveries.iter().filter(|delivery| **delivery > 1).count();
     assert!(again <= 1, "{deliveries:?}");
 }
@@ -85,8 +85,8 @@ fn label(run: &RunLine) -> &str {
     run.label.as_deref().unwrap()
 }
 
-/// For each run that a worker started, the how-manieth delivery of its message
-/// it was. With a dead-letter policy the broker tells, and workers log it.
+/// For each run that a worker started, the number of its message's delivery. With a
+/// dead-letter policy the broker sends it, and workers log it.
 fn deliveries_that_started(worker: &WorkerProcess) -> Vec<u32> {
     let log = worker.log();
     let starts = log.lines().filter(|line| line.ends_with(" started"));

@@ -1,4 +1,4 @@
-//! Ordering keys: one job after another within a key, keys side by side.
+//! Ordering keys: one job after another within a key, keys in parallel.
 
 use std::collections::BTreeMap;
 
@@ -46,8 +46,8 @@ async fn publish(scene: &Scene, key: &str, number: usize, fields: serde_json::Va
     published.unwrap()
 }
 
-/// No run of a key begins before the one before it has ended; the labels of the
-/// runs that ended well, by key.
+/// Checks that no run of a key begins before the previous one has ended; returns the
+/// labels of the successful runs, by key.
 fn ended_by_key(scene: &Scene) -> BTreeMap<String, Vec<String>> {
     let mut running: BTreeMap<String, String> = BTreeMap::new();
     let mut ended: BTreeMap<String, Vec<String>> = BTreeMap::new();

@@ -1,4 +1,4 @@
-//! Tasks that are programs of their own, run by worker processes.
+//! Tasks that are separate programs, run by worker processes.
 
 use std::path::{Path, PathBuf};
 
@@ -21,7 +21,7 @@ on_both_databases!(
 
 const NAME: &str = "program";
 
-/// A scene whose workers also know a task that is this command.
+/// A scene whose workers also know a task with this command.
 async fn scene(database: &Database, command: &[&str], more: &str) -> Scene {
     let sections = Sections {
         slots: 1,
@@ -46,7 +46,7 @@ async fn publish(scene: &Scene, mut request: Value) -> String {
     scene.broker.publish(TRAINING, request.to_string()).await
 }
 
-/// A shell script in the scene's folder; it finds that folder as `$HERE`.
+/// A shell script in the scene's folder, which it finds as `$HERE`.
 fn script(text: &str) -> String {
     format!("cd \"$HERE\"; {text}")
 }
@@ -98,7 +98,7 @@ fn digits_request() -> Value {
     json!({"epochs": 4, "hidden": 16, "seconds_per_epoch": 0.5})
 }
 
-/// What the training comes to when nothing disturbs it.
+/// The result of the training without interruptions.
 fn undisturbed(program: &Path) -> Value {
     let mut child = std::process::Command::new("python3")
         .arg(program)
@@ -184,7 +184,7 @@ async fn a_stopped_workers_program_goes_on_elsewhere_at_no_cost(database: Databa
     assert_eq!(job.result, Some(undisturbed(&program)));
 }
 
-/// On Postgres only: a frozen process may have the lock of a SQLite file.
+/// On Postgres only: a frozen process may hold the lock of a SQLite file.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_stale_program_says_changes_nothing() {
     if let Some(database) = Database::postgres().await {
@@ -192,8 +192,8 @@ async fn what_a_stale_program_says_changes_nothing() {
     }
 }
 
-/// The first worker is frozen. Its program says something before its time is
-/// over, and the worker reads it only after another one has taken over.
+/// The first worker is frozen. Its program writes something in time, but the worker reads
+/// it only after another one has taken over.
 async fn a_stale_program_speaks(database: Database) {
     let text = script(
         r#"if [ -n "$TRAINYARD_CHECKPOINT" ]; then
@@ -219,7 +219,7 @@ async fn a_stale_program_speaks(database: Database) {
     let _other = scene.start_worker("other");
     let done = scene.job(&id, JobState::Succeeded).await;
     assert_eq!(done.result, Some(json!({"resumed_from": "good"})));
-    // Its keeper has ended it although its worker could not.
+    // Its keeper has killed the program although the worker could not.
     nothing_runs(&job).await;
     frozen.signal(Signal::SIGCONT);
     eventually("the thawed worker notices", async || {
@@ -271,7 +271,7 @@ async fn a_cancelled_program_is_stopped(database: Database) {
     scene.nothing_is_left_to_deliver().await;
 }
 
-/// Three programs want a GPU each and there are two: the third waits for one.
+/// Three programs need one GPU each and there are two: the third waits.
 async fn programs_that_run_side_by_side_have_gpus_of_their_own(database: Database) {
     let text = script(
         r#"echo "$CUDA_VISIBLE_DEVICES" > "began-$TRAINYARD_JOB_ID"

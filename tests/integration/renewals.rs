@@ -1,4 +1,4 @@
-//! Leases are renewed whatever others do with the tables.
+//! Leases are renewed whatever other sessions do with the tables.
 
 use std::fs::File;
 use std::path::Path;
@@ -61,7 +61,7 @@ async fn a_lease_that_somebody_has_locked_stops_no_other_run() {
     assert!(worker.stop().await.success());
 }
 
-/// The lock that a migration waits for would keep all others waiting behind it.
+/// A migration that waits for a lock would block all sessions behind it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn runs_go_on_while_a_migration_waits_for_a_reader() {
     let Some(postgres) = PrivatePostgres::start() else {
@@ -105,9 +105,9 @@ async fn with_runs(database: &Database) -> (Scene, WorkerProcess, Vec<Uuid>) {
     (scene, worker, jobs)
 }
 
-/// Waits until the leases of the jobs have been renewed a whole lease from now,
-/// or a run of theirs was stopped. Looks from a session that has read these
-/// tables already, and so does not wait behind who wants to lock them.
+/// Waits until the leases of the jobs have been renewed beyond a whole lease from now, or
+/// one of their runs was stopped. Uses a session that has read these tables already, so
+/// that it does not wait behind sessions that want to lock them.
 async fn go_on_for_a_lease_or_are_stopped(
     scene: &Scene,
     session: &mut PgConnection,
@@ -139,11 +139,11 @@ fn stopped(scene: &Scene) -> Vec<Uuid> {
     stopped.iter().map(|run| run.job).collect()
 }
 
-/// Takes the schema a migration back, and has that one lock the leases as one
-/// that changes their table does.
+/// Rolls the schema back by one migration, and makes that one lock the leases like a
+/// migration that changes their table.
 async fn lack_a_migration_that_locks_leases(database: &Database) {
     let mut url = url::Url::from_str(&database.url).unwrap();
-    // An event trigger takes a superuser.
+    // Only a superuser may create an event trigger.
     url.set_username("postgres").unwrap();
     let mut superuser = PgConnection::connect(url.as_str()).await.unwrap();
     for statement in [
@@ -170,8 +170,8 @@ fn migrate(scene: &Scene, said: &Path) -> Child {
     command.spawn().unwrap()
 }
 
-/// As the server sees it, or as it says itself where it waits for little at a
-/// time.
+/// Waits until the server shows the migration waiting for a lock, or the migration, whose
+/// waits are short, reports it.
 async fn it_waits_for_a_lock(database: &Database, said: &Path) {
     let mut connection = PgConnection::connect(&database.url).await.unwrap();
     eventually("the migration waits for a lock", async || {

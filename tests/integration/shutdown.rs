@@ -1,4 +1,4 @@
-//! What a stopping worker does with what runs and with what has not begun.
+//! What a stopping worker does with running jobs and with jobs that have not begun.
 
 use std::time::Duration;
 
@@ -9,16 +9,16 @@ use crate::support::eventually;
 use crate::support::runs::{RunEvent, RunLine, micros_now};
 use crate::support::scene::{CALM, SUBSCRIPTION, Scene, Settings};
 
-/// Far more than the two seconds within which an idle machine does it; each
-/// test prints how long it took.
+/// Far longer than the two seconds that an idle machine takes; each test prints how long
+/// it took.
 const BOUND: Duration = Duration::from_secs(10);
 
-/// What runs is interrupted at the first signal.
+/// Runs are interrupted at the first signal.
 const IMPATIENT: Settings = Settings {
     shutdown_grace: "500ms",
     ..CALM
 };
-/// What runs may go on after the first signal.
+/// Runs may go on after the first signal.
 const PATIENT: Settings = Settings {
     shutdown_grace: "1h",
     ..CALM
@@ -61,8 +61,8 @@ async fn an_interrupted_job_moves_at_once_with_after_run() {
     an_interrupted_job_moves_at_once(&IMPATIENT, json!({}), 1).await;
 }
 
-/// `unacked`: how many messages the broker has while the job runs. Returns the
-/// second attempt's start.
+/// `unacked`: how many messages the broker has while the job runs. Returns the start of
+/// the second attempt.
 async fn an_interrupted_job_moves_at_once(
     settings: &Settings,
     more: Value,
@@ -140,7 +140,7 @@ async fn what_was_fetched_ahead_is_handed_back(scene: &Scene) {
     .await;
     let second = scene.ready_worker("second").await;
     first.signal(Signal::SIGTERM);
-    // While the first one still runs its own.
+    // The second worker ran them while the first still runs its own job.
     let ends = scene.runs_have_come_to(RunEvent::End, 20).await;
     assert!(ends.iter().all(|end| end.pid == second.pid()));
     scene.runs.release("long");

@@ -1,4 +1,4 @@
-//! The rules that every store keeps, one suite over both.
+//! The rules of every store, one suite for both.
 
 mod attempts;
 mod batches;
@@ -10,6 +10,7 @@ mod ledger;
 mod limits;
 mod ordering;
 mod orphans;
+mod plans;
 mod purge;
 mod renewals;
 mod retrying;

@@ -1,5 +1,5 @@
-//! Random interleavings of what several workers and people do with a few keys,
-//! compared with a small model after every step.
+//! Random interleavings of actions by several workers and people on a few keys, compared
+//! with a small model after every step.
 
 mod known;
 mod steps;
@@ -24,7 +24,7 @@ use crate::support::jobs::{LONG, failed, interrupted, reap_within, request_of, t
 use known::{Known, Row};
 use steps::{Step, Write, step};
 
-/// With their ordering keys.
+/// Each with its ordering key.
 const KEYS: [(&str, &str); 5] = [
     ("a", ""),
     ("b", "k"),
@@ -47,7 +47,7 @@ fn postgres_keeps_to_the_model() {
     run_cases(24, Database::postgres);
 }
 
-/// All cases in one database, each in a subscription of its own.
+/// All cases share one database, each with its own subscription.
 fn run_cases(cases: u32, database: impl AsyncFn() -> Option<Database>) {
     let runtime = Runtime::new().unwrap();
     let Some(database) = runtime.block_on(database()) else {
@@ -55,7 +55,7 @@ fn run_cases(cases: u32, database: impl AsyncFn() -> Option<Database>) {
     };
     let store = runtime.block_on(database.open_migrated());
     let tables = runtime.block_on(database.tables());
-    // A failure prints its smallest steps; they are the seed to keep.
+    // A failure prints its smallest steps, which reproduce it.
     let config = Config {
         cases,
         failure_persistence: None,
@@ -83,11 +83,11 @@ struct Case<'a> {
     tables: &'a Tables,
     subscription: String,
     known: BTreeMap<usize, Known>,
-    /// Places within ordering keys that were given away.
+    /// How many places within ordering keys were given out.
     positions: usize,
     /// Every fence that a worker was ever given.
     given: Vec<(usize, Fence)>,
-    /// Jobs as they were when first seen ended.
+    /// Jobs as first seen ended.
     ended: BTreeMap<usize, Job>,
 }
 
@@ -202,7 +202,7 @@ impl<'a> Case<'a> {
         }
     }
 
-    /// A job was taken as the model has it taken.
+    /// Checks that a job was taken as in the model.
     fn acquired(&mut self, worker: usize, key: usize, acquired: Acquired) {
         let known = self.known.get_mut(&key).unwrap();
         let fence = acquired.fence;
@@ -253,7 +253,7 @@ impl<'a> Case<'a> {
             .into_iter()
             .map(|reaped| (reaped.acquired.fence.key.clone(), reaped.acquired))
             .collect();
-        // Whose turn comes by what this parks is for the next one.
+        // A job whose turn comes because this parks another is left to the next take.
         let keys: Vec<usize> = self.known.keys().copied().collect();
         let free: Vec<usize> = keys.into_iter().filter(|key| self.is_free(*key)).collect();
         for key in free {
@@ -265,8 +265,8 @@ impl<'a> Case<'a> {
         assert!(reaped.is_empty(), "reaped, though not free: {reaped:?}");
     }
 
-    /// A write is accepted of the holder alone (I3). That its fence changes
-    /// nothing otherwise is checked against the tables after the step.
+    /// Only the holder's write is accepted (I3). The step's check against the tables
+    /// shows that any other fence changes nothing.
     async fn write(&mut self, write: Write, key: usize, fence: Fence) {
         let Some(known) = self.known.get_mut(&key) else {
             return;
@@ -376,15 +376,15 @@ impl<'a> Case<'a> {
             assert_eq!(job.checkpoint, known.checkpoint);
             let Some(state) = known.state else { continue };
             assert_eq!(job.state.as_str(), state.as_str());
-            // Duplicates go on being counted; nothing else changes but by a
-            // retry (I2).
+            // Duplicates are still counted; otherwise only a retry changes an ended job
+            // (I2).
             job.duplicates = 0;
             assert_eq!(self.ended.entry(*key).or_insert(job.clone()), &job);
         }
         self.check_what_runs();
     }
 
-    /// Of an ordering key one job runs at any time.
+    /// At most one job of an ordering key runs at any time.
     fn check_what_runs(&self) {
         let mut running: Vec<&str> = self
             .known

@@ -1,4 +1,4 @@
-//! What the tests stand on: fresh databases, fresh projects, worker processes.
+//! Support for the tests: fresh databases, fresh projects, worker processes.
 
 pub mod broker;
 pub mod database;
@@ -14,20 +14,19 @@ pub mod worker;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-/// A guard against hanging, not a measure: nothing that works takes as long.
-/// Google's emulator keeps a stream that is gone as a receiver until it has
-/// swallowed a batch, which then comes again after the ack deadline of 10 s.
+/// A guard against hanging, not a measure: nothing that works takes this long. Google's
+/// emulator keeps a closed stream as a receiver until that has swallowed a batch, which
+/// is redelivered after the ack deadline of 10 s.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// What has not changed for so long stands still.
+/// Unchanged for this long counts as still.
 const STILL: Duration = Duration::from_secs(3);
 /// Some things never stand still.
 const LONG_ENOUGH: Duration = Duration::from_secs(20);
 
-/// Says that a part is missing; that fails the test where everything must be
-/// there.
+/// Reports that a part is missing; fails the test if every part must be there.
 pub fn not_tested(what: &str) {
-    // Not println!, which a passing test keeps to itself.
+    // Not println!, whose output a passing test hides.
     let _ = writeln!(
         std::io::stderr(),
         "NOT TESTED: {what}; `make test` provides it"
@@ -47,8 +46,7 @@ pub fn has_failpoints() -> bool {
     built_in
 }
 
-/// A generator of chances, with its seed printed. TRAINYARD_TEST_SEED repeats
-/// what one chose.
+/// A random generator, with its seed printed. TRAINYARD_TEST_SEED repeats a run.
 pub fn seeded() -> fastrand::Rng {
     let seed = std::env::var("TRAINYARD_TEST_SEED")
         .map_or_else(|_| fastrand::u64(..), |seed| seed.parse().unwrap());
@@ -56,7 +54,7 @@ pub fn seeded() -> fastrand::Rng {
     fastrand::Rng::with_seed(seed)
 }
 
-/// Waits until `condition` holds, looking often.
+/// Waits until `condition` holds, polling often.
 pub async fn eventually<T>(what: &str, mut condition: impl AsyncFnMut() -> Option<T>) -> T {
     let looking = async {
         loop {
@@ -72,7 +70,7 @@ pub async fn eventually<T>(what: &str, mut condition: impl AsyncFnMut() -> Optio
     }
 }
 
-/// Looks until what it sees stands still, or for long enough, and returns it.
+/// Polls until the value stands still, or for long enough, and returns it.
 pub async fn once_still<T: PartialEq>(look: impl Fn() -> T) -> T {
     let began = Instant::now();
     let (mut seen, mut since) = (look(), began);

@@ -1,22 +1,21 @@
-//! Ack ids: the name of one delivery, not of its message.
+//! Ack ids: each names one delivery, not its message.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// A message's place in a backlog: the order of publishing, and a number that
-/// tells apart several copies of one message.
+/// A message's place in a backlog: its order of publishing, and a number that
+/// distinguishes copies of one message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Position {
     pub sequence: u64,
     pub copy: u64,
 }
 
-/// One delivery of one message by one subscription. Clients see its text and
-/// must not read anything into it.
+/// One delivery of one message by one subscription. Opaque to clients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct AckId {
-    /// The subscription's creation; a deleted and recreated subscription does
-    /// not take the ack ids of its predecessor.
+    /// The subscription's creation number: a recreated subscription does not accept the
+    /// ack ids of its predecessor.
     pub subscription: u64,
     pub position: Position,
     /// Grows with every delivery of the subscription.

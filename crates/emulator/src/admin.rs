@@ -1,7 +1,7 @@
-//! What Pub/Sub does not have: the emulator's faults, over HTTP and JSON.
+//! The emulator's faults over HTTP and JSON, which Pub/Sub does not have.
 //!
 //! - `GET /emulator/faults`: the faults in force.
-//! - `PUT /emulator/faults`: replaces them; what is not named is off.
+//! - `PUT /emulator/faults`: replaces them; faults not named are off.
 //! - `POST /emulator/streams/reset?status=UNAVAILABLE`: ends all streams.
 
 use axum::body::Bytes;

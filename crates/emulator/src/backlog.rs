@@ -1,11 +1,11 @@
-//! The unacknowledged messages of one subscription: which may be delivered,
-//! which are outstanding and until when, and who waits behind whom.
+//! The unacknowledged messages of one subscription: which may be delivered, which are
+//! outstanding and until when, and which wait behind another.
 //!
-//! Every message is in one of four states. `Ready` may be delivered;
-//! `Behind` waits for an earlier message of its ordering key; `Outstanding` was
-//! delivered and is neither acknowledged nor past its ack deadline; `Delayed`
-//! waits for its backoff, or an added latency, to pass. All ways back to `Ready` lead through
-//! [`Backlog::give_back`], all ways out through [`Backlog::settle`].
+//! Every message is in one of four states. `Ready` may be delivered; `Behind` waits for an
+//! earlier message of its ordering key; `Outstanding` was delivered and is neither
+//! acknowledged nor past its ack deadline; `Delayed` waits for its backoff, or an added
+//! latency, to pass. All ways back to `Ready` lead through [`Backlog::give_back`], all ways
+//! out through [`Backlog::settle`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use super::ack_id::{AckId, Position};
 use super::faults::Moment;
 use super::message::Message;
 use super::resource::{self, RetryPolicy};
-use super::streams::StreamId;
+use super::stream_id::StreamId;
 
 mod copies;
 mod delivery;
@@ -53,18 +53,17 @@ enum State {
 
 #[derive(Debug)]
 pub struct Backlog {
-    /// Goes into the ack ids.
+    /// Part of the ack ids.
     subscription: u64,
     ordered: bool,
     exactly_once: bool,
     retry: Option<RetryPolicy>,
-    /// A message whose delivery of this number fails is a dead letter.
+    /// A message whose delivery of this number fails becomes a dead letter.
     max_attempts: Option<u32>,
     dead_letter_topic_exists: bool,
     entries: BTreeMap<Position, Entry>,
     ready: Ready,
-    /// The ack deadlines of the outstanding messages, and the ends of the
-    /// delayed ones' waiting.
+    /// The ack deadlines of outstanding messages, and the ends of delayed ones' waits.
     timers: BTreeSet<(Instant, Position)>,
     lines: Lines,
     dead_letters: Vec<DeadLetter>,
@@ -96,13 +95,13 @@ impl Backlog {
         }
     }
 
-    /// While the dead-letter topic does not exist, messages are redelivered
-    /// beyond the number of attempts, since they would be lost.
+    /// While the dead-letter topic does not exist, messages are redelivered beyond the maximum
+    /// of attempts: otherwise they would be lost.
     pub fn set_dead_letter_topic_exists(&mut self, exists: bool) {
         self.dead_letter_topic_exists = exists;
     }
 
-    /// The dead letters since the last call. They are no longer in here.
+    /// The dead letters since the last call, removed from the backlog.
     pub fn take_dead_letters(&mut self) -> Vec<DeadLetter> {
         std::mem::take(&mut self.dead_letters)
     }
@@ -124,7 +123,7 @@ impl Backlog {
         !self.ready.is_empty()
     }
 
-    /// The earliest ack deadline or end of a backoff.
+    /// The earliest ack deadline or end of a wait.
     pub fn next_timer(&self) -> Option<Instant> {
         self.timers.first().map(|(deadline, _)| *deadline)
     }
@@ -134,7 +133,7 @@ impl Backlog {
         self.insert(message, 0, at);
     }
 
-    /// Delivers the first ready message. It is outstanding for `ack_deadline`.
+    /// Delivers the first ready message, outstanding for `ack_deadline`.
     pub fn deliver(
         &mut self,
         ack_deadline: Duration,
@@ -169,9 +168,9 @@ impl Backlog {
         self.freed_by(id).is_some()
     }
 
-    /// Acknowledges a delivery. `None` if it is not outstanding: acknowledged
-    /// before, past its ack deadline, or superseded by a redelivery, whose
-    /// message it must not settle. Pub/Sub, too, may ignore such an ack:
+    /// Acknowledges a delivery. `None` if it is not outstanding: already acknowledged, past
+    /// its ack deadline, or superseded by a redelivery, whose message it must not settle.
+    /// Pub/Sub, too, may ignore such an ack:
     /// <https://cloud.google.com/pubsub/docs/lease-management>.
     pub fn acknowledge(&mut self, id: AckId, at: &mut Moment<'_>) -> Option<Freed> {
         let freed = self.freed_by(id)?;
@@ -187,8 +186,7 @@ impl Backlog {
         Some(freed)
     }
 
-    /// Takes back a delivery that was never sent, so that it does not count as
-    /// an attempt.
+    /// Takes back a delivery that was never sent; it does not count as an attempt.
     pub fn take_back(&mut self, id: AckId, at: &mut Moment<'_>) {
         if self.freed_by(id).is_none() {
             return;
@@ -212,8 +210,7 @@ impl Backlog {
         Some(())
     }
 
-    /// Ends every delivery whose ack deadline has come, and every wait that is
-    /// over.
+    /// Ends every delivery past its ack deadline, and every wait that is over.
     pub fn expire(&mut self, at: &mut Moment<'_>) -> Vec<Freed> {
         let mut freed = Vec::new();
         while let Some(&(due, position)) = self.timers.first() {
@@ -304,8 +301,8 @@ impl Backlog {
         }
     }
 
-    /// Puts the active message of the key back in line unless it is
-    /// outstanding, so that an earlier one, which came as a copy, may pass it.
+    /// Puts the active message of the key back in line unless it is outstanding, so that an
+    /// earlier one, which came as a copy, may pass it.
     fn step_back(&mut self, key: &str) {
         let Some(active) = self.lines.active(key) else {
             return;
@@ -324,8 +321,8 @@ impl Backlog {
         self.lines.release(key);
     }
 
-    /// The room that ending this delivery gives back; `None` unless it is the
-    /// outstanding delivery of its message.
+    /// The room that ending this delivery frees; `None` unless it is the outstanding delivery
+    /// of its message.
     fn freed_by(&self, id: AckId) -> Option<Freed> {
         if id.subscription != self.subscription {
             return None;
@@ -349,7 +346,7 @@ impl Backlog {
         })
     }
 
-    /// Ends a delivery that came to nothing: nacked, or past its ack deadline.
+    /// Ends a failed delivery: nacked, or past its ack deadline.
     fn fail(&mut self, position: Position, at: &mut Moment<'_>) {
         let Some(entry) = self.entries.get_mut(&position) else {
             return;
@@ -372,8 +369,8 @@ impl Backlog {
         self.give_back(position, at);
     }
 
-    /// Ends the outstanding delivery of a message and makes it ready, now or
-    /// at the end of its backoff.
+    /// Ends a message's outstanding delivery and makes it ready, now or at the end of its
+    /// backoff.
     fn give_back(&mut self, position: Position, at: &mut Moment<'_>) {
         self.end_delivery(position);
         let Some(key) = self.key_at(position) else {

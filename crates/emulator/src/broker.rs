@@ -1,4 +1,4 @@
-//! The engine behind a lock, with the clock and the waking of waiters.
+//! The engine behind a lock, with the clock and the wake-ups of waiters.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,31 +16,32 @@ use super::engine::{Engine, Page, PageRequest, Wake};
 use super::error::BrokerError;
 use super::message::NewMessage;
 use super::resource;
-use super::streams::{StreamId, StreamOptions};
+use super::stream_id::StreamId;
+use super::streams::StreamOptions;
 
 mod faults;
 
-/// What one pull returns at most:
+/// The most messages that one pull returns:
 /// <https://cloud.google.com/pubsub/quotas#resource_limits>.
 const MAX_PULL_MESSAGES: usize = 1000;
 
-/// The emulator's topics and subscriptions, for use within the process. Clones
-/// are cheap and share everything.
+/// The emulator's topics and subscriptions, for use within the process. Clones are cheap and
+/// share everything.
 #[derive(Debug, Clone)]
 pub struct Broker {
     shared: Arc<Shared>,
+    /// One per server, so that the broker can be served again.
+    closing: CancellationToken,
 }
 
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    /// The time to wait for became earlier.
+    /// Signals that the next timer became earlier.
     timer: Notify,
-    closing: CancellationToken,
     /// Whether streams send nothing.
     silence: watch::Sender<bool>,
-    /// The status that all streams are to end with; each stream has one
-    /// receiver.
+    /// The status with which all streams must end; each stream has one receiver.
     resets: watch::Sender<Code>,
     options: Options,
 }
@@ -48,7 +49,7 @@ struct Shared {
 #[derive(Debug)]
 struct State {
     engine: Engine,
-    /// What the timer loop waits for.
+    /// The instant that the timer loop waits for.
     armed: Option<Instant>,
     streams: HashMap<StreamId, Arc<Notify>>,
     pulls: HashMap<String, Arc<Notify>>,
@@ -68,30 +69,37 @@ impl Broker {
             shared: Arc::new(Shared {
                 state: Mutex::new(state),
                 timer: Notify::new(),
-                closing: CancellationToken::new(),
                 silence,
                 resets: watch::Sender::new(Code::Ok),
                 options,
             }),
+            closing: CancellationToken::new(),
         }
     }
 
-    /// Delivers a message a second time, under the same message id and publish
-    /// time, to every subscription of its topic, as Pub/Sub does now and then
-    /// (<https://cloud.google.com/pubsub/docs/subscription-overview#default_properties>).
-    /// On a subscription with ordering, the later messages of its key follow
-    /// it again. A topic remembers its last 10 000 messages, fewer when memory
-    /// is short. Subscriptions with exactly-once delivery get no duplicate.
+    /// The same broker, for its next server.
+    pub(super) fn for_another_server(&self) -> Self {
+        Self {
+            shared: Arc::clone(&self.shared),
+            closing: CancellationToken::new(),
+        }
+    }
+
+    /// Delivers a message a second time, under the same message id and publish time, to every
+    /// subscription of its topic, as Pub/Sub does now and then
+    /// (<https://cloud.google.com/pubsub/docs/subscription-overview#default_properties>). On
+    /// an ordered subscription, the later messages of its key follow it again. A topic
+    /// remembers its last 10 000 messages, fewer when memory is short. Subscriptions with
+    /// exactly-once delivery get no duplicate.
     ///
     /// # Errors
-    /// [`BrokerError::NotFound`] if there is no such topic or the topic does
-    /// not remember the message.
+    /// [`BrokerError::NotFound`] if there is no such topic or the topic does not remember the
+    /// message.
     pub fn duplicate(&self, topic: &str, message_id: &str) -> Result<(), BrokerError> {
         self.with(|engine, now| engine.duplicate(topic, message_id, now))
     }
 
-    /// How many messages of a subscription are unacknowledged, outstanding
-    /// ones included.
+    /// How many messages of a subscription are unacknowledged, including outstanding ones.
     ///
     /// # Errors
     /// [`BrokerError::NotFound`] if there is no such subscription.
@@ -99,8 +107,8 @@ impl Broker {
         self.with(|engine, _| engine.backlog_len(subscription))
     }
 
-    /// How many of these are with a subscriber: delivered, and neither
-    /// acknowledged nor past their ack deadline.
+    /// How many of these are outstanding: delivered, and neither acknowledged nor past their
+    /// ack deadline.
     ///
     /// # Errors
     /// [`BrokerError::NotFound`] if there is no such subscription.
@@ -108,8 +116,8 @@ impl Broker {
         self.with(|engine, _| engine.outstanding(subscription))
     }
 
-    /// How many deliveries of a subscription came to nothing since it was made:
-    /// nacked, or not acknowledged within the ack deadline.
+    /// How many deliveries of a subscription have failed since it was created: nacked, or not
+    /// acknowledged within the ack deadline.
     ///
     /// # Errors
     /// [`BrokerError::NotFound`] if there is no such subscription.
@@ -121,9 +129,9 @@ impl Broker {
         &self.shared.options
     }
 
-    /// Cancelled when the emulator shuts down.
+    /// Cancelled when the server shuts down.
     pub(super) fn closing(&self) -> &CancellationToken {
-        &self.shared.closing
+        &self.closing
     }
 
     pub(super) fn create_topic(&self, topic: resource::Topic) -> Result<(), BrokerError> {
@@ -202,7 +210,7 @@ impl Broker {
         self.with(|engine, now| engine.modify_ack_deadline(subscription, ack_ids, seconds, now))
     }
 
-    /// A unary pull as clients ask for it.
+    /// A unary pull as clients request it.
     pub(super) async fn pull_up_to(
         &self,
         subscription: &str,
@@ -242,7 +250,7 @@ impl Broker {
             tokio::select! {
                 () = ready.notified() => {}
                 () = tokio::time::sleep_until(deadline) => return Ok(pulled),
-                () = self.shared.closing.cancelled() => return Err(BrokerError::shutting_down()),
+                () = self.closing.cancelled() => return Err(BrokerError::shutting_down()),
             }
         }
     }
@@ -263,7 +271,7 @@ impl Broker {
         })
     }
 
-    /// Lets happen what waits for a time, until shutdown.
+    /// Fires timers until shutdown.
     pub(super) async fn run_timers(&self) {
         loop {
             let next = self.arm();
@@ -276,7 +284,7 @@ impl Broker {
             tokio::select! {
                 () = due => {}
                 () = self.shared.timer.notified() => {}
-                () = self.shared.closing.cancelled() => return,
+                () = self.closing.cancelled() => return,
             }
         }
     }
@@ -288,7 +296,7 @@ impl Broker {
         state.armed
     }
 
-    /// Runs one operation and wakes whom it concerns.
+    /// Runs one operation and wakes the affected waiters.
     fn with<R>(&self, operation: impl FnOnce(&mut Engine, Instant) -> R) -> R {
         let mut state = self.lock();
         // Tokio's clock, so that tests may pause it.

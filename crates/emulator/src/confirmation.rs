@@ -1,29 +1,25 @@
-//! What became of the ack ids of one request.
+//! The results for the ack ids of one request.
 
 use std::collections::BTreeMap;
 
-use super::error::BrokerError;
+use super::error::{BrokerError, TEMPORARY};
 
-/// How Pub/Sub names an ack id that is not, or no longer, good.
+/// Pub/Sub's name for an ack id that is not, or no longer, valid.
 pub const INVALID: &str = "PERMANENT_FAILURE_INVALID_ACK_ID";
 
-/// How Pub/Sub names an ack that is to be tried again.
-pub const TEMPORARY: &str = "TRANSIENT_FAILURE_SERVICE_UNAVAILABLE";
-
-/// Ack ids by what became of them. Clients hear of it on subscriptions with
-/// exactly-once delivery only; on others, all count as done.
+/// Ack ids by result. Clients see it only on subscriptions with exactly-once delivery; on
+/// others, all count as done.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Confirmation {
     pub done: Vec<String>,
     /// Not ack ids, or superseded, or past their ack deadline.
     pub invalid: Vec<String>,
-    /// Not settled, and to be tried again.
+    /// Not settled; should be retried.
     pub temporary: Vec<String>,
 }
 
 impl Confirmation {
-    /// The answer to a unary call, which succeeds as a whole or tells which
-    /// ack ids failed.
+    /// The answer to a unary call, which succeeds as a whole or lists the failed ack ids.
     ///
     /// # Errors
     /// `AckIds` if any failed.

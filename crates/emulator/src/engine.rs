@@ -1,7 +1,6 @@
-//! The whole emulator as a state machine: every topic and subscription, no
-//! clock, no I/O, and no chance but a seeded one. Callers pass the time in, and
-//! fetch out of it which streams
-//! and pulls to wake.
+//! The whole emulator as a state machine: every topic and subscription, without clock or
+//! I/O, and with seeded randomness only. Callers pass the time in, and fetch which
+//! streams and pulls to wake.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -17,7 +16,8 @@ use super::feed::Feed;
 use super::message::{self, Memory, Message, NewMessage};
 use super::name;
 use super::resource;
-use super::streams::{StreamId, StreamOptions};
+use super::stream_id::StreamId;
+use super::streams::StreamOptions;
 
 mod dead_letters;
 mod faults;
@@ -34,7 +34,7 @@ const HISTORY_MESSAGES: usize = 10_000;
 const PUBLISH_TIME_DIGITS: u16 = 3;
 const MAX_ACK_DEADLINE_SECONDS: i32 = 600;
 
-/// Someone who waits for deliveries and should look again.
+/// A waiter for deliveries that should look again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Wake {
     Stream(StreamId),
@@ -46,8 +46,7 @@ pub enum Wake {
 struct Topic {
     settings: resource::Topic,
     subscriptions: BTreeSet<String>,
-    /// The latest messages, oldest first. The first thing to go when memory
-    /// runs out.
+    /// The latest messages, oldest first. Forgotten first when memory runs out.
     history: VecDeque<Arc<Message>>,
 }
 
@@ -59,17 +58,17 @@ pub struct Engine {
     dice: Dice,
     /// The last number given to a message, a subscription or a stream.
     last_number: u64,
-    /// Not later than the earliest ack deadline or end of a backoff.
+    /// Never later than the earliest ack deadline or end of a wait.
     next_timer: Option<Instant>,
-    /// What the wall clock showed at the last publishing, from which the
-    /// publish times of dead letters follow.
+    /// The wall clock at the last publishing, from which the publish times of dead
+    /// letters are computed.
     last_publish: Option<(Instant, DateTime<Utc>)>,
     wakes: Vec<Wake>,
 }
 
 impl Engine {
-    /// Numbers start at the wall clock's microseconds and grow from there, so
-    /// that an id is not given twice even across restarts.
+    /// Numbers start at the wall clock's microseconds, so that ids stay unique across
+    /// restarts.
     pub fn new(max_retained_bytes: usize, faults: Faults, started: DateTime<Utc>) -> Self {
         Self {
             topics: BTreeMap::new(),
@@ -85,7 +84,7 @@ impl Engine {
 
     // Messages in.
 
-    /// Publishes all the messages or none, and returns their ids.
+    /// Publishes all messages or none, and returns their ids.
     pub fn publish(
         &mut self,
         topic: &str,
@@ -101,8 +100,8 @@ impl Engine {
         Ok(self.spread(topic, messages, now, wall))
     }
 
-    /// Gives messages to the topic's subscriptions, whether there is memory
-    /// for them or not, and returns their ids.
+    /// Gives messages to the topic's subscriptions, even without memory for them, and
+    /// returns their ids.
     fn spread(
         &mut self,
         topic: &str,
@@ -140,8 +139,7 @@ impl Engine {
         ids
     }
 
-    /// Delivers a published message once more, to every subscription of its
-    /// topic.
+    /// Delivers a published message once more, to every subscription of its topic.
     pub fn duplicate(
         &mut self,
         topic: &str,
@@ -190,12 +188,12 @@ impl Engine {
     }
 
     pub fn close_stream(&mut self, subscription: &str, id: StreamId, now: Instant) {
-        // A subscription that was deleted in the meantime needs nothing.
+        // A subscription deleted in the meantime needs nothing.
         let _closed = self.with_feed(subscription, now, |feed, at| feed.close(id, at));
     }
 
-    /// For a stream that can send now: its deliveries. If there are none, the
-    /// stream is woken when there are.
+    /// The deliveries for a stream that can send now. If there are none, the stream is
+    /// woken when there are.
     pub fn take(
         &mut self,
         subscription: &str,
@@ -217,8 +215,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Acknowledges deliveries. Ack ids that are no longer good are ignored,
-    /// and with exactly-once delivery told.
+    /// Acknowledges deliveries. Invalid ack ids are ignored; with exactly-once delivery
+    /// they are reported.
     pub fn acknowledge(
         &mut self,
         subscription: &str,
@@ -228,9 +226,9 @@ impl Engine {
         self.with_feed(subscription, now, |feed, at| feed.acknowledge(ack_ids, at))?
     }
 
-    /// Sets ack deadlines to so many seconds from now; 0 makes the messages
-    /// ready again, at once or as the retry policy says. Ack ids that are no
-    /// longer good are ignored, and with exactly-once delivery told.
+    /// Sets ack deadlines to this many seconds from now; 0 makes the messages ready
+    /// again, at once or by the retry policy. Invalid ack ids are ignored; with
+    /// exactly-once delivery they are reported.
     pub fn modify_ack_deadline(
         &mut self,
         subscription: &str,
@@ -246,8 +244,7 @@ impl Engine {
 
     // Time.
 
-    /// Lets happen what the time has come for: ack deadlines and the ends of
-    /// backoffs.
+    /// Ends the ack deadlines and backoffs that are due.
     pub fn expire(&mut self, now: Instant) {
         self.next_timer = None;
         let names: Vec<String> = self.feeds.keys().cloned().collect();
@@ -266,13 +263,12 @@ impl Engine {
         std::mem::take(&mut self.wakes)
     }
 
-    /// The unacknowledged messages of a subscription, outstanding or not.
+    /// The unacknowledged messages of a subscription, including outstanding ones.
     pub fn backlog_len(&self, subscription: &str) -> Result<usize, BrokerError> {
         Ok(self.look_at(subscription)?.backlog_len())
     }
 
-    /// Those of them that are delivered and neither acknowledged nor past
-    /// their ack deadline.
+    /// Those of them that are outstanding.
     pub fn outstanding(&self, subscription: &str) -> Result<usize, BrokerError> {
         Ok(self.look_at(subscription)?.outstanding())
     }
@@ -287,7 +283,7 @@ impl Engine {
         feed.ok_or_else(|| BrokerError::not_found(name))
     }
 
-    /// Does something with a subscription, as it is now.
+    /// Runs an operation on a subscription, brought up to date first.
     fn with_feed<R>(
         &mut self,
         name: &str,
@@ -295,8 +291,8 @@ impl Engine {
         operation: impl FnOnce(&mut Feed, &mut Moment<'_>) -> R,
     ) -> Result<R, BrokerError> {
         name::check_subscription(name)?;
-        // Handed out before the operation, so that each stream that gets some
-        // of it is woken.
+        // Distributed before the operation, so that each stream that gets deliveries is
+        // woken.
         self.change_feed(name, now, Feed::expire);
         let result = self.change_feed(name, now, operation);
         result.ok_or_else(|| BrokerError::not_found(name))
@@ -315,13 +311,13 @@ impl Engine {
         Some(result)
     }
 
-    /// After every change to a feed.
+    /// Called after every change to a feed.
     fn settle_down(&mut self, name: &str, now: Instant) {
         self.forward_dead_letters(name, now);
         self.hand_out(name, now);
     }
 
-    /// Hands out what can be handed out and notes whom to wake and when.
+    /// Distributes ready messages and notes whom to wake and when.
     fn hand_out(&mut self, name: &str, now: Instant) {
         let Some(feed) = self.feeds.get_mut(name) else {
             return;
@@ -350,8 +346,7 @@ impl Engine {
         feed.ok_or_else(|| BrokerError::not_found(name))
     }
 
-    /// Forgets history, oldest first and this topic's first, until so many
-    /// bytes fit.
+    /// Forgets history, oldest first and this topic's first, until this many bytes fit.
     fn make_room(&mut self, topic: &str, bytes: usize) -> Result<(), BrokerError> {
         if let Some(own) = self.topics.get_mut(topic) {
             forget(&mut own.history, &self.memory, bytes);

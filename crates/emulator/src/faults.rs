@@ -1,7 +1,7 @@
-//! What an emulator does wrong on request.
+//! Faults of the emulator on request.
 //!
-//! All chances come from one random generator with one seed, so that a run can
-//! be repeated, as far as requests arrive in the same order.
+//! All randomness comes from one generator with one seed, so a run can be repeated if
+//! requests arrive in the same order.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -25,26 +25,26 @@ const NAMES: &str = "duplicates, dropped-acks, resets, silence, latency, out-of-
 /// latency=50ms..200ms,out-of-order=0.2,seed=7`, in any order, each optional.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Faults {
-    /// `None` draws one at the start, and keeps the generator as it is when
-    /// faults are changed later.
+    /// `None` draws a seed at the start, and keeps the generator when faults are changed
+    /// later.
     pub seed: Option<u64>,
-    /// How likely a delivery is to be followed by a second one of the same
-    /// message. Not on subscriptions with exactly-once delivery.
+    /// How likely a delivery is followed by a duplicate. Not on subscriptions with
+    /// exactly-once delivery.
     pub duplicates: f64,
-    /// How likely an ack is to be ignored. On a subscription with exactly-once
-    /// delivery the client is told to try it again.
+    /// How likely an ack is ignored. On a subscription with exactly-once delivery the
+    /// client is told to retry it.
     pub dropped_acks: f64,
-    /// How likely a stream is to end after a response with messages.
+    /// How likely a stream ends after a response with messages.
     pub resets: f64,
     /// The status that it ends with.
     pub reset_status: Code,
     /// Streams stay open, but nothing is sent on them, not even a heartbeat.
     pub silence: bool,
-    /// How much later a message becomes ready: a random time from this range,
-    /// for each delivery anew.
+    /// How much later a message becomes ready: a random time from this range, for each
+    /// delivery anew.
     pub latency: RangeInclusive<Duration>,
-    /// How likely a message that is to be redelivered is to be put behind a
-    /// random one of those that are ready. The order of a key is kept.
+    /// How likely a redelivered message is put behind a random ready one. The order of a
+    /// key is kept.
     pub out_of_order: f64,
 }
 
@@ -69,7 +69,7 @@ impl Default for Faults {
 pub struct BadFaults(String);
 
 impl Faults {
-    /// Whether there are any.
+    /// Whether any fault is on.
     pub fn any(&self) -> bool {
         let off = Self {
             seed: self.seed,
@@ -79,7 +79,7 @@ impl Faults {
         *self != off
     }
 
-    /// From a JSON object with the names of the text form.
+    /// Reads a JSON object with the names of the text form.
     ///
     /// # Errors
     /// There is no such fault, or it cannot have this value.
@@ -151,7 +151,7 @@ impl FromStr for Faults {
     }
 }
 
-/// The faults that are on, and not the seed.
+/// Shows the faults that are on, without the seed.
 impl fmt::Display for Faults {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut parts = Vec::new();

@@ -10,12 +10,13 @@ use super::error::BrokerError;
 use super::faults::Moment;
 use super::message::Message;
 use super::resource;
-use super::streams::{StreamId, StreamOptions, Streams};
+use super::stream_id::StreamId;
+use super::streams::{StreamOptions, Streams};
 
-/// About the most bytes of one pull response, below what clients accept.
+/// Roughly the most bytes of one pull response, below what clients accept.
 const PULL_BYTES: usize = 10_000_000;
 
-/// What became of an ack id.
+/// The result for an ack id.
 enum Fate {
     Done,
     Invalid,
@@ -31,8 +32,7 @@ pub struct Feed {
 }
 
 impl Feed {
-    /// `creation` is unique to this subscription, also among those of the same
-    /// name.
+    /// `creation` is unique to this subscription, even among those of the same name.
     pub fn new(settings: resource::Subscription, creation: u64) -> Self {
         Self {
             backlog: Backlog::new(creation, &settings),
@@ -45,11 +45,11 @@ impl Feed {
         self.backlog.add(message, at);
     }
 
-    /// Adds a message once more. If it has an ordering key, the later ones of
-    /// its key follow it again: "If messages with the same ordering key are
-    /// redelivered, all subsequent messages are also redelivered",
-    /// <https://cloud.google.com/pubsub/docs/ordering>. With exactly-once
-    /// delivery there are no duplicates, so nothing is added.
+    /// Adds a message once more. If it has an ordering key, the later ones of its key
+    /// follow it again: "If messages with the same ordering key are redelivered, all
+    /// subsequent messages are also redelivered",
+    /// <https://cloud.google.com/pubsub/docs/ordering>. With exactly-once delivery there
+    /// are no duplicates, so this adds nothing.
     pub fn add_copies(
         &mut self,
         message: &Arc<Message>,
@@ -109,9 +109,8 @@ impl Feed {
         self.streams.open(id, options);
     }
 
-    /// Ends a stream. What it was sent stays outstanding until its ack
-    /// deadline, since acks may come by unary calls; what it was not sent is
-    /// ready for others.
+    /// Ends a stream. Messages sent on it stay outstanding until their ack deadline,
+    /// since acks may come by unary calls; unsent ones become ready for others.
     pub fn close(&mut self, id: StreamId, at: &mut Moment<'_>) {
         for unsent in self.streams.close(id) {
             self.backlog.take_back(unsent.ack_id, at);
@@ -122,7 +121,7 @@ impl Feed {
         self.streams.set_ack_deadline(id, ack_deadline);
     }
 
-    /// The stream can send: what is there for it?
+    /// The deliveries for a stream that can send now.
     pub fn take(&mut self, id: StreamId, at: &mut Moment<'_>) -> Vec<Delivery> {
         self.streams.want(id);
         self.dispatch(at);
@@ -147,7 +146,7 @@ impl Feed {
     }
 
     /// # Errors
-    /// `InvalidArgument` if text is no ack id, unless that can be confirmed.
+    /// `InvalidArgument` if a text is no ack id, unless acks are confirmed.
     pub fn acknowledge(
         &mut self,
         ack_ids: &[String],
@@ -222,15 +221,15 @@ impl Feed {
         }
     }
 
-    /// Takes back what streams were given but did not take.
+    /// Takes back the deliveries that streams were given but did not take.
     pub fn withdraw(&mut self, at: &mut Moment<'_>) {
         for unsent in self.streams.withdraw() {
             self.backlog.take_back(unsent.ack_id, at);
         }
     }
 
-    /// Gives ready messages to streams with room, one each in turn. Returns
-    /// the streams that got some.
+    /// Gives ready messages to streams with room, one each in turn. Returns the streams
+    /// that got some.
     pub fn dispatch(&mut self, at: &mut Moment<'_>) -> Vec<StreamId> {
         let mut fed = Vec::new();
         if at.dice.is_silent() {

@@ -30,7 +30,7 @@ pub fn router(broker: Broker) -> Router {
         .with_state(broker)
 }
 
-/// The answer to a gRPC call of a method that is not here.
+/// The answer to a gRPC call of an unknown method.
 pub fn unimplemented(path: &str) -> axum::response::Response {
     let status: Status = BrokerError::unimplemented(path.trim_start_matches('/')).into();
     status.into_http()

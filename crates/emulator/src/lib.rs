@@ -33,6 +33,7 @@ mod message;
 mod name;
 mod resource;
 mod rest;
+mod stream_id;
 mod streams;
 mod unsupported;
 
@@ -41,9 +42,8 @@ pub use error::BrokerError;
 pub use faults::{BadFaults, Faults};
 pub use google_cloud_gax::error::rpc::Code as StatusCode;
 
-/// The largest request that is read at all. Well above the 10 MB that may be
-/// published, also in base64, so that a request somewhat too large gets
-/// Pub/Sub's own answer.
+/// The largest request that is read. Well above the 10 MB that may be published, also in
+/// base64, so that a slightly too large request gets Pub/Sub's own answer.
 const MAX_REQUEST_BODY_BYTES: usize = 64 << 20;
 
 /// How long connections may take to end at shutdown.
@@ -54,12 +54,12 @@ const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(5);
 pub struct Options {
     /// How often a quiet stream gets an empty response. Pub/Sub: about 30 s.
     pub heartbeat: Duration,
-    /// The memory that messages may occupy, an estimate of their overhead
-    /// included. Beyond it, publishing fails with `RESOURCE_EXHAUSTED`.
+    /// The memory that messages may occupy, including an estimate of their overhead.
+    /// Beyond it, publishing fails with `RESOURCE_EXHAUSTED`.
     pub max_retained_bytes: usize,
     /// How long a unary pull waits for a first message.
     pub pull_wait: Duration,
-    /// What it does wrong from the start.
+    /// The faults in force from the start.
     pub faults: Faults,
 }
 
@@ -88,27 +88,42 @@ impl Emulator {
     /// # Errors
     /// The address cannot be listened on.
     pub async fn bind(address: SocketAddr, options: Options) -> std::io::Result<Self> {
+        Self::of(address, Broker::new(options)).await
+    }
+
+    /// Listens on an address again, for the broker of an emulator that has shut down.
+    /// To clients this is a restart without loss: topics, subscriptions, messages,
+    /// outstanding deliveries and their ack ids stay valid. Ack deadlines keep running
+    /// in the meantime.
+    ///
+    /// # Errors
+    /// The address cannot be listened on.
+    pub async fn bind_again(address: SocketAddr, broker: &Broker) -> std::io::Result<Self> {
+        Self::of(address, broker.for_another_server()).await
+    }
+
+    async fn of(address: SocketAddr, broker: Broker) -> std::io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
         Ok(Self {
             address: listener.local_addr()?,
             listener,
-            broker: Broker::new(options),
+            broker,
         })
     }
 
-    /// Where it listens, with the real port.
+    /// The address it listens on, with the actual port.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Access from within the process.
+    /// The broker, for use within the process.
     pub fn broker(&self) -> Broker {
         self.broker.clone()
     }
 
-    /// Answers until `shutdown` is cancelled. Open streams then end with
-    /// `UNAVAILABLE`, which clients take as a reason to connect again.
-    /// Connections that have not ended after 5 seconds are left behind.
+    /// Answers until `shutdown` is cancelled. Open streams then end with `UNAVAILABLE`,
+    /// so that clients reconnect. Connections that have not ended after 5 seconds are
+    /// dropped.
     ///
     /// # Errors
     /// The listener fails.
@@ -117,7 +132,7 @@ impl Emulator {
         // Also when this future is dropped, so that no stream outlives it.
         let _close = closing.clone().drop_guard();
         let quick = self.listener.tap_io(|connection: &mut TcpStream| {
-            // Small responses at once. It fails only if the client is gone.
+            // Sends small responses at once. Fails only if the client is gone.
             let _gone = connection.set_nodelay(true);
         });
         let stopping = shutdown.clone();

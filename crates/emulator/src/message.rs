@@ -1,4 +1,4 @@
-//! Messages: what publishers may send, and how much of it is kept.
+//! Messages: what publishers may send, and how much of it is stored.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -9,8 +9,8 @@ use chrono::{DateTime, Utc};
 
 use super::error::BrokerError;
 
-/// The most bytes that one publish request may carry.
-/// Limits: <https://cloud.google.com/pubsub/quotas#resource_limits>.
+/// The most bytes that one publish request may carry. Limits:
+/// <https://cloud.google.com/pubsub/quotas#resource_limits>.
 pub const MAX_REQUEST_BYTES: usize = 10_000_000;
 /// The most messages that one publish request may carry.
 pub const MAX_REQUEST_MESSAGES: usize = 1000;
@@ -19,8 +19,8 @@ const MAX_ATTRIBUTES: usize = 100;
 const MAX_ATTRIBUTE_KEY_BYTES: usize = 256;
 const MAX_ATTRIBUTE_VALUE_BYTES: usize = 1024;
 
-/// What a message costs beyond its own bytes: once for itself and once for
-/// each subscription that it waits in. Keeps a million tiny messages honest.
+/// A message's overhead: once for itself and once for each subscription that it waits in.
+/// Bounds the memory of a million tiny messages.
 const BYTES_PER_MESSAGE: usize = 256;
 const BYTES_PER_BACKLOG_ENTRY: usize = 192;
 
@@ -33,7 +33,7 @@ pub struct NewMessage {
     pub ordering_key: String,
 }
 
-/// A published message, shared by all the subscriptions that hold it.
+/// A published message, shared by all subscriptions that hold it.
 #[derive(Debug)]
 pub struct Message {
     /// Grows with every publish; the message id is its decimal form.
@@ -42,7 +42,7 @@ pub struct Message {
     pub data: Bytes,
     pub attributes: HashMap<String, String>,
     pub ordering_key: String,
-    /// Given back when the last holder drops the message.
+    /// Released when the last holder drops the message.
     _reservation: Reservation,
 }
 
@@ -52,8 +52,7 @@ impl Message {
         self.sequence.to_string()
     }
 
-    /// The bytes of data, attributes and ordering key, which is what flow
-    /// control counts.
+    /// The bytes of data, attributes and ordering key, which flow control counts.
     pub fn size(&self) -> usize {
         size(&self.data, &self.attributes, &self.ordering_key)
     }
@@ -67,8 +66,8 @@ impl Message {
         Self {
             sequence,
             publish_time,
-            // A slice of the request's buffer would keep the whole request in
-            // memory for as long as one of its messages lives.
+            // A slice of the request's buffer would keep the whole request in memory
+            // while one of its messages lives.
             data: Bytes::copy_from_slice(&new.data),
             attributes: new.attributes,
             ordering_key: new.ordering_key,
@@ -82,7 +81,7 @@ impl NewMessage {
         size(&self.data, &self.attributes, &self.ordering_key)
     }
 
-    /// The memory to reserve for it in a topic of so many subscriptions.
+    /// The memory to reserve for it in a topic with this many subscriptions.
     pub(super) fn charge(&self, subscriptions: usize) -> usize {
         self.size() + BYTES_PER_MESSAGE + subscriptions * BYTES_PER_BACKLOG_ENTRY
     }
@@ -152,7 +151,7 @@ fn size(data: &Bytes, attributes: &HashMap<String, String>, ordering_key: &str) 
     data.len() + attributes + ordering_key.len()
 }
 
-/// The bytes that messages may occupy, and how many they do.
+/// The bytes that messages may occupy and do occupy.
 #[derive(Debug)]
 pub(super) struct Memory {
     used: Arc<AtomicUsize>,
@@ -179,8 +178,8 @@ impl Memory {
         self.used().saturating_add(bytes) <= self.limit
     }
 
-    /// Counts the bytes as used until the reservation is dropped, whether they
-    /// fit or not: ask [`Self::has_room_for`] first.
+    /// Counts the bytes as used until the reservation is dropped, even if they do not
+    /// fit: ask [`Self::has_room_for`] first.
     pub fn reserve(&self, bytes: usize) -> Reservation {
         self.used.fetch_add(bytes, Ordering::Relaxed);
         Reservation {

@@ -1,4 +1,4 @@
-//! The names of topics and subscriptions, and the rules they follow.
+//! The names of topics and subscriptions, and their rules.
 //!
 //! Rules: <https://cloud.google.com/pubsub/docs/pubsub-basics#resource_names>.
 
@@ -12,7 +12,7 @@ const ID_LENGTH: std::ops::RangeInclusive<usize> = 3..=255;
 /// Checks `projects/PROJECT/topics/ID`.
 ///
 /// # Errors
-/// `InvalidArgument`, saying which rule the name breaks.
+/// `InvalidArgument`, naming the rule that the name breaks.
 pub fn check_topic(name: &str) -> Result<(), BrokerError> {
     check(name, "topics")
 }
@@ -20,7 +20,7 @@ pub fn check_topic(name: &str) -> Result<(), BrokerError> {
 /// Checks `projects/PROJECT/subscriptions/ID`.
 ///
 /// # Errors
-/// `InvalidArgument`, saying which rule the name breaks.
+/// `InvalidArgument`, naming the rule that the name breaks.
 pub fn check_subscription(name: &str) -> Result<(), BrokerError> {
     check(name, "subscriptions")
 }

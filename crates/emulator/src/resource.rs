@@ -1,4 +1,4 @@
-//! Topics and subscriptions as their creators described them.
+//! The settings of topics and subscriptions.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::error::BrokerError;
 use super::name;
 
-/// The ack deadline of a subscription that names none.
+/// The ack deadline of a subscription that sets none.
 pub const DEFAULT_ACK_DEADLINE: Duration = Duration::from_secs(10);
 
 const DEFAULT_MINIMUM_BACKOFF: Duration = Duration::from_secs(10);
@@ -18,7 +18,7 @@ pub struct Topic {
     /// `projects/PROJECT/topics/ID`.
     pub name: String,
     pub labels: HashMap<String, String>,
-    /// Kept and shown, not enforced.
+    /// Stored and shown, not enforced.
     pub message_retention: Option<Duration>,
 }
 
@@ -29,7 +29,7 @@ pub struct Subscription {
     pub name: String,
     /// The topic's name, or [`name::DELETED_TOPIC`].
     pub topic: String,
-    /// How long a delivery may stay unacknowledged; zero asks for the default.
+    /// How long a delivery may stay unacknowledged; zero means the default.
     pub ack_deadline: Duration,
     pub labels: HashMap<String, String>,
     /// Messages of one ordering key are delivered in the order of publishing.
@@ -37,20 +37,20 @@ pub struct Subscription {
     /// Acks are confirmed, and there are no duplicates:
     /// <https://cloud.google.com/pubsub/docs/exactly-once-delivery>.
     pub exactly_once: bool,
-    /// Kept and shown, not enforced.
+    /// Stored and shown, not enforced.
     pub retain_acked_messages: bool,
-    /// Kept and shown, not enforced.
+    /// Stored and shown, not enforced.
     pub message_retention: Option<Duration>,
-    /// Kept and shown, not enforced. The inner option is the policy's `ttl`.
+    /// Stored and shown, not enforced. The inner option is the policy's `ttl`.
     pub expiration: Option<Option<Duration>>,
     /// While set, deliveries carry their delivery attempt.
     pub dead_letter: Option<DeadLetterPolicy>,
-    /// `None` for redelivery at once.
+    /// `None` redelivers at once.
     pub retry: Option<RetryPolicy>,
 }
 
-/// Where messages go that were delivered too often. The topic need not exist:
-/// without it, they are redelivered.
+/// The target of messages that were delivered too often. While the topic does not exist, they
+/// are redelivered.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DeadLetterPolicy {
     pub topic: String,
@@ -74,7 +74,7 @@ impl Topic {
 }
 
 impl Subscription {
-    /// Checks the settings and fills in what Pub/Sub fills in.
+    /// Checks the settings and fills in Pub/Sub's defaults.
     ///
     /// # Errors
     /// `InvalidArgument` for a malformed name or a number out of its range.
@@ -131,8 +131,8 @@ impl RetryPolicy {
         )))
     }
 
-    /// How long to wait after so many failed deliveries: the minimum, doubled
-    /// with each failure after the first, up to the maximum.
+    /// How long to wait after this many failed deliveries: the minimum, doubled with each
+    /// failure after the first, up to the maximum.
     pub fn backoff(&self, failures: u32) -> Duration {
         let minimum = self.minimum_backoff.unwrap_or(DEFAULT_MINIMUM_BACKOFF);
         let maximum = self.maximum_backoff.unwrap_or(MAXIMUM_BACKOFF);
@@ -157,7 +157,7 @@ pub fn check_ack_deadline(deadline: Duration) -> Result<(), BrokerError> {
     )))
 }
 
-/// A protocol's number of seconds.
+/// The protocol's number of seconds as a duration.
 ///
 /// # Errors
 /// `InvalidArgument` if it is negative.

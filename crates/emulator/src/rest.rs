@@ -1,5 +1,5 @@
-//! The v1 API over HTTP and JSON, which the official admin clients and curl
-//! speak: <https://cloud.google.com/pubsub/docs/reference/rest>.
+//! The v1 API over HTTP and JSON, used by the official admin clients and curl:
+//! <https://cloud.google.com/pubsub/docs/reference/rest>.
 
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, QueryRejection};
@@ -48,7 +48,7 @@ pub fn router(broker: Broker) -> Router {
         .with_state(broker)
 }
 
-/// The answer to a path that is not here.
+/// The answer to an unknown path.
 pub fn unknown(path: &str) -> Response {
     BrokerError::unimplemented(path).into_response()
 }
@@ -258,7 +258,7 @@ async fn pull(broker: &Broker, name: &str, request: Pull) -> Answer {
     Ok(Json(json!({ "receivedMessages": received })))
 }
 
-/// Reads a body of proto-JSON, whatever its content type; none is `{}`.
+/// Reads a body of proto-JSON, whatever its content type; an empty body is `{}`.
 fn read<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<T, BrokerError> {
     let invalid = |why: String| BrokerError::InvalidArgument(format!("Invalid body: {why}"));
     let body = body.map_err(|rejection| invalid(rejection.body_text()))?;
@@ -274,7 +274,7 @@ fn show(resource: impl serde::Serialize) -> Result<Value, BrokerError> {
     Ok(shown)
 }
 
-/// Proto-JSON leaves out what is empty.
+/// Proto-JSON leaves out empty fields.
 fn with_token(mut list: Value, token: String) -> Value {
     if let (false, Some(list)) = (token.is_empty(), list.as_object_mut()) {
         list.insert("nextPageToken".to_owned(), Value::String(token));

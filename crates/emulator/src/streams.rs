@@ -1,33 +1,29 @@
-//! The open streams of one subscription: how much room each has, and whose
-//! turn it is.
+//! The open streams of one subscription: how much room each has, and whose turn it is.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use super::backlog::{Delivery, Freed};
+use super::stream_id::StreamId;
 
-/// The most messages, and about the most bytes, of one response.
+/// The most messages, and roughly the most bytes, of one response.
 const BATCH_MESSAGES: usize = 100;
 const BATCH_BYTES: usize = 1 << 20;
 
-/// An open stream; never used twice by one engine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct StreamId(pub u64);
-
-/// What the client of a stream asked for in its first request.
+/// The limits that a stream's client set in its first request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamOptions {
     pub ack_deadline: Duration,
     /// A stream that has this many messages outstanding gets no more.
     pub max_outstanding_messages: u64,
-    /// A stream that has this many bytes outstanding gets no more; so the last
-    /// message may exceed it, as in Pub/Sub.
+    /// A stream that has this many bytes outstanding gets no more; so the last message may
+    /// exceed it, as in Pub/Sub.
     pub max_outstanding_bytes: u64,
 }
 
 impl StreamOptions {
-    /// Options from the numbers of a `StreamingPullRequest`, where zero and
-    /// less mean no limit:
+    /// Options from the numbers of a `StreamingPullRequest`, where zero and negative numbers
+    /// mean no limit:
     /// <https://cloud.google.com/pubsub/docs/reference/rpc/google.pubsub.v1#streamingpullrequest>.
     pub fn new(ack_deadline: Duration, max_messages: i64, max_bytes: i64) -> Self {
         let limit = |given: i64| match u64::try_from(given) {
@@ -47,8 +43,8 @@ struct Stream {
     options: StreamOptions,
     outstanding_messages: u64,
     outstanding_bytes: u64,
-    /// The transport can send a response now. Deliveries go only to such
-    /// streams, so none ages in the queue of a client that does not read.
+    /// The transport can send a response now. Only such streams get deliveries, so none ages
+    /// in the queue of a client that does not read.
     wants: bool,
     outbox: Vec<Delivery>,
     outbox_bytes: usize,
@@ -67,7 +63,7 @@ impl Stream {
 #[derive(Debug, Default)]
 pub struct Streams {
     open: HashMap<StreamId, Stream>,
-    /// The next stream to get a message comes first.
+    /// The stream at the front gets the next message.
     turns: VecDeque<StreamId>,
 }
 
@@ -87,7 +83,7 @@ impl Streams {
         );
     }
 
-    /// Forgets a stream and returns what it was given but did not take.
+    /// Removes a stream and returns the deliveries that it did not take.
     pub fn close(&mut self, id: StreamId) -> Vec<Delivery> {
         self.turns.retain(|turn| *turn != id);
         self.open
@@ -96,7 +92,7 @@ impl Streams {
             .unwrap_or_default()
     }
 
-    /// What streams were given but did not take, and will not get.
+    /// Takes back the deliveries that streams were given but did not take.
     pub fn withdraw(&mut self) -> Vec<Delivery> {
         let mut withdrawn = Vec::new();
         for id in &self.turns {
@@ -123,15 +119,14 @@ impl Streams {
         }
     }
 
-    /// Says that the stream can send now.
+    /// Marks the stream as able to send now.
     pub fn want(&mut self, id: StreamId) {
         if let Some(stream) = self.open.get_mut(&id) {
             stream.wants = true;
         }
     }
 
-    /// The stream whose turn it is among those with room, and the ack deadline
-    /// of what it gets.
+    /// The next stream with room, and the ack deadline for its delivery.
     pub fn next_with_room(&mut self) -> Option<(StreamId, Duration)> {
         let place = self
             .turns
@@ -166,8 +161,8 @@ impl Streams {
         self.open.get(&id).is_some_and(|s| !s.outbox.is_empty())
     }
 
-    /// What the stream was given since it last took. If that is something, the
-    /// stream has to say again that it wants more.
+    /// The deliveries for a stream since it last took. If there are any, the stream must call
+    /// [`Self::want`] again for more.
     pub fn take(&mut self, id: StreamId) -> Vec<Delivery> {
         let Some(stream) = self.open.get_mut(&id) else {
             return Vec::new();

@@ -1,5 +1,5 @@
-//! Settings that change what is delivered and that the emulator does not have:
-//! refused, since ignoring them in silence would mislead a test.
+//! Settings that affect delivery and that the emulator lacks: refused, since ignoring
+//! them silently would mislead a test.
 
 use super::error::BrokerError;
 

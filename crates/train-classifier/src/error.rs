@@ -1,9 +1,9 @@
-//! Why there is no model, or none to predict with.
+//! Why there is no model, or why it cannot predict.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Why a training has left no model.
+/// Why a training produced no model.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
     /// A parameter is out of its range.
@@ -13,20 +13,19 @@ pub enum TrainError {
         rule: &'static str,
         found: String,
     },
-    /// There is no such dataset, or it cannot be trained on: another try would
-    /// fail too.
+    /// The dataset does not exist or cannot be trained on; retrying would fail too.
     #[error("{0}")]
     Dataset(String),
     /// Reading or writing failed.
     #[error("{doing}")]
     Io { doing: String, source: io::Error },
-    /// It was asked to stop.
+    /// Training was asked to stop.
     #[error("stopped on request")]
     Stopped,
 }
 
 impl TrainError {
-    /// For `map_err`: what could not be done to which file.
+    /// For `map_err`: which action failed on which file.
     pub(crate) fn io<'a>(doing: &'a str, path: &'a Path) -> impl FnOnce(io::Error) -> Self + 'a {
         move |source| Self::Io {
             doing: format!("{doing} {}", path.display()),

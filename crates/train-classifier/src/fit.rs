@@ -1,10 +1,10 @@
 //! Trains the weights by L-BFGS, one iteration at a time.
 //!
-//! Not by linfa-logistic, which uses the same solver: its fit is one call that
-//! can be neither watched nor broken off, and it measures every row's scores
-//! from the highest of the whole table, so that with scores far apart its loss
-//! goes wrong and the search stalls (tried in warm-started chunks of ten
-//! iterations, it left some splits of the digits below 0.90 accuracy).
+//! Does not use linfa-logistic, which has the same solver: its fit is one call that can
+//! be neither watched nor stopped. It also measures every row's scores from the highest
+//! of the whole table, so with widely spread scores its loss goes wrong and the search
+//! stalls (tried in warm-started chunks of ten iterations, it left some splits of the
+//! digits below 0.90 accuracy).
 
 use argmin::core::{IterState, Problem, Solver, State};
 use argmin::solver::linesearch::MoreThuenteLineSearch;
@@ -12,39 +12,30 @@ use argmin::solver::quasinewton::LBFGS;
 use ndarray::{Array1, Array2};
 
 use super::error::TrainError;
-use super::objective::{Evaluated, Objective, Shared};
+use super::objective::{Evaluated, Examples, Objective, Shared};
 
-/// How many past steps the solver keeps to estimate curvature from.
+/// How many past steps the solver keeps to estimate curvature.
 const MEMORY: usize = 10;
 
-/// Training has converged when the gradient of the objective is this short, or
-/// when an iteration changes the objective by less than this.
+/// Training has converged when the gradient's norm, or the change of the objective in one
+/// iteration, is below its tolerance.
 const GRADIENT_TOLERANCE: f64 = 1e-5;
 const CHANGE_TOLERANCE: f64 = 1e-8;
 
-/// The rows trained on.
-pub(super) struct Examples {
-    /// `rows × features`, standardised.
-    pub features: Array2<f64>,
-    /// Each row's class, below `classes`.
-    pub labels: Vec<usize>,
-    pub classes: usize,
-}
-
-/// When to end, and how strongly to hold the weights down.
+/// When to stop, and how strongly to penalise large weights.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
     pub max_iterations: u64,
     pub l2: f64,
 }
 
-/// How far the training has come.
+/// The progress of the training.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Step {
     pub iteration: u64,
     /// Mean cross-entropy over the training rows, in nats.
     pub loss: f64,
-    /// Share of the training rows told right.
+    /// Share of the training rows predicted right.
     pub accuracy: f64,
 }
 
@@ -56,8 +47,8 @@ pub(super) struct Fitted {
     /// One per class.
     pub intercepts: Array1<f64>,
     pub last: Step,
-    /// False when the iterations ran out, or the solver could get no further,
-    /// before a tolerance was met.
+    /// False if the iterations ran out, or the solver could not improve, before a
+    /// tolerance was met.
     pub converged: bool,
 }
 
@@ -65,12 +56,12 @@ type Vector = Array1<f64>;
 type Lbfgs = LBFGS<MoreThuenteLineSearch<Vector, Vector, f64>, Vector, Vector, f64>;
 type Iterate = IterState<Vector, Vector, (), (), (), f64>;
 
-/// Trains until it converges or runs out of iterations, calling `watch` before
-/// the first iteration and after each.
+/// Trains until it converges or runs out of iterations, calling `watch` before the first
+/// iteration and after each.
 ///
 /// # Errors
-/// [`TrainError::Stopped`] when `stopped`, asked several times an iteration,
-/// turns true; [`TrainError::Dataset`] when the solver cannot make a first step.
+/// [`TrainError::Stopped`] once `stopped`, checked several times an iteration, returns
+/// true; [`TrainError::Dataset`] when the solver cannot make a first step.
 pub(super) fn fit(
     examples: &Examples,
     limits: Limits,
@@ -97,7 +88,7 @@ pub(super) fn fit(
         match descent.advance() {
             Ok(next) => best = next,
             Err(error) if stopped() || iteration == 0 => return Err(failed(error)),
-            // Rounding can leave no step that improves; what there is stands.
+            // Rounding can leave no improving step; the current weights stand.
             Err(_) => break,
         }
         iteration += 1;
@@ -126,8 +117,8 @@ fn step(examples: &Examples, iteration: u64, at: &Evaluated) -> Step {
     }
 }
 
-/// The solver, driven by hand: argmin's own loop can neither be watched nor
-/// broken off with borrowed state.
+/// Drives the solver by hand: argmin's own loop can neither be watched nor stopped with
+/// borrowed state.
 struct Descent<'a> {
     objective: &'a Objective<'a>,
     problem: Problem<Shared<'a>>,
@@ -160,7 +151,7 @@ impl<'a> Descent<'a> {
         <Lbfgs as Solver<Shared<'_>, Iterate>>::terminate(&mut self.solver, state).terminated()
     }
 
-    /// Makes one iteration and returns where it led.
+    /// Makes one iteration and returns its result.
     fn advance(&mut self) -> Result<Evaluated, argmin::core::Error> {
         let gave_up = || anyhow::anyhow!("no step improves on the weights");
         let state = self.state.take().ok_or_else(gave_up)?;
@@ -186,7 +177,7 @@ mod tests {
 
     use super::*;
 
-    /// Two classes on a line that overlap, so that training has an end.
+    /// Two overlapping classes on a line, so that training converges.
     fn examples(rows: usize) -> Examples {
         let x = |row: usize| ((row * 37) % 101) as f64 / 50.0 - 1.0;
         let noise = |row: usize| ((row * 53) % 89) as f64 / 60.0 - 0.75;
@@ -252,7 +243,7 @@ mod tests {
             max_iterations: 100,
             l2: 1.0,
         };
-        // Asked at the start's evaluation, after the first report, and then.
+        // Checked at the start's evaluation, after the first report, and then once more.
         let asked = Cell::new(0);
         let stopped = || asked.replace(asked.get() + 1) >= 2;
         let mut calls = 0;

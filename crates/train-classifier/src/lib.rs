@@ -31,7 +31,8 @@ pub use error::{ModelError, TrainError};
 pub use fit::Step;
 pub use model::{Hyperparameters, Model, Origin, Scaling};
 
-use fit::{Examples, Fitted, Limits};
+use fit::{Fitted, Limits};
+use objective::Examples;
 use split::Split;
 use table::Table;
 
@@ -49,7 +50,7 @@ pub struct Parameters {
     pub hyperparameters: Hyperparameters,
 }
 
-/// What a training has led to.
+/// The result of a training.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Trained {
     pub model: Model,
@@ -91,14 +92,14 @@ impl Parameters {
     }
 }
 
-/// Trains a model and writes it. It keeps a core busy until it returns.
+/// Trains a model and writes it. Keeps a core busy until it returns.
 ///
-/// `watch` is called before the first iteration and after each. `should_stop` is
-/// asked many times a second; once it is true it must stay so. The same parameters
-/// and file give the same split and, on one kind of machine, the same model.
+/// `watch` is called before the first iteration and after each. `should_stop` is called many
+/// times a second; once true it must stay so. The same parameters and file give the same split
+/// and, on one kind of machine, the same model.
 ///
 /// # Errors
-/// See [`TrainError`]. No half-written model is left.
+/// See [`TrainError`]. Never leaves a half-written model.
 pub fn train(
     parameters: &Parameters,
     mut watch: impl FnMut(Step),
@@ -164,7 +165,7 @@ fn examples(table: &Table, rows: &[usize], scaling: &Scaling) -> Examples {
     }
 }
 
-/// The model of these weights, its held-out accuracy not yet measured.
+/// Builds the model from these weights; its held-out accuracy is not measured yet.
 fn assemble(
     parameters: &Parameters,
     table: &Table,

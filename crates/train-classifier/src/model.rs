@@ -15,23 +15,23 @@ const VERSION: u32 = 1;
 const MAKER: &str = "train-classifier";
 const FILE_NAME: &str = "model.json";
 
-/// A trained linear classifier, as `model.json` holds it.
+/// A trained linear classifier, as stored in `model.json`.
 ///
-/// A row's score for a class is the sum of the row's standardised features
-/// times the class's weights, plus its intercept; the class of the highest
-/// score is predicted. With `F` features and `C` classes:
+/// A row's score for a class is the sum of the row's standardised features times the
+/// class's weights, plus its intercept; the class with the highest score is predicted.
+/// With `F` features and `C` classes:
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Model {
     /// Always `trainyard-linear-classifier`.
     pub format: String,
     /// The version of the format, 1.
     pub version: u32,
-    /// What made the model: `train-classifier`.
+    /// The program that made the model: `train-classifier`.
     pub task: String,
-    /// The column that is predicted.
+    /// The predicted column.
     pub target: String,
-    /// The columns that it is predicted from, in the order that
-    /// [`Model::predict`] takes them (`F`).
+    /// The columns that the prediction uses, in the order of [`Model::predict`]'s row
+    /// (`F`).
     pub features: Vec<String>,
     /// The labels that can be predicted (`C`).
     pub classes: Vec<String>,
@@ -47,8 +47,8 @@ pub struct Model {
     pub train_accuracy: f64,
     /// Iterations that the solver made.
     pub iterations: u64,
-    /// Whether the solver met a tolerance. If not, its iterations ran out or it
-    /// could get no further; the model is the best it had.
+    /// Whether the solver met a tolerance. If not, its iterations ran out or it could not
+    /// improve; the model is its best.
     pub converged: bool,
     pub dataset: Origin,
 }
@@ -61,12 +61,12 @@ pub struct Scaling {
     pub scale: Vec<f64>,
 }
 
-/// The settings that a model is trained with.
+/// The training settings of a model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Hyperparameters {
     /// Share of the rows held out to measure accuracy, within (0, 1).
     pub test_fraction: f64,
-    /// Decides which rows are held out.
+    /// Determines which rows are held out.
     pub seed: u64,
     /// The solver's limit, 1 to 100000.
     pub max_iterations: u64,
@@ -96,7 +96,7 @@ pub struct Origin {
     pub test_rows: usize,
 }
 
-/// What a model file says of itself, read before the rest is relied on.
+/// A model file's format and version, checked before the rest is used.
 #[derive(Deserialize)]
 struct Stamp {
     format: String,
@@ -104,8 +104,7 @@ struct Stamp {
 }
 
 impl Model {
-    /// What every model of this format's version says of itself: `format`,
-    /// `version` and `task`.
+    /// The `format`, `version` and `task` of every model of this version.
     pub(super) fn stamp() -> (String, u32, String) {
         (FORMAT.to_owned(), VERSION, MAKER.to_owned())
     }
@@ -113,9 +112,8 @@ impl Model {
     /// Reads a model from the `model.json` at `path`.
     ///
     /// # Errors
-    /// [`ModelError::Io`] when the file cannot be read; [`ModelError::Invalid`]
-    /// when it is not such a model, is of another version, or its parts do not
-    /// fit each other.
+    /// [`ModelError::Io`] when the file cannot be read; [`ModelError::Invalid`] when it
+    /// is not such a model, has another version, or is inconsistent.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, ModelError> {
         let path = path.as_ref().to_owned();
         match fs::read(&path) {
@@ -158,8 +156,7 @@ impl Model {
     /// The label predicted for a row of raw cells, in the order of `features`.
     ///
     /// # Errors
-    /// [`ModelError::Width`] when the row does not have one cell for each
-    /// feature.
+    /// [`ModelError::Width`] when the row does not have one cell for each feature.
     pub fn predict(&self, row: &[f64]) -> Result<&str, ModelError> {
         let (found, expected) = (row.len(), self.features.len());
         if found != expected {
@@ -198,14 +195,12 @@ impl Model {
         Ok(right as f64 / rows.len() as f64)
     }
 
-    /// Writes `model.json` into the directory, replacing the one there in one
-    /// step: a reader sees the old file or the new one, whole. Returns its
-    /// path.
+    /// Writes `model.json` into the directory atomically: a reader sees the whole old
+    /// file or the whole new one. Returns its path.
     ///
     /// # Errors
-    /// [`TrainError::Io`] when writing fails, and [`TrainError::Stopped`] when
-    /// `stopped` turns true before the new file is in place; nothing is then
-    /// left of it.
+    /// [`TrainError::Io`] when writing fails; [`TrainError::Stopped`] when `stopped`
+    /// returns true before the new file is in place, of which then nothing is left.
     pub(super) fn save(
         &self,
         directory: &Path,
@@ -219,7 +214,7 @@ impl Model {
             return Err(TrainError::Stopped);
         }
         fs::rename(&draft.path, &path).map_err(failed())?;
-        // The rename itself is durable once its directory is.
+        // The rename is durable once its directory is synced.
         File::open(directory)
             .and_then(|directory| directory.sync_all())
             .map_err(failed())?;
@@ -231,10 +226,10 @@ impl Scaling {
     /// Measures the features over these rows of the table.
     ///
     /// # Errors
-    /// [`TrainError::Dataset`], naming the column, when its numbers are too
-    /// large to have a standard deviation.
+    /// [`TrainError::Dataset`], naming the column, when its numbers are too large for a
+    /// standard deviation.
     pub(super) fn measure(table: &Table, rows: &[usize]) -> Result<Self, TrainError> {
-        // Welford's way: exactly 0 for a constant column, and no large sums.
+        // Welford's method: exactly 0 for a constant column, and no large sums.
         let mut mean = vec![0.0; table.features.len()];
         let mut squares = mean.clone();
         for (seen, row) in rows.iter().enumerate() {
@@ -278,8 +273,8 @@ pub(super) fn best_class(scores: impl Iterator<Item = f64>) -> usize {
     best.0
 }
 
-/// A file being written under a name of its own; removed when dropped.
-/// After a rename there is nothing left to remove.
+/// A temporary file, removed when dropped. After a rename there is nothing left to
+/// remove.
 struct Draft {
     path: PathBuf,
 }
@@ -302,7 +297,7 @@ impl Draft {
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        // Either it was renamed away or there is nobody left to tell.
+        // Either it was renamed or the error has no one to go to.
         let _ = fs::remove_file(&self.path);
     }
 }

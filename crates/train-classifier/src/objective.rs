@@ -1,5 +1,5 @@
-//! What training makes small: the cross-entropy of multinomial logistic
-//! regression with an L2 penalty, and its gradient.
+//! The training objective: the cross-entropy of multinomial logistic regression with an
+//! L2 penalty, and its gradient.
 
 use std::cell::{Cell, RefCell};
 
@@ -7,23 +7,30 @@ use argmin::core::{CostFunction, Error, Gradient};
 use ndarray::linalg::general_mat_mul;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, ShapeError, s};
 
-use super::fit::Examples;
 use super::model::best_class;
 
-/// Products of cells and classes gone through between two looks at the stop
-/// signal: a few hundredths of a second's work.
+/// Products of cells and classes between two checks of the stop signal: a few hundredths
+/// of a second.
 const BLOCK_WORK: usize = 1 << 22;
 
-/// A score's exponential and the like take as long as about this many products.
+/// Computing a score's exponential costs about this many products.
 const SCORE_WORK: usize = 10;
 
-/// A line search that needs more evaluations than this goes nowhere.
+/// A line search that needs more evaluations than this has stalled.
 const MAX_EVALUATIONS: u32 = 100;
 
-/// The objective: the mean over the rows of `-ln p(label)`, plus
-/// `l2 / (2 rows)` times the sum of the squared weights; the intercepts are not
-/// penalised. As a mean it has gradients of about length 1 at the start, which
-/// suits the solver's first step.
+/// The rows trained on.
+pub(super) struct Examples {
+    /// `rows × features`, standardised.
+    pub features: Array2<f64>,
+    /// Each row's class, below `classes`.
+    pub labels: Vec<usize>,
+    pub classes: usize,
+}
+
+/// The objective: the mean over the rows of `-ln p(label)`, plus `l2 / (2 rows)` times
+/// the sum of the squared weights; the intercepts are not penalised. As a mean, its
+/// gradient has a length of about 1 at the start, which suits the solver's first step.
 ///
 /// Parameters are one vector: the weights, `features × classes` row after row,
 /// then the `classes` intercepts.
@@ -46,7 +53,7 @@ pub(super) struct Evaluated {
     gradient: Array1<f64>,
     /// The mean cross-entropy, without the penalty.
     pub loss: f64,
-    /// How many rows are told right.
+    /// How many rows are predicted right.
     pub right: usize,
 }
 
@@ -61,17 +68,17 @@ impl<'a> Objective<'a> {
         }
     }
 
-    /// Where training starts: every parameter 0.
+    /// The starting point: every parameter 0.
     pub fn origin(&self) -> Array1<f64> {
         Array1::zeros((self.examples.features.ncols() + 1) * self.examples.classes)
     }
 
-    /// Allows a further line search its evaluations.
+    /// Resets the evaluation limit for a new line search.
     pub fn begin_iteration(&self) {
         self.evaluations.set(0);
     }
 
-    /// Divides parameters into weights (`features × classes`) and intercepts.
+    /// Splits parameters into weights (`features × classes`) and intercepts.
     pub fn divide<'p>(&self, params: &'p Array1<f64>) -> Result<Divided<'p>, ShapeError> {
         let (features, classes) = (self.examples.features.ncols(), self.examples.classes);
         let (weights, intercepts) = params.view().split_at(Axis(0), features * classes);
@@ -84,7 +91,7 @@ impl<'a> Objective<'a> {
     /// Cost and gradient at `params`.
     ///
     /// # Errors
-    /// When asked to stop, when the cost is not finite, or after too many
+    /// Fails when asked to stop, when the cost is not finite, or after too many
     /// evaluations in one iteration.
     pub fn evaluate(&self, params: &Array1<f64>) -> Result<Evaluated, Error> {
         if let Some(newest) = self.newest.borrow().as_ref()
@@ -130,8 +137,8 @@ impl<'a> Objective<'a> {
         })
     }
 
-    /// Goes through the rows block by block, so that the scores held at one
-    /// time are few and a stop is seen soon.
+    /// Processes the rows in blocks, so that few scores are in memory and a stop is
+    /// noticed soon.
     fn sum_over_rows(&self, params: &Array1<f64>) -> Result<Sums, Error> {
         let Examples {
             features,
@@ -180,9 +187,8 @@ struct Sums {
     right: usize,
 }
 
-/// Returns `-ln softmax(scores)[label]` and leaves its gradient in place of the
-/// scores. Measured from the row's own highest score, so that nothing
-/// overflows however far apart the scores are.
+/// Returns `-ln softmax(scores)[label]` and replaces the scores by its gradient. Measures
+/// from the row's highest score, so that nothing overflows.
 fn cross_entropy(scores: &mut [f64], label: usize) -> f64 {
     let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let below_top = top - scores[label];
@@ -198,8 +204,8 @@ fn cross_entropy(scores: &mut [f64], label: usize) -> f64 {
     below_top + sum.ln()
 }
 
-/// An objective in the solver's hands. Borrowed, since the solver loses what
-/// it owns when it gives up.
+/// The objective as the solver's problem. Borrowed, since the solver drops what it owns
+/// when it gives up.
 pub(super) struct Shared<'a>(pub &'a Objective<'a>);
 
 impl CostFunction for Shared<'_> {

@@ -1,20 +1,19 @@
-//! Divides a table's rows into those trained on and those held out.
+//! Splits a table's rows into training rows and held-out rows.
 
 use fastrand::Rng;
 
-/// Row numbers of the two parts; together they are every row once.
+/// Row numbers of the two parts, which together are every row once.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Split {
     pub train: Vec<usize>,
     pub test: Vec<usize>,
 }
 
-/// Holds out `test_fraction` of the rows at random, the same share of each
-/// class as near as whole rows allow, and keeps at least one row of each class
-/// for training. `labels` are class numbers below `classes`, each in use.
-/// The same arguments give the same split.
+/// Holds out `test_fraction` of the rows at random, stratified by class as closely as
+/// whole rows allow, and keeps at least one row of each class for training. `labels` are
+/// class numbers below `classes`, each in use. The same arguments give the same split.
 ///
-/// Returns `None` when there are too few rows to hold even one out.
+/// Returns `None` when there are too few rows to hold out even one.
 pub(super) fn stratified(
     labels: &[usize],
     classes: usize,
@@ -41,7 +40,7 @@ pub(super) fn stratified(
             continue;
         }
         candidates += 1;
-        // Every `spare / held_out`-th candidate, which strides over the classes.
+        // Every `spare / held_out`-th candidate, which spreads over the classes.
         if candidates * held_out / spare > split.test.len() {
             split.test.push(row);
         } else {

@@ -12,20 +12,20 @@ use sha2::{Digest, Sha256};
 
 use super::error::TrainError;
 
-/// The most feature cells one table may hold: 1 GiB of numbers. Training holds
-/// about twice that.
+/// The most feature cells of one table: 1 GiB of numbers. Training needs about twice
+/// that.
 const MAX_CELLS: usize = 1 << 27;
 
-/// The most classes a target may have. Beyond it the column is surely no label
-/// (an id, a measurement) and the weights would not fit in memory.
+/// The most classes of a target. With more, the column is surely no label (an id, a
+/// measurement) and the weights would not fit in memory.
 const MAX_CLASSES: usize = 1_000;
 
-/// How many rows are read between two looks at the stop signal.
+/// How many rows are read between two checks of the stop signal.
 const ROWS_PER_STOP_CHECK: usize = 256;
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 
-/// A labelled table, whole in memory.
+/// A labelled table, entirely in memory.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Table {
     /// The names of the columns other than the target, in file order.
@@ -41,21 +41,20 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// Reads a CSV file with a header row, gzipped or not, in which every
-    /// column but `target` is a number. Blank lines are skipped.
+    /// Reads a CSV file with a header row, gzipped or not, in which every column but
+    /// `target` is a number. Skips blank lines.
     ///
     /// # Errors
-    /// [`TrainError::Dataset`] for a file that does not exist or does not hold
-    /// such a table, naming the line (from 1, the header's) or column;
-    /// [`TrainError::Io`] when reading fails; [`TrainError::Stopped`] when
-    /// `stopped` turns true.
+    /// [`TrainError::Dataset`] for a missing file or one without such a table, naming the
+    /// line (from 1, the header's) or column; [`TrainError::Io`] when reading fails;
+    /// [`TrainError::Stopped`] when `stopped` returns true.
     pub fn read(path: &Path, target: &str, stopped: &dyn Fn() -> bool) -> Result<Self, TrainError> {
         let mut file = HashedFile::open(path)?;
         let mut table = {
             let source = decompressed(&mut file, path)?;
             read_csv(source, path, target, stopped)?
         };
-        // The decoder may stop short of the end; the digest is of all of it.
+        // The decoder may stop before the end; the digest covers the whole file.
         io::copy(&mut file, &mut io::sink()).map_err(cannot_read(path))?;
         table.sha256 = file.digest();
         Ok(table)
@@ -76,7 +75,7 @@ fn cannot_read(path: &Path) -> impl FnOnce(io::Error) -> TrainError + '_ {
     TrainError::io("cannot read the dataset", path)
 }
 
-/// A file that is digested as it is read.
+/// A file whose digest is computed as it is read.
 struct HashedFile {
     file: File,
     sha256: Sha256,
@@ -84,7 +83,7 @@ struct HashedFile {
 
 impl HashedFile {
     fn open(path: &Path) -> Result<Self, TrainError> {
-        // Looked at before opening: opening a named pipe would block.
+        // Checked before opening: opening a named pipe would block.
         let metadata = std::fs::metadata(path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
                 TrainError::Dataset(format!("the dataset {} does not exist", path.display()))
@@ -114,7 +113,7 @@ impl Read for HashedFile {
     }
 }
 
-/// The file's text, and whether it comes out of gzip.
+/// The file's text, and whether it is gunzipped.
 struct Source<'a> {
     text: Box<dyn Read + 'a>,
     gzip: bool,
@@ -162,7 +161,7 @@ fn read_csv(
     rows.into_table(header).map_err(|reason| flaw(path, reason))
 }
 
-/// The records of a CSV text with the lines they begin on.
+/// The records of a CSV text with the lines on which they begin.
 struct Lines<'a> {
     reader: csv::Reader<Box<dyn Read + 'a>>,
     record: ByteRecord,
@@ -172,8 +171,8 @@ struct Lines<'a> {
 
 impl<'a> Lines<'a> {
     fn new(source: Source<'a>, path: &'a Path) -> Self {
-        // With every line ended by "\n" the line count after a record is
-        // exact; the "\r" of "\r\n" is trimmed with the other blanks.
+        // If every line ends with "\n", the line count after a record is exact; the "\r"
+        // of "\r\n" is trimmed with the other blanks.
         let text: Box<dyn Read> = Box::new(source.text.chain(&b"\n"[..]));
         let reader = csv::ReaderBuilder::new()
             .has_headers(false)
@@ -203,7 +202,7 @@ impl<'a> Lines<'a> {
         }
     }
 
-    /// The line the current record begins on, from 1.
+    /// The line on which the current record begins, from 1.
     fn line(&self) -> u64 {
         let inside = self.record.as_slice().iter().filter(|b| **b == b'\n');
         self.reader.position().line() - 1 - inside.count() as u64
@@ -257,7 +256,7 @@ impl Header {
     }
 }
 
-/// The rows read so far. Classes are numbered as they first appear.
+/// The rows read so far. Classes are numbered by first appearance.
 #[derive(Default)]
 struct Rows {
     values: Vec<f64>,

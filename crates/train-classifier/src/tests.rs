@@ -17,7 +17,7 @@ fn digits(output: &Path) -> Parameters {
     }
 }
 
-/// Trains with nobody to watch or stop it.
+/// Trains without a watcher or a stop.
 fn outcome(parameters: &Parameters) -> Result<Trained, TrainError> {
     train(parameters, |_| (), || false)
 }
@@ -93,7 +93,7 @@ fn every_iteration_is_told_and_the_last_is_the_models() {
 fn a_stop_during_training_leaves_no_model() {
     let output = tempfile::tempdir().unwrap();
     let stop = Cell::new(false);
-    // The first step is told before the first iteration.
+    // The first step is reported before the first iteration.
     let stopped = train(&digits(output.path()), |_| stop.set(true), || stop.get());
     assert!(matches!(stopped, Err(TrainError::Stopped)));
     assert!(is_empty(output.path()));

@@ -1,8 +1,8 @@
 //! One stream's life: read without a pause, closed on request.
 //!
-//! A read that is given up while the stream is being opened tears the stream
-//! down, with whatever the broker has sent into it meanwhile. So each stream
-//! has a reader of its own, and only that one ends it.
+//! Cancelling a read while the stream is being opened tears the stream down, with
+//! everything the broker has sent into it. So each stream has its own reader, and only
+//! the reader ends it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,22 +18,22 @@ use tokio_util::task::TaskTracker;
 use crate::pubsub::delivery::{Delivery, Origin};
 use crate::pubsub::{PubsubError, to_message};
 
-/// Bounds of what a broker may have sent unasked; beyond them its streams are
-/// not read, and its own flow control holds it back.
+/// Bounds of what a broker may have sent unasked. Beyond them its streams are not read:
+/// back-pressure holds it back.
 const MAX_MESSAGES: usize = 256;
 const MAX_KIBIBYTES: usize = 64 << 10;
 
-/// What came on a stream.
+/// A delivery or a failure that came on a stream.
 #[derive(Debug)]
 pub(super) struct Arrival {
     pub(super) delivery: Result<Delivery, PubsubError>,
-    /// Which client the stream was opened with.
+    /// The generation of the client that opened the stream.
     pub(super) generation: u64,
-    /// What it takes of the bounds while nobody has looked at it.
+    /// Its share of the bounds until somebody receives it.
     _share: Option<OwnedSemaphorePermit>,
 }
 
-/// Where all streams of a subscription leave what comes on them.
+/// Where all streams of a subscription put their arrivals.
 #[derive(Debug)]
 pub(super) struct Queue {
     arrivals: mpsc::Sender<Arrival>,
@@ -50,7 +50,7 @@ impl Queue {
         (queue, receiver)
     }
 
-    /// Begins to read a stream, on `settling`.
+    /// Starts reading a stream, on `settling`.
     pub(super) fn read(
         &self,
         stream: MessageStream,
@@ -79,9 +79,8 @@ struct Reader {
     arrivals: mpsc::Sender<Arrival>,
     room: Arc<Semaphore>,
     origin: Arc<Origin>,
-    /// Nothing tells a stream on a dead connection from one that has nothing to
-    /// bring: the client reads without a time limit, and keeps heartbeats to
-    /// itself.
+    /// A stream on a dead connection looks like one with nothing to bring: the client
+    /// reads without a time limit, and does not expose heartbeats.
     quiet_limit: Duration,
 }
 
@@ -110,8 +109,8 @@ impl Reader {
             };
             let ended = delivery.is_err();
             if ended {
-                // Before the puller hears of it: a stream that still seems to
-                // listen would keep it from opening another.
+                // Before the puller hears of it: a stream that still seems to listen
+                // would keep it from opening another.
                 origin.close.cancel();
             }
             if self.leave(delivery).await.is_none() || ended {
@@ -121,8 +120,8 @@ impl Reader {
         self.close().await;
     }
 
-    /// Waits for room; None once the stream is to be closed, and then the
-    /// delivery is handed back.
+    /// Waits for room. None once the stream is to be closed; the delivery is then handed
+    /// back.
     async fn leave(&self, delivery: Result<Delivery, PubsubError>) -> Option<()> {
         let leaving = async {
             let arrival = Arrival {
@@ -133,7 +132,7 @@ impl Reader {
             self.arrivals.send(arrival).await.ok()
         };
         tokio::select! {
-            // What there is room for is not handed back.
+            // A delivery that there is room for is not handed back.
             biased;
             left = leaving => left,
             () = self.origin.close.cancelled() => None,
@@ -157,23 +156,23 @@ impl Reader {
     }
 
     async fn close(mut self) {
-        // What the client has buffered must pass through here: closing the
-        // stream would keep it from everybody until its ack deadline.
+        // Deliveries that the client has buffered must pass through here: closing the
+        // stream would withhold them from everybody until their ack deadline.
         while let Some(Some(Ok((message, handler)))) = self.stream.next().now_or_never() {
             let delivery = Ok(self.delivery(message, handler));
-            // Without room it is dropped, and so handed back.
+            // Without room it is dropped, and thus handed back.
             let _ = self.leave(delivery).now_or_never();
         }
         let shutdown = self.stream.shutdown_token();
         drop(self.stream);
         self.origin.closed.cancel();
         drop(self.arrivals);
-        // Completes when all that came on the stream is settled and told.
+        // Completes when every delivery of the stream is settled and the broker told.
         shutdown.shutdown().await;
     }
 }
 
-/// Completes when the stream could have brought a message for so long.
+/// Completes once the stream has been quiet for this long although it had room.
 async fn quiet(origin: &Origin, limit: Duration) {
     loop {
         sleep(limit).await;

@@ -17,9 +17,9 @@ use crate::store::values::{
 };
 use crate::store::{ClaimTerms, StoreError};
 
-/// Answers a batch of claims in one transaction: first the new keys, then the
-/// takeovers, then how the rest stand. A new row that conflicts waits for the
-/// other transaction, so the later statements see what that one committed.
+/// Answers a batch of claims in one transaction: first inserts the new keys, then takes
+/// over, then reports on the rest. A new row that conflicts waits for the other
+/// transaction, so the later statements see its commit.
 pub(super) async fn claim(
     pool: &PgPool,
     requests: &[ClaimRequest],
@@ -45,8 +45,8 @@ pub(super) async fn claim(
     if !rest.is_empty() {
         answers.extend(count_duplicates(&mut transaction, &rest, terms).await?);
     }
-    // Checked before the commit: otherwise the leases of the other requests
-    // would be nobody's.
+    // Checked before the commit: otherwise nobody would own the leases of the other
+    // requests.
     let claims = requests
         .iter()
         .map(|request| {
@@ -59,18 +59,18 @@ pub(super) async fn claim(
     Ok(claims)
 }
 
-/// A job that a statement has just given, or put on record.
+/// A job that a statement has just acquired or put on record.
 #[derive(sqlx::FromRow)]
 pub(super) struct Won {
     pub(super) token: Uuid,
     job_id: Uuid,
     attempt: i32,
-    /// False where the new job has to wait.
+    /// False if the new job has to wait.
     runs: bool,
     counted_attempts: i32,
     checkpoint: Option<String>,
     cancel_requested: bool,
-    /// The rest is only told to who takes the job without a delivery.
+    /// The rest is filled only for a worker that takes the job without a delivery.
     pub(super) task: Option<String>,
     pub(super) message_id: Option<String>,
     pub(super) ordering_key: Option<String>,
@@ -133,12 +133,12 @@ async fn lock_ordering_keys(
     lock_places_in(connection, &subscriptions, &keys).await
 }
 
-/// Jobs are inserted in key order, so that two batches with keys in common
-/// wait for each other instead of deadlocking; their places within an ordering
-/// key are in the order of the requests.
+/// Inserts jobs in key order, so that two batches with common keys wait for each other
+/// instead of deadlocking; places within an ordering key follow the order of the
+/// requests.
 ///
-/// A job runs at once unless it has to wait: for an earlier one of its
-/// ordering key, or for a worker that can run it.
+/// A job runs at once unless it has to wait for an earlier job of its ordering key, or
+/// for a worker that knows its task.
 const INSERT_NEW: &str = "
 WITH input AS (
     SELECT DISTINCT ON (subscription, key) *
@@ -264,15 +264,14 @@ fn delays(requests: &[&ClaimRequest], runs: bool) -> Vec<f64> {
         .collect()
 }
 
-/// A row that another transaction is writing is somebody else's, hence SKIP
-/// LOCKED. A token that is the request's own already is the sign of an answer
-/// that was lost: the claim is confirmed as it stands. It comes before other
-/// claims of its key in the same batch, and is told once.
+/// SKIP LOCKED: another transaction is claiming a locked row. If the row already has the
+/// request's own token, an earlier answer was lost: the claim is confirmed unchanged. It
+/// precedes other claims of its key in the same batch, and is reported once.
 ///
-/// A lease that expired without a word from its worker is a crash. At the limit
-/// of crashes, or of the task's attempts, the job is dead instead. No run ended
-/// it, so `finished_by` stays unset: the last run that lost its lease must not
-/// take the ending for its own.
+/// A lease that expired without a word from its worker counts as a crash. At the limit of
+/// crashes, or of the task's attempts, the job ends dead instead. `finished_by` stays
+/// unset, since no run ended it: the last run that lost its lease must not mistake the
+/// ending for its own.
 const TAKE_OVER: &str = "
 WITH input AS (
     SELECT DISTINCT ON (subscription, key) request.*
@@ -353,13 +352,13 @@ FROM taken LEFT JOIN LATERAL (
 pub(super) struct Taker<'a> {
     key: &'a JobKey,
     token: Uuid,
-    /// In seconds. None: as it was.
+    /// In seconds. None keeps the row's value.
     delay: Option<f64>,
-    /// Also from a worker whose lease has expired.
+    /// Also takes the job of a worker whose lease has expired.
     takes_lost: bool,
     /// But only after the row's delay.
     waits_delay: bool,
-    /// It has no delivery, and is told what that would have told.
+    /// The run has no delivery, so it needs the message's fields too.
     is_told: bool,
     limits: &'a Limits,
 }
@@ -428,8 +427,8 @@ fn flags(takers: &[Taker<'_>], of: fn(&Taker<'_>) -> bool) -> Vec<bool> {
     takers.iter().map(of).collect()
 }
 
-/// The ledger keeps so many duplicates of a job; the count goes on. A message
-/// that comes again while its job waits is none: nobody has run it yet.
+/// The ledger keeps a limited number of duplicates per job; the count goes on. A message
+/// that arrives again while its job waits is no duplicate: nobody has run it yet.
 const COUNT_DUPLICATES: &str = "
 WITH request AS (
     SELECT * FROM unnest($1::text[], $2::text[], $3::uuid[], $4::text[])

@@ -8,8 +8,8 @@ use crate::message::Message;
 use crate::store::values::from_json;
 use crate::store::{DeadLettersDue, StoreError};
 
-/// What one worker has been given no other gets for a while, so that each is
-/// published once where nothing goes wrong.
+/// A dead letter given to one worker is withheld from others for a while, so that each is
+/// normally published once.
 const DEAD_LETTERS: &str = "
 WITH due AS (
     SELECT subscription, key FROM processed_messages
@@ -66,7 +66,7 @@ fn read_dead_letter(row: &PgRow) -> Result<DeadLetter, StoreError> {
     })
 }
 
-/// Nothing, where the job was retried meanwhile.
+/// Changes nothing if the job was retried meanwhile.
 const DEAD_LETTER_SETTLED: &str = "
 WITH settled AS (
     UPDATE processed_messages SET dead_letter_topic = NULL, dead_letter_due = NULL

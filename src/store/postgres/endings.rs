@@ -11,13 +11,13 @@ use crate::outcome::DeadReason;
 use crate::store::values::{MAX_DUPLICATES_IN_LEDGER, json_text, storable};
 use crate::store::{Finish, Finished, Refusal, Refused, Release, StoreError};
 
-/// One statement: the lease goes and the job ends, or neither. A second call
+/// One statement, so that the lease is deleted and the job ends, or neither. A second call
 /// with the same token finds the ending that the first one wrote.
 ///
-/// A row that another session has locked is passed over, so that it holds up no
-/// other ending. Only the short lock of a claim on the last job of its ordering
-/// key is waited for. All leases are gone before the first job's row is touched
-/// (hence the count), so that this and a claim never wait for each other.
+/// Skips a row that another session has locked, so that it delays no other ending. Waits only
+/// for the short lock that a claim holds on the last job of its ordering key. Deletes all
+/// leases before it touches the first job's row (hence the count), so that it cannot deadlock
+/// with a claim.
 const FINISH: &str = "
 WITH input AS (
     SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::uuid[], $5::text[], $6::text[],
@@ -114,15 +114,16 @@ pub(super) async fn finish(
         .collect())
 }
 
-/// Why a finish has not ended its job: an earlier call did, or its row was
-/// locked. A first try that was still committing is not in the snapshot of the
-/// second one; a statement of its own sees what it wrote.
+/// Why a finish has not ended its job: an earlier call did, or its row was locked. A separate
+/// statement, since the snapshot of the first one may predate the commit of an earlier try.
 const OTHERS: &str = "
 SELECT finish.token, processed_messages.finished_by IS NOT DISTINCT FROM finish.token AS ended
-FROM unnest($1::text[], $2::text[], $3::uuid[]) AS finish (subscription, key, token)
+FROM unnest($1::text[], $2::text[], $3::uuid[], $4::int[])
+  AS finish (subscription, key, token, attempt)
 JOIN processed_messages USING (subscription, key)
 LEFT JOIN leases USING (subscription, key)
-WHERE processed_messages.finished_by = finish.token OR leases.token = finish.token";
+WHERE processed_messages.finished_by = finish.token
+   OR (leases.token = finish.token AND leases.attempt = finish.attempt)";
 
 async fn others(
     pool: &PgPool,
@@ -133,6 +134,7 @@ async fn others(
         .bind(subscriptions)
         .bind(keys)
         .bind(fence_tokens(finishes.iter().map(|finish| &finish.fence)))
+        .bind(attempts(finishes.iter().map(|finish| &finish.fence)))
         .fetch_all(pool)
         .await?;
     Ok(rows.into_iter().map(|(token, ended)| match ended {
@@ -141,7 +143,8 @@ async fn others(
     }))
 }
 
-/// From now on the job waits in the queue, for room or for its next attempt. One that is to be cancelled need not wait for that.
+/// From now on the job waits in the queue, for room or for its next attempt. A job that is to
+/// be cancelled does not wait for its next attempt.
 const RELEASE: &str = "
 WITH released AS (
     UPDATE leases

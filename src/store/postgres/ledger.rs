@@ -1,4 +1,4 @@
-//! What is written for people, and when it is deleted.
+//! Records for people, and their deletion.
 
 use std::time::Duration;
 
@@ -70,8 +70,8 @@ pub(super) async fn record_attempt(
     Ok(())
 }
 
-/// Job ids begin with the milliseconds of their making, so the unique index on
-/// them finds old rows; the time that counts is the database's.
+/// Job ids begin with their creation time in milliseconds, so their unique index finds
+/// old rows; the database's clock decides.
 const PURGE: &str = "
 WITH old AS (
     SELECT subscription, key FROM processed_messages

@@ -1,9 +1,9 @@
-//! What makes the order of an ordering key's jobs safe beside each other.
+//! Keeps the jobs of an ordering key in order under concurrency.
 //!
-//! A job may be taken only if no other row of its ordering key has a lower
-//! `position`. A row goes when its job ends and only then, so a job that waits for
-//! its next attempt or has lost its worker keeps its place. `position` is a
-//! sequence, and sequences are not in the order of commits: hence the locks.
+//! A job may be taken only if no other row of its ordering key has a lower `position`. A
+//! row is deleted only when its job ends, so a job that waits for its next attempt or has
+//! lost its worker keeps its place. `position` is a sequence, and sequence values do not
+//! follow the order of commits: hence the locks.
 
 use std::borrow::Cow;
 
@@ -11,8 +11,8 @@ use sqlx::PgConnection;
 
 use crate::store::StoreError;
 
-/// Of two transactions that put jobs of one ordering key on record, the later
-/// one must see what the earlier one wrote. Sorted, against deadlocks.
+/// Of two transactions that insert jobs of one ordering key, the later one must see the
+/// rows of the earlier one. Sorted, against deadlocks.
 const LOCK_ORDERING_KEYS: &str = "
 SELECT pg_advisory_xact_lock(lock) FROM (
     SELECT DISTINCT hashtextextended(subscription || chr(10) || ordering_key, 0) AS lock
@@ -20,9 +20,9 @@ SELECT pg_advisory_xact_lock(lock) FROM (
     ORDER BY lock
 ) AS locks";
 
-/// The last job of each ordering key stays in the queue until this transaction
-/// ends. So whoever deletes it later sees the job that comes behind it, and the
-/// deletion's trigger lets that one run. KEY SHARE does not stop renewals.
+/// Keeps the last job of each ordering key in the queue until this transaction ends.
+/// Whoever deletes it later then sees the job behind it, and the deletion's trigger lets
+/// that job run. KEY SHARE does not block renewals.
 const LOCK_LAST_OF_ORDERING_KEYS: &str = "
 WITH last AS MATERIALIZED (
     SELECT requested.subscription, last.key
@@ -41,8 +41,8 @@ WITH last AS MATERIALIZED (
 )
 SELECT (SELECT count(*) FROM last) = (SELECT count(*) FROM locked)";
 
-/// From now on, until the transaction ends, nobody else puts a job of these
-/// ordering keys on record, and the last one of each stays.
+/// Until the transaction ends, nobody else inserts a job of these ordering keys, and the
+/// last job of each stays.
 pub(super) async fn lock_places_in(
     connection: &mut PgConnection,
     subscriptions: &[&str],
@@ -56,7 +56,7 @@ pub(super) async fn lock_places_in(
         .bind(ordering_keys)
         .execute(&mut *connection)
         .await?;
-    // A last job that ended meanwhile leaves an earlier one to lock.
+    // If a last job ended meanwhile, an earlier one must be locked instead.
     loop {
         let locked = sqlx::query_scalar(LOCK_LAST_OF_ORDERING_KEYS)
             .bind(subscriptions)

@@ -1,4 +1,4 @@
-//! The statements by which jobs leave the queue without a delivery.
+//! The statements that take jobs from the queue without a delivery.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -14,13 +14,12 @@ use crate::outcome::DeadReason;
 use crate::store::values::{final_state, storable};
 use crate::store::{ClaimTerms, GivenUp, Reach, Standing, StoreError};
 
-/// Each pair of a subscription and a task is a walk along an index, from the
-/// oldest job on, so that neither the ended jobs nor those out of reach cost
-/// anything. What waits may run at once; what was running when its worker was
-/// lost, only once Pub/Sub has had its time to redeliver.
+/// Walks an index for each pair of subscription and task, from the oldest job on, so that
+/// ended jobs and jobs out of reach cost nothing. Waiting jobs may run at once; jobs
+/// whose worker was lost only after Pub/Sub has had time to redeliver.
 ///
-/// A job behind another of its ordering key has no time to run. The position is
-/// looked at besides, since workers of an earlier version do not write that.
+/// A job behind another of its ordering key has an infinite `run_after`. `position` is
+/// checked too, since workers of an earlier version do not write that.
 const DUE: &str = "
 SELECT due.* FROM unnest($1::text[]) AS s (subscription)
 CROSS JOIN unnest($2::text[]) AS t (task)
@@ -81,7 +80,7 @@ pub(super) async fn take(
     let mut connection = pool.acquire().await?;
     let won = take_over(&mut connection, &takers, terms).await?;
     let mut won: HashMap<Uuid, Won> = won.into_iter().map(|won| (won.token, won)).collect();
-    // What was parked instead is not among the won.
+    // Parked jobs are not among the acquired ones.
     let taken = picks
         .iter()
         .filter_map(|pick| Some((pick, won.remove(&pick.token)?)))
@@ -99,6 +98,8 @@ fn taken(pick: &Pick, mut won: Won, claimed_at: Instant) -> Taken {
     }
 }
 
+/// Each limit makes a look-up by the index of each key: by its estimates, the
+/// server would rather read the whole queue for hundreds of keys.
 const LOOK: &str = "
 SELECT m.state, leases.token IS NULL AS waits, leases.lease_until >= now() AS holds,
        leases.reap_delay = 0 AS acked,
@@ -108,8 +109,14 @@ SELECT m.state, leases.token IS NULL AS waits, leases.lease_until >= now() AS ho
             THEN greatest(extract(epoch FROM leases.run_after - now()), 0)
             ELSE 0 END::float8 AS remaining
 FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS held (subscription, key, nth)
-LEFT JOIN leases USING (subscription, key)
-LEFT JOIN processed_messages m USING (subscription, key)
+LEFT JOIN LATERAL (
+    SELECT * FROM leases
+    WHERE leases.subscription = held.subscription AND leases.key = held.key
+    LIMIT 1) AS leases ON true
+LEFT JOIN LATERAL (
+    SELECT state FROM processed_messages m
+    WHERE m.subscription = held.subscription AND m.key = held.key
+    LIMIT 1) AS m ON true
 ORDER BY nth";
 
 pub(super) async fn look(pool: &PgPool, keys: &[JobKey]) -> Result<Vec<Standing>, StoreError> {
@@ -141,7 +148,7 @@ fn read_standing(row: &PgRow) -> Result<Standing, StoreError> {
     Ok(Standing::Lost)
 }
 
-/// As if the lease had expired one delay earlier.
+/// As if the lease had expired `reap_delay` earlier.
 const OFFER: &str = "
 WITH lost AS (
     SELECT leases.subscription, leases.key

@@ -1,4 +1,4 @@
-//! What people ask for: to cancel a job, to run it again.
+//! Requests from people: to cancel a job, to run it again.
 
 use sqlx::{PgPool, Row};
 use uuid::Uuid;
@@ -8,8 +8,8 @@ use crate::record::{Cancelling, Retrying};
 use crate::store::StoreError;
 use crate::store::values::final_state;
 
-/// A job that nobody runs ends here and now; a run is only asked to stop, since
-/// its end is its worker's to write. One whose worker is lost ends too.
+/// A job that nobody runs ends at once, also one whose worker is lost. A run is only
+/// asked to stop, since its worker writes the ending.
 const CANCEL: &str = "
 WITH job AS (
     SELECT subscription, key, state FROM processed_messages WHERE job_id = $1
@@ -41,10 +41,10 @@ WITH job AS (
 SELECT job.state, EXISTS (SELECT 1 FROM waiting) AS waited, EXISTS (SELECT 1 FROM asked) AS asked
 FROM job";
 
-/// How often a job may change hands under the statement.
+/// How often the statement is tried while the job changes hands.
 const TRIES: usize = 10;
 
-/// None where there is no such job.
+/// None if there is no such job.
 pub(super) async fn cancel(
     pool: &PgPool,
     id: Uuid,
@@ -65,7 +65,7 @@ pub(super) async fn cancel(
 enum Tried {
     Answered(Cancelling),
     Missing,
-    /// It ended or changed hands while the statement ran.
+    /// The job ended or changed hands while the statement ran.
     Changed,
 }
 
@@ -94,8 +94,8 @@ async fn try_cancel(pool: &PgPool, id: Uuid, by: &str) -> Result<Tried, StoreErr
 const ORDERING_KEY: &str = "
 SELECT subscription, ordering_key FROM processed_messages WHERE job_id = $1";
 
-/// A job that waits runs now; one behind another of its ordering key still
-/// waits for its turn.
+/// Lets a waiting job run now; one behind another of its ordering key still waits for its
+/// turn.
 const HURRY: &str = "
 WITH hurried AS (
     UPDATE leases
@@ -110,9 +110,9 @@ WITH hurried AS (
 INSERT INTO ledger (subscription, key, worker, kind)
 SELECT subscription, key, $2, 'retried' FROM hurried";
 
-/// The fence goes on growing from where the ended job left it, which those that
-/// an earlier version ended have in the ledger only. Earlier tries do not count
-/// against the task's attempts.
+/// The attempt number goes on from where the ended job left it. Jobs that an earlier
+/// version ended have it in the ledger only. Earlier attempts do not count against the
+/// task's maximum.
 const REOPEN: &str = "
 WITH reopened AS (
     UPDATE processed_messages
@@ -141,7 +141,7 @@ SELECT subscription, key, $2, 'retried' FROM reopened";
 
 const IS_OPEN: &str = "SELECT state = 'open' FROM processed_messages WHERE job_id = $1";
 
-/// None where there is no such job.
+/// None if there is no such job.
 pub(super) async fn retry(
     pool: &PgPool,
     id: Uuid,
@@ -163,8 +163,8 @@ pub(super) async fn retry(
         )
         .await?;
     }
-    // The queue's row before the job's, as everywhere; and once more, for a job
-    // that somebody else has just put there.
+    // Locks the queue's row before the job's, as everywhere. Tries twice, for a job that
+    // somebody else has just put back in the queue.
     for (statement, answer) in [
         (HURRY, Retrying::Hurried),
         (REOPEN, Retrying::Queued),

@@ -1,4 +1,4 @@
-//! The statements about a run that goes on.
+//! The statements about a run in progress.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -11,9 +11,8 @@ use crate::job::{Fence, Renewal};
 use crate::store::StoreError;
 use crate::store::values::storable;
 
-/// A row that another transaction has locked is passed over: nobody's lease
-/// waits for somebody else's row. Whether its fence still holds is not known
-/// then, only that it did before.
+/// Skips a row that another transaction has locked, so that no renewal waits for
+/// another's row. The answer is then Unknown: the fence held before, and may still.
 const RENEW: &str = "
 WITH fence AS (
     SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::uuid[])

@@ -1,4 +1,4 @@
-//! The schema: bringing it up to date, and knowing whether it is.
+//! The schema: brings it up to date, and checks that it is.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -11,14 +11,13 @@ use tokio::time::{Instant, sleep};
 use crate::retry::Backoff;
 use crate::store::{SchemaError, StoreError, Waiting};
 
-/// A migration that waits for a lock makes everybody wait who comes after it,
-/// renewals too. So it waits briefly, and tries again after a pause in which the
-/// others go on. One without a transaction builds an index beside them, and may
-/// wait as long as it takes.
+/// A migration that waits for a lock blocks everyone behind it, renewals too. So it waits
+/// briefly, then pauses to let the others go on, and tries again. A migration without a
+/// transaction builds an index concurrently, and may wait without limit.
 const LOCK_TIMEOUT: &str = "SET lock_timeout = '1s'";
 const NO_LOCK_TIMEOUT: &str = "SET lock_timeout = 0";
 const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
-/// Then somebody has to look.
+/// After this, a person has to look.
 const PATIENCE: Duration = Duration::from_secs(600);
 
 /// <https://www.postgresql.org/docs/current/errcodes-appendix.html>
@@ -38,7 +37,7 @@ pub(super) async fn migrate(
     loop {
         let mut connection = PgConnection::connect_with(&options).await?;
         let migrated = apply(&migrator, &mut connection).await;
-        // Its end also gives back the lock on migrations.
+        // Closing also releases the migration lock.
         connection.close().await?;
         match migrated {
             Ok(()) => return Ok(outstanding.unwrap_or_else(|| migrator.iter().count())),
@@ -51,7 +50,7 @@ pub(super) async fn migrate(
     }
 }
 
-/// One after another, each with its patience for locks.
+/// Applies migrations one by one, each with its own patience for locks.
 async fn apply(migrator: &Migrator, connection: &mut PgConnection) -> Result<(), MigrateError> {
     drop_invalid_indexes(connection).await?;
     for migration in migrator.iter() {
@@ -72,7 +71,7 @@ const INVALID_INDEXES: &str = "
 SELECT format('DROP INDEX CONCURRENTLY IF EXISTS %s', indexrelid::regclass) FROM pg_index
 WHERE NOT indisvalid AND indrelid = to_regclass('processed_messages')";
 
-/// What a build that was cut short has left behind.
+/// Drops the invalid indexes that an interrupted build has left.
 async fn drop_invalid_indexes(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
     let drops: Vec<String> = sqlx::query_scalar(INVALID_INDEXES)
         .fetch_all(&mut *connection)
@@ -104,7 +103,7 @@ WHERE locks.relation IN (to_regclass('leases'), to_regclass('processed_messages'
   AND locks.granted AND activity.pid <> pg_backend_pid()
   AND activity.xact_start < now() - interval '1 second'";
 
-/// Who holds up the tables, for people.
+/// The sessions that hold locks on the tables, for people.
 async fn holders(pool: &PgPool) -> Result<String, StoreError> {
     Ok(sqlx::query_scalar(HOLDERS).fetch_one(pool).await?)
 }
@@ -117,7 +116,7 @@ pub(super) async fn check(pool: &PgPool) -> Result<(), SchemaError> {
     }
 }
 
-/// A write, though of nothing: a database that only reads is no use.
+/// An empty write, since a read-only database is no use.
 const PING: &str = "UPDATE leases SET attempt = attempt WHERE false";
 
 pub(super) async fn ping(pool: &PgPool) -> Result<(), StoreError> {
@@ -128,7 +127,7 @@ pub(super) async fn ping(pool: &PgPool) -> Result<(), StoreError> {
 const HAS_MIGRATIONS: &str = "SELECT to_regclass('_sqlx_migrations') IS NOT NULL";
 const APPLIED_MIGRATIONS: &str = "SELECT version FROM _sqlx_migrations WHERE success";
 
-/// How many migrations are still to be applied; None where none ever was.
+/// How many migrations are outstanding; None if none was ever applied.
 async fn outstanding(pool: &PgPool, migrator: &Migrator) -> Result<Option<usize>, StoreError> {
     if !sqlx::query_scalar(HAS_MIGRATIONS).fetch_one(pool).await? {
         return Ok(None);
@@ -142,7 +141,7 @@ async fn outstanding(pool: &PgPool, migrator: &Migrator) -> Result<Option<usize>
     Ok(Some(outstanding.count()))
 }
 
-/// The migrations, tolerant of newer ones that another version has applied.
+/// The migrations; ignores newer ones that another version has applied.
 fn migrator() -> Migrator {
     let mut migrator = sqlx::migrate!("migrations/postgres");
     migrator.set_ignore_missing(true);

@@ -59,7 +59,7 @@ async fn answer(
     not_acquired(connection, request, terms).await
 }
 
-/// A job that a statement has just given.
+/// A job that a statement has just acquired.
 pub(super) struct Won {
     token: Uuid,
     job_id: Uuid,
@@ -89,7 +89,7 @@ impl Won {
 enum Inserted {
     Runs(Won),
     Waits,
-    /// It was on record already.
+    /// The key was on record already.
     Known,
 }
 
@@ -103,8 +103,8 @@ ON CONFLICT (subscription, key) DO NOTHING";
 const IS_FIRST_OF_ITS_ORDERING_KEY: &str = "
 SELECT NOT EXISTS (SELECT 1 FROM leases WHERE subscription = $1 AND ordering_key = $2)";
 
-/// A job runs at once unless it has to wait: for an earlier one of its
-/// ordering key, or for a worker that can run it.
+/// A job runs at once unless it has to wait for an earlier job of its ordering key, or
+/// for a worker that knows its task.
 const INSERT_LEASE: &str = "
 INSERT INTO leases
        (subscription, key, job_id, task, ordering_key, position, attempt, token, worker,
@@ -196,9 +196,9 @@ async fn insert_new(
 pub(super) struct Taker<'a> {
     key: &'a JobKey,
     token: Uuid,
-    /// In milliseconds. None: as it was.
+    /// In milliseconds. None keeps the row's value.
     delay: Option<i64>,
-    /// Also from a worker whose lease has expired.
+    /// Also takes the job of a worker whose lease has expired.
     takes_lost: bool,
     /// But only after the row's delay.
     waits_delay: bool,
@@ -231,9 +231,9 @@ impl<'a> From<&'a Pick> for Taker<'a> {
     }
 }
 
-/// A token that is the request's own already is the sign of an answer that was
-/// lost: the claim is confirmed as it stands, and told once. A lease that
-/// expired without a word from its worker is a crash.
+/// If the row already has the request's own token, an earlier answer was lost: the claim
+/// is confirmed unchanged, and reported once. A lease that expired without a word from
+/// its worker counts as a crash.
 const FREE: &str = "
 SELECT token IS $3 AS mine, token IS NOT NULL AND token <> $3 AS crashed, crashes, worker,
        attempt - interruptions AS counted_attempts
@@ -323,8 +323,8 @@ pub(super) async fn take_over(
     }))
 }
 
-/// No run ended the job, so `finished_by` is unset: the last one that lost its
-/// lease must not take the ending for its own.
+/// `finished_by` is unset, since no run ended the job: the last run that lost its lease
+/// must not mistake the ending for its own.
 const PARK_JOB: &str = "
 UPDATE processed_messages
 SET state = 'dead', error = $3, finished_at = CAST(unixepoch('subsec') * 1000 AS INTEGER),
@@ -367,8 +367,8 @@ async fn park(
     add_to_ledger(connection, key, &entry).await
 }
 
-/// A message that comes again while its job waits is no duplicate: nobody has
-/// run it yet.
+/// A message that arrives again while its job waits is no duplicate: nobody has run it
+/// yet.
 const WAITING: &str = "
 SELECT CASE WHEN run_after < 9223372036854775807
             THEN max(run_after - CAST(unixepoch('subsec') * 1000 AS INTEGER), 0)

@@ -24,8 +24,8 @@ WHERE dead_letter_topic IS NOT NULL
 ORDER BY finished_at
 LIMIT $2";
 
-/// What one worker has been given no other gets for a while, so that each is
-/// published once where nothing goes wrong.
+/// A dead letter given to one worker is withheld from others for a while, so that each is
+/// normally published once.
 const GIVE: &str = "
 UPDATE processed_messages
 SET dead_letter_due = CAST(unixepoch('subsec') * 1000 AS INTEGER) + $2
@@ -80,7 +80,7 @@ fn read_dead_letter(row: &SqliteRow) -> Result<DeadLetter, StoreError> {
     })
 }
 
-/// Nothing, where the job was retried meanwhile.
+/// Changes nothing if the job was retried meanwhile.
 const DEAD_LETTER_SETTLED: &str = "
 UPDATE processed_messages SET dead_letter_topic = NULL, dead_letter_due = NULL
 WHERE job_id = $1 AND state = 'dead' AND dead_letter_topic = $2";

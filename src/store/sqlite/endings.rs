@@ -98,7 +98,8 @@ async fn was_ended_by(
     Ok(ended)
 }
 
-/// From now on the job waits in the queue, for room or for its next attempt. One that is to be cancelled need not wait for that.
+/// From now on the job waits in the queue, for room or for its next attempt. A job that is to
+/// be cancelled does not wait for its next attempt.
 const RELEASE: &str = "
 UPDATE leases
 SET token = NULL, interruptions = interruptions + $5,

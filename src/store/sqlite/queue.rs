@@ -1,4 +1,4 @@
-//! The statements by which jobs leave the queue without a delivery.
+//! The statements that take jobs from the queue without a delivery.
 
 use std::time::Duration;
 
@@ -14,9 +14,8 @@ use crate::outcome::DeadReason;
 use crate::store::values::{final_state, json_text, storable};
 use crate::store::{ClaimTerms, GivenUp, Reach, Standing, StoreError};
 
-/// What waits may run at once; what was running when its worker was lost, only
-/// once Pub/Sub has had its time to redeliver. `$3` of each subscription and
-/// task.
+/// Waiting jobs may run at once; jobs whose worker was lost only after Pub/Sub has had
+/// time to redeliver. At most `$3` per subscription and task.
 const DUE: &str = "
 SELECT * FROM (
     SELECT subscription, key, task, false AS is_lost, position,
@@ -152,7 +151,7 @@ fn read_standing(row: &SqliteRow) -> Result<Standing, StoreError> {
     Ok(Standing::Lost)
 }
 
-/// As if the lease had expired one delay earlier.
+/// As if the lease had expired `reap_delay` earlier.
 const OFFER: &str = "
 UPDATE leases SET lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER) - reap_delay
 WHERE subscription = $1 AND key = $2 AND token IS NOT NULL
@@ -179,7 +178,7 @@ WHERE unknown_since IS NOT NULL
   AND task IN (SELECT value FROM json_each($2))";
 
 pub(super) async fn know(pool: &SqlitePool, reach: &Reach) -> Result<(), StoreError> {
-    // As a rule there is nothing to write, and no need for the only writer's place.
+    // Usually there is nothing to write, so this avoids the write lock.
     if !sqlx::query_scalar(UNKNOWN).fetch_one(pool).await? {
         return Ok(());
     }

@@ -1,4 +1,4 @@
-//! What people ask for: to cancel a job, to run it again.
+//! Requests from people: to cancel a job, to run it again.
 
 use sqlx::sqlite::SqlitePool;
 use sqlx::{Connection, Row};
@@ -19,7 +19,7 @@ SELECT m.subscription, m.key, m.state,
 FROM processed_messages m LEFT JOIN leases USING (subscription, key)
 WHERE m.job_id = $1";
 
-/// A job that nobody runs ends here and now. One whose worker is lost ends too.
+/// A job that nobody runs ends at once, also one whose worker is lost.
 const CANCEL_JOB: &str = "
 UPDATE processed_messages
 SET state = 'cancelled', finished_at = CAST(unixepoch('subsec') * 1000 AS INTEGER),
@@ -30,11 +30,11 @@ WHERE processed_messages.subscription = $1 AND processed_messages.key = $2";
 
 const CANCEL_LEASE: &str = "DELETE FROM leases WHERE subscription = $1 AND key = $2";
 
-/// A run is only asked to stop, since its end is its worker's to write.
+/// A run is only asked to stop, since its worker writes the ending.
 const ASK_TO_CANCEL: &str =
     "UPDATE leases SET cancel_requested = 1 WHERE subscription = $1 AND key = $2";
 
-/// None where there is no such job.
+/// None if there is no such job.
 pub(super) async fn cancel(
     pool: &SqlitePool,
     id: Uuid,
@@ -79,9 +79,9 @@ pub(super) async fn cancel(
     Ok(Some(answer))
 }
 
-/// The fence goes on growing from where the ended job left it, which those that
-/// an earlier version ended have in the ledger only. Earlier tries do not count
-/// against the task's attempts.
+/// The attempt number goes on from where the ended job left it. Jobs that an earlier
+/// version ended have it in the ledger only. Earlier attempts do not count against the
+/// task's maximum.
 const QUEUE: &str = "
 INSERT INTO leases (subscription, key, job_id, task, ordering_key, position, attempt,
                     interruptions, run_after, lease_until, checkpoint, worker, started_at)
@@ -118,7 +118,7 @@ SET run_after = CASE WHEN run_after < 9223372036854775807
     lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER)
 WHERE subscription = $1 AND key = $2";
 
-/// None where there is no such job.
+/// None if there is no such job.
 pub(super) async fn retry(
     pool: &SqlitePool,
     id: Uuid,

@@ -1,4 +1,4 @@
-//! The statements about a run that goes on.
+//! The statements about a run in progress.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! The schema: bringing it up to date, and knowing whether it is.
+//! The schema: brings it up to date, and checks that it is.
 
 use sqlx::migrate::Migrator;
 use sqlx::sqlite::SqlitePool;
@@ -20,7 +20,7 @@ pub(super) async fn check(pool: &SqlitePool) -> Result<(), SchemaError> {
     }
 }
 
-/// A write, though of nothing: a database that only reads is no use.
+/// An empty write, since a read-only database is no use.
 const PING: &str = "UPDATE leases SET attempt = attempt WHERE false";
 
 pub(super) async fn ping(pool: &SqlitePool) -> Result<(), StoreError> {
@@ -32,7 +32,7 @@ const HAS_MIGRATIONS: &str = "
 SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = '_sqlx_migrations')";
 const APPLIED_MIGRATIONS: &str = "SELECT version FROM _sqlx_migrations WHERE success";
 
-/// How many migrations are still to be applied; None where none ever was.
+/// How many migrations are outstanding; None if none was ever applied.
 async fn outstanding(pool: &SqlitePool, migrator: &Migrator) -> Result<Option<usize>, StoreError> {
     if !sqlx::query_scalar(HAS_MIGRATIONS).fetch_one(pool).await? {
         return Ok(None);
@@ -46,7 +46,7 @@ async fn outstanding(pool: &SqlitePool, migrator: &Migrator) -> Result<Option<us
     Ok(Some(outstanding.count()))
 }
 
-/// The migrations, tolerant of newer ones that another version has applied.
+/// The migrations; ignores newer ones that another version has applied.
 fn migrator() -> Migrator {
     let mut migrator = sqlx::migrate!("migrations/sqlite");
     migrator.set_ignore_missing(true);

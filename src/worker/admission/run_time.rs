@@ -1,17 +1,17 @@
-//! How long a task's jobs take, as far as this worker has seen.
+//! How long a task's jobs take, as observed by this worker.
 
 use std::time::Duration;
 
-/// A mean in which older runs count less and less.
+/// An exponentially weighted mean.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct RunTime {
     seconds: f64,
     runs: u32,
 }
 
-/// So much does the newest run count.
+/// The weight of the newest run.
 const WEIGHT: f64 = 0.2;
-/// With fewer, nothing is known.
+/// With fewer runs, the mean is unknown.
 const ENOUGH: u32 = 3;
 
 impl RunTime {
@@ -22,7 +22,7 @@ impl RunTime {
         self.seconds += weight * (took - self.seconds);
     }
 
-    /// None while too few have been seen.
+    /// None while too few runs have been seen.
     pub(super) fn mean(&self) -> Option<Duration> {
         (self.runs >= ENOUGH).then(|| Duration::from_secs_f64(self.seconds.max(0.0)))
     }

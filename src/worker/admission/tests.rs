@@ -75,7 +75,7 @@ fn a_change_between_a_look_and_the_wait_is_not_missed() {
 fn gpus_come_back_with_the_last_that_holds_them_and_wake_who_waits() {
     let admission = admission(2, 1);
     let room = admission.admit(&key("first"), "single").unwrap();
-    // A run that cannot be ended has them for longer than its room.
+    // A run that cannot be ended keeps its GPUs after its room is freed.
     let devices = room.begin().unwrap();
     assert_eq!(devices.names(), ["0"]);
     drop(room);
@@ -126,7 +126,7 @@ fn a_place_that_is_dropped_is_free_and_wakes_who_waits_for_it() {
     assert!(have_come(&mut changes));
     assert!(!admission.could_hold("jobs"));
     assert!(!admission.could_begin("jobs"));
-    // What has arrived has one all the same.
+    // A delivery that has arrived still gets a place.
     drop(admission.hold(&subscription));
     assert!(!admission.could_hold("jobs"));
     assert!(have_come(&mut changes));

@@ -19,7 +19,7 @@ use crate::worker::lease_keeper::LeaseKeeper;
 const LEASE: Duration = Duration::from_secs(100);
 const STOP_GRACE: Duration = Duration::from_secs(10);
 
-/// A store that only renews, as it is told; after that it is away.
+/// A store that only renews, by a script; when that is used up, it is away.
 #[derive(Default)]
 struct Renewing {
     /// None: no answer.
@@ -60,7 +60,7 @@ impl Claims for Renewing {
     }
 }
 
-/// Runs for so long, and so long after it was asked to stop.
+/// Runs for `runs_for`, and stops `stops_within` after it was asked to.
 struct Timed {
     runs_for: Duration,
     stops_within: Duration,
@@ -99,7 +99,7 @@ impl Default for Scene {
     }
 }
 
-/// Plays the scene; gives the outcome and how long it took.
+/// Plays the scene; returns the outcome and how long it took.
 async fn play(scene: Scene) -> (Outcome, Duration) {
     let store = Arc::new(Renewing {
         script: Mutex::new(scene.renewals.into()),

@@ -1,4 +1,4 @@
-//! Judges the runs by their own log alone, after everything is over.
+//! Checks the runs by their own log alone, after everything is over.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -7,7 +7,7 @@ use uuid::Uuid;
 use crate::support::runs::{RunEvent, RunLine};
 use crate::support::worker::Death;
 
-/// One attempt as the log tells it.
+/// One attempt according to the log.
 #[derive(Debug, Default)]
 struct LoggedRun {
     pids: Vec<u32>,
@@ -18,23 +18,50 @@ struct LoggedRun {
 
 type RunsOfJobs = HashMap<Uuid, BTreeMap<u32, LoggedRun>>;
 
-/// All that is wrong: a run that began before the one before it was over, by
-/// its end or by its process's death; a fence used twice; a job whose last
-/// attempt, as the table counts them, never came to its end.
+/// All violations of single jobs: overlapping runs and unfinished jobs.
 pub fn violations(
     lines: &[RunLine],
     deaths: &[Death],
     attempts_on_record: &[(Uuid, u32)],
 ) -> Vec<String> {
-    let jobs = by_job_and_attempt(lines);
-    let mut wrong = Vec::new();
-    for (job, runs) in &jobs {
-        wrong.extend(overlaps(job, runs, deaths));
-    }
-    for (job, attempts) in attempts_on_record {
-        wrong.extend(unfinished(job, jobs.get(job), *attempts));
-    }
+    let mut wrong = overlaps(lines, deaths);
+    wrong.extend(unfinished(lines, attempts_on_record));
     wrong
+}
+
+/// Runs that began before the job's previous run ended or its process died, and fences
+/// that were used twice.
+pub fn overlaps(lines: &[RunLine], deaths: &[Death]) -> Vec<String> {
+    let jobs = by_job_and_attempt(lines);
+    let of_job = |(job, runs)| overlaps_of(job, runs, deaths);
+    jobs.iter().flat_map(of_job).collect()
+}
+
+/// Jobs whose last attempt, as the table counts them, never ended.
+pub fn unfinished(lines: &[RunLine], attempts_on_record: &[(Uuid, u32)]) -> Vec<String> {
+    let jobs = by_job_and_attempt(lines);
+    attempts_on_record
+        .iter()
+        .filter_map(|(job, attempts)| unfinished_one(job, jobs.get(job), *attempts))
+        .collect()
+}
+
+/// Jobs that began before all runs of the previous job of their ordering key were over.
+/// `keys` has the jobs of each key in the order of publishing.
+pub fn disorder(lines: &[RunLine], deaths: &[Death], keys: &[Vec<Uuid>]) -> Vec<String> {
+    let jobs = by_job_and_attempt(lines);
+    let pairs = keys.iter().flat_map(|jobs| jobs.windows(2));
+    let wrong = pairs.filter_map(|pair| {
+        let (before, after) = (jobs.get(&pair[0])?, jobs.get(&pair[1])?);
+        let overs: Vec<Option<u64>> = before.values().map(|run| over_at(run, deaths)).collect();
+        let began = after.values().flat_map(|run| &run.starts).min()?;
+        let in_order = overs
+            .iter()
+            .all(|over| over.is_some_and(|over| over <= *began));
+        let [before, after] = pair else { return None };
+        (!in_order).then(|| format!("{after} began at {began}, {before} was over at {overs:?}"))
+    });
+    wrong.collect()
 }
 
 fn by_job_and_attempt(lines: &[RunLine]) -> RunsOfJobs {
@@ -54,7 +81,7 @@ fn by_job_and_attempt(lines: &[RunLine]) -> RunsOfJobs {
     jobs
 }
 
-fn overlaps(job: &Uuid, runs: &BTreeMap<u32, LoggedRun>, deaths: &[Death]) -> Vec<String> {
+fn overlaps_of(job: &Uuid, runs: &BTreeMap<u32, LoggedRun>, deaths: &[Death]) -> Vec<String> {
     let mut wrong = Vec::new();
     let mut before: Option<(u32, &LoggedRun)> = None;
     for (attempt, run) in runs {
@@ -77,11 +104,14 @@ fn overlaps(job: &Uuid, runs: &BTreeMap<u32, LoggedRun>, deaths: &[Death]) -> Ve
 
 fn over_at(run: &LoggedRun, deaths: &[Death]) -> Option<u64> {
     let logged = run.ends.iter().chain(&run.stops).max().copied();
-    let died = || deaths.iter().find(|death| run.pids.contains(&death.pid));
-    logged.or_else(|| died().map(|death| death.at_micros))
+    // Process ids are reused: an earlier death is another worker's.
+    let is_its = |death: &&Death| {
+        run.pids.contains(&death.pid) && run.starts.iter().all(|start| *start <= death.at_micros)
+    };
+    logged.or_else(|| deaths.iter().find(is_its).map(|death| death.at_micros))
 }
 
-fn unfinished(
+fn unfinished_one(
     job: &Uuid,
     runs: Option<&BTreeMap<u32, LoggedRun>>,
     attempts: u32,
@@ -96,8 +126,12 @@ fn unfinished(
 }
 
 fn line(attempt: u32, event: RunEvent, at_micros: u64) -> RunLine {
+    line_of(Uuid::nil(), attempt, event, at_micros)
+}
+
+fn line_of(job: Uuid, attempt: u32, event: RunEvent, at_micros: u64) -> RunLine {
     RunLine {
-        job: Uuid::nil(),
+        job,
         attempt,
         pid: attempt,
         event,
@@ -135,4 +169,27 @@ fn the_checker_finds_what_is_missing_and_what_ran_twice() {
     assert_eq!(violations(&lines[1..], &[], &[(Uuid::nil(), 2)]).len(), 1);
     assert_eq!(violations(&lines[1..2], &[], &[(Uuid::nil(), 1)]).len(), 1);
     assert_eq!(violations(&[], &[], &[(Uuid::nil(), 1)]).len(), 1);
+}
+
+#[test]
+fn the_checker_finds_what_began_before_its_turn() {
+    let (first, second) = (Uuid::nil(), Uuid::max());
+    let mut lines = vec![
+        line_of(first, 1, RunEvent::Start, 10),
+        line_of(first, 2, RunEvent::Start, 30),
+        line_of(first, 2, RunEvent::End, 40),
+        line_of(second, 1, RunEvent::Start, 40),
+        line_of(second, 1, RunEvent::End, 50),
+    ];
+    let deaths = [Death {
+        pid: 1,
+        at_micros: 20,
+    }];
+    let key = [vec![first, second]];
+    assert_eq!(disorder(&lines, &deaths, &key), Vec::<String>::new());
+    assert_eq!(disorder(&lines, &[], &key).len(), 1);
+    lines[3].at_micros = 39;
+    assert_eq!(disorder(&lines, &deaths, &key).len(), 1);
+    lines[3].at_micros = 9;
+    assert_eq!(disorder(&lines, &deaths, &key).len(), 1);
 }

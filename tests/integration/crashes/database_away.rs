@@ -5,7 +5,7 @@ use super::{FAST, SUBSCRIPTION, Scene, Settings};
 use crate::support::private_postgres::PrivatePostgres;
 use crate::support::runs::RunEvent;
 
-/// More than a crash takes to be noticed and mended.
+/// Longer than noticing and repairing a crash takes.
 const LONG_LEASE: Settings = Settings {
     slots: 4,
     lease: "9s",
@@ -29,7 +29,7 @@ async fn nothing_is_pulled_while_the_database_is_away() {
     for _ in 0..10 {
         scene.publish_run(0.0).await;
     }
-    // Slots are free; time is what is tested here.
+    // Slots are free, so only the outage can keep jobs from starting.
     tokio::time::sleep(std::time::Duration::from_secs(2)).await;
     assert_eq!(scene.runs.of(RunEvent::Start).len(), 1, "nothing new began");
     assert_eq!(scene.broker.backlog(SUBSCRIPTION), 11, "nothing was acked");
@@ -62,12 +62,12 @@ async fn a_run_that_cannot_be_renewed_stops_and_runs_again() {
     assert!(worker.stop().await.success());
 }
 
-/// Each job ends once, and no run begins before the one before it is over.
+/// Each job ends once, and no run begins before the previous one is over.
 async fn every_job_ends_once(scene: &Scene, how_many: usize) {
     let jobs = scene.all_succeed(how_many).await;
     scene.nothing_is_left_to_deliver().await;
-    // A run that was given back costs no attempt, only its number, so the
-    // numbers are read off the runs.
+    // A run that was given back costs no attempt, only its number, so the numbers come
+    // from the runs.
     let lines = scene.runs.lines();
     let last_attempt = |job| {
         let of_job = lines.iter().filter(|line| line.job == job);

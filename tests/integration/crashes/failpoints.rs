@@ -23,11 +23,12 @@ use crate::support::worker::{Death, WorkerProcess};
 use crate::support::{eventually, has_failpoints, seeded};
 
 const MESSAGES: usize = 6;
-/// With `after_checkpoint` the others have none, and are acked at their end.
+/// With `after_checkpoint`, the other messages have no checkpoint and are acked at their
+/// end.
 const CHECKPOINTED: usize = 3;
-/// A step's first hit, and others that are drawn.
+/// A step's first hit, and other hits drawn at random.
 const ROUNDS: usize = 3;
-/// They mostly wait, for leases and ack deadlines to end; but each takes a few
+/// Scenes mostly wait for leases and ack deadlines to end, but each takes a few
 /// connections of the one server.
 static SCENES_AT_A_TIME: Semaphore = Semaphore::const_new(40);
 const SIGABRT: i32 = 6;
@@ -80,7 +81,7 @@ async fn the_steps_between_two_writes_are_survived_on_googles_emulator() {
     all_end_well(scenes).await;
 }
 
-/// Where the database knows something that the broker does not know yet.
+/// Steps at which the database knows something that the broker does not know yet.
 const CORE: [(&str, Step); 5] = [
     ("before_run", Step::AfterClaim),
     ("before_run", Step::AfterAck),
@@ -89,8 +90,8 @@ const CORE: [(&str, Step); 5] = [
     ("after_run", Step::BeforeFinalAck),
 ];
 
-/// How often a worker passes a step until all messages have run: not at all
-/// where the ack timing has no such step.
+/// How often workers pass a step until all messages have run: never if the ack timing has
+/// no such step.
 fn passes(ack: &str, step: Step) -> usize {
     let acked_early = match ack {
         "before_run" => MESSAGES,
@@ -104,7 +105,7 @@ fn passes(ack: &str, step: Step) -> usize {
     }
 }
 
-/// Whether who dies at this step has a job that it began and did not end.
+/// Whether a worker that dies at this step leaves a job that it began.
 fn has_begun(step: Step) -> bool {
     !matches!(
         step,
@@ -180,7 +181,7 @@ async fn every_step_is_survived(ack: &'static str) {
     all_end_well(scenes).await;
 }
 
-/// Plays the scenes side by side, each to its end, whatever befalls the others.
+/// Runs the scenes concurrently, each to its end, even if others fail.
 async fn all_end_well(scenes: impl IntoIterator<Item = impl Future<Output = ()>>) {
     let scenes = scenes.into_iter().map(AssertUnwindSafe);
     let ended = join_all(scenes.map(FutureExt::catch_unwind)).await;
@@ -188,7 +189,7 @@ async fn all_end_well(scenes: impl IntoIterator<Item = impl Future<Output = ()>>
     assert_eq!(failed, 0, "scenes that failed; each says above why");
 }
 
-/// Says which scene a panic belongs to.
+/// Reports which scene a panic belongs to.
 struct Narrator(Plan);
 
 impl Drop for Narrator {
@@ -201,7 +202,7 @@ impl Drop for Narrator {
 
 async fn play(plan: Plan, broker: Broker, database: &Database) {
     let _narrator = Narrator(plan);
-    // Its own, since others may play on the same database.
+    // Its own, since other scenes may use the same database.
     let subscription = format!("rehearsals-{}", Uuid::new_v4().simple());
     broker.subscribe_with_policy(&subscription).await;
     let settings = Settings {
@@ -220,7 +221,7 @@ async fn play(plan: Plan, broker: Broker, database: &Database) {
     }
 }
 
-/// The checkpointed ones go on until they are released.
+/// Requests the runs; the checkpointed ones go on until they are released.
 fn requests(scene: &Scene, ack: &str) -> Vec<String> {
     let request = |number: usize| match is_checkpointed(ack, number) {
         true => {
@@ -274,7 +275,7 @@ async fn lives(scene: &Scene, published: &[String], mut worker: WorkerProcess) {
     assert!(worker.stop().await.success());
 }
 
-/// So many scenes had better look at the runs' log than at the tables.
+/// With this many scenes, polling the runs' log is cheaper than polling the tables.
 async fn all_succeed(scene: &Scene) -> Vec<Job> {
     eventually("every job has come to an end", async || {
         let ends = scene.runs.of(RunEvent::End);

@@ -1,4 +1,4 @@
-//! A worker that stands still for longer than its lease, and then goes on.
+//! A worker that freezes for longer than its lease, and then goes on.
 
 use nix::sys::signal::Signal;
 use trainyard::record::JobState;
@@ -8,8 +8,8 @@ use crate::support::eventually;
 use crate::support::runs::RunEvent;
 use crate::support::worker::WorkerProcess;
 
-/// More than a lease and a sweep, so that the frozen run is not over when the
-/// other worker's begins.
+/// Longer than a lease and a sweep, so that the frozen run is not over when the other
+/// worker's begins.
 const SECONDS: f64 = 8.0;
 
 const SETTINGS: Settings = Settings {
@@ -27,7 +27,7 @@ async fn a_worker_thawed_during_another_ones_run_stops_its_own() {
     it_says_that_it_changed_nothing(&frozen).await;
     assert_eq!(scene.runs.of(RunEvent::End), []);
     only_the_heirs_ending_counts(&scene, &frozen, &heir).await;
-    // Its run was stopped: only the heir's came to an end.
+    // Its run was stopped: only the heir's run ended.
     assert_eq!(scene.runs.of(RunEvent::End).len(), 1);
 }
 
@@ -47,7 +47,7 @@ async fn freeze_until_taken_over(scene: &Scene) -> (WorkerProcess, WorkerProcess
     let frozen = scene.yard.start_worker("frozen");
     scene.publish_run(SECONDS).await;
     scene.runs_have_started(1).await;
-    // The early ack must have arrived, or the broker delivers again too.
+    // The early ack must have arrived, or the broker redelivers too.
     scene.nothing_is_left_to_deliver().await;
     frozen.signal(Signal::SIGSTOP);
     let heir = scene.yard.start_worker("heir");

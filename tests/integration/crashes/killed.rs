@@ -68,10 +68,10 @@ async fn a_job_that_kills_its_workers_is_parked() {
     scene
         .is_explained_by(&id, &["claimed", "taken_over", "parked", "lost 2 times"])
         .await;
-    // The first worker may have died before its early ack was sent; then the
-    // message comes again, to be acked as a duplicate.
+    // The first worker may have died before its early ack was sent; then the message is
+    // redelivered and acked as a duplicate.
     scene.nothing_is_left_to_deliver().await;
-    // A run that had begun would be interrupted by the stop, and say so.
+    // A run that had begun would be interrupted by the stop, and log it.
     assert!(third.stop().await.success());
     assert_eq!(scene.runs.of(RunEvent::Start).len(), 2);
 }

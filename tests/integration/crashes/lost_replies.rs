@@ -1,4 +1,4 @@
-//! The database does what it was asked, and its answer is lost.
+//! The database executes a statement, and its answer is lost.
 
 use trainyard::record::JobState;
 
@@ -8,7 +8,7 @@ use crate::support::eventually;
 use crate::support::proxy::{Loss, LossyProxy};
 use crate::support::runs::RunEvent;
 
-/// Parts of statements that tell them from all others.
+/// Parts of statements that identify them.
 const CLAIM: Loss = Loss::OfCommitAfter("INSERT INTO processed_messages");
 const FINISH: Loss = Loss::OfStatement("SET state = ended.state");
 
@@ -29,7 +29,7 @@ async fn the_job_runs_once_though_a_reply_is_lost(loss: Loss) {
     let proxy = LossyProxy::in_front_of(&database.url).await;
     let behind = Database::at(proxy.url.clone());
     let scene = Scene::new(&database, &behind, &FAST).await;
-    // Two, so that one could take over what looks abandoned.
+    // Two workers, so that one could take over a job that looks abandoned.
     let workers = ["one", "other"].map(|name| scene.yard.start_worker(name));
     proxy.arm(loss);
     let id = scene.publish_run(0.5).await;

@@ -1,4 +1,4 @@
-//! Runs that end while the database is away, for longer than their leases last.
+//! Runs that end while the database is away for longer than their leases.
 
 use std::time::Duration;
 
@@ -78,7 +78,7 @@ async fn jobs_that_end_during_an_outage_have_succeeded(workers: &[&str], setting
     assert_eq!(scene.failed_deliveries(), 0);
 }
 
-/// Waits until all leases ended that long ago.
+/// Waits until all leases expired this long ago.
 async fn every_lease_has_ended(database: &Database, ago: Duration) {
     let mut connection = PgConnection::connect(&database.url).await.unwrap();
     eventually("every lease has ended", async || {

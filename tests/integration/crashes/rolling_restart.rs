@@ -1,4 +1,4 @@
-//! A new version is rolled out while there is much to do.
+//! A rollout of a new version under load.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -16,10 +16,10 @@ use crate::support::seeded;
 use crate::support::worker::WorkerProcess;
 
 const JOBS: usize = 1000;
-/// Every so many jobs comes one that is long enough to be interrupted.
+/// Every this many jobs, one is long enough to be interrupted.
 const LONG_EVERY: usize = 25;
 const WORKERS: usize = 3;
-/// Each worker is replaced so often.
+/// How often each worker is replaced.
 const ROUNDS: usize = 3;
 const RESTARTS: usize = WORKERS * ROUNDS;
 
@@ -36,7 +36,7 @@ async fn a_rolling_restart_costs_nothing_where_messages_are_acked_late() {
 async fn a_rolling_restart_costs_nothing(ack: &'static str) {
     let settings = Settings {
         slots: 4,
-        // No longer than the stop grace, so that what runs is interrupted.
+        // No longer than the stop grace, so that runs are interrupted.
         shutdown_grace: "500ms",
         ack,
         ..CALM
@@ -66,8 +66,8 @@ async fn a_rolling_restart_costs_nothing(ack: &'static str) {
     check(&scene, &jobs, &published);
 }
 
-/// A worker that stops hands back what it has, and any of the restarts may hit
-/// the same message: none costs it more than one delivery.
+/// A stopping worker hands back its messages, and any restart may hit the same message;
+/// still no restart costs it more than one delivery.
 async fn scene(settings: &Settings) -> Option<Scene> {
     let database = Database::postgres().await?;
     let broker = Broker::builtin().await?;

@@ -1,4 +1,4 @@
-//! When two deliveries are the same job, and when one message is two.
+//! Two deliveries of the same job, and one message that is two jobs.
 
 use trainyard::pubsub::Outgoing;
 use trainyard::record::JobState;

@@ -1,4 +1,4 @@
-//! What attempts have told about themselves.
+//! The reports of attempts.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -74,7 +74,7 @@ async fn what_attempts_told_is_read_back_in_their_order(database: Database) {
     assert!(kept[1].ended_at >= started);
 }
 
-/// As it told last: it may tell while it runs.
+/// Its last report counts; it may report while it runs.
 async fn an_attempt_is_kept_once(database: Database) {
     let store = database.open_migrated().await;
     let run = acquire(&store, "1", LONG).await;
@@ -110,7 +110,7 @@ async fn a_job_whose_attempts_told_nothing_has_none(database: Database) {
     assert_eq!(store.attempts(Uuid::now_v7()).await.unwrap(), []);
 }
 
-/// A loss that diverges must not make its job unreadable.
+/// A diverging loss must not make its job unreadable.
 async fn what_is_no_number_is_left_out(database: Database) {
     let store = database.open_migrated().await;
     let run = acquire(&store, "1", LONG).await;

@@ -1,4 +1,4 @@
-//! Races, batches, and answers that were lost on the way.
+//! Races, batches, and lost answers.
 
 use std::sync::Arc;
 
@@ -84,7 +84,7 @@ async fn a_claim_sent_again_after_a_takeover_is_confirmed(database: Database) {
     );
 }
 
-/// Whichever comes first in the batch.
+/// Holds whichever of the two comes first in the batch.
 async fn a_claim_sent_again_beside_another_delivery_is_confirmed(database: Database) {
     let store = database.open_migrated().await;
     let mine = request("1");

@@ -1,4 +1,4 @@
-//! What asking to cancel a job does.
+//! Requests to cancel a job.
 
 use std::sync::Arc;
 
@@ -32,7 +32,7 @@ on_both_databases!(
     of_a_claim_and_a_cancellation_at_once_both_are_told_the_truth,
 );
 
-/// Of the runs.
+/// No runs.
 const NONE: [Uuid; 0] = [];
 
 async fn cancel(store: &Arc<dyn Store>, id: Uuid) -> Cancelling {
@@ -104,7 +104,7 @@ async fn a_running_job_is_asked_to_stop(database: Database) {
         assert_eq!(cancel(&store, run.job_id).await, Cancelling::Requested);
         assert_eq!(told(&store, "w1").await, [run.fence.token]);
     }
-    // Its end is its worker's to write, which holds the lease as before.
+    // Its worker, which still holds the lease, writes its ending.
     assert_eq!(job_of(&store, &run).await.state, JobState::Running);
     let fences = std::slice::from_ref(&run.fence);
     assert_eq!(store.renew(fences, LONG).await.unwrap(), [Renewal::Renewed]);
@@ -129,7 +129,7 @@ async fn only_its_own_worker_is_told_to_cancel_a_run(database: Database) {
     assert_eq!(told(&store, "w3").await, NONE);
 }
 
-/// Its word came first.
+/// Its ending counts, since the run ended by itself.
 async fn a_run_that_is_asked_to_stop_may_still_succeed(database: Database) {
     let store = database.open_migrated().await;
     let run = acquire(&store, "1", LONG).await;
@@ -169,7 +169,7 @@ async fn a_request_to_cancel_outlives_a_release(database: Database) {
             ..release
         };
         assert!(store.release(&release).await.unwrap());
-        // Nobody runs it, so nobody is told.
+        // No run, so nobody is told.
         assert_eq!(told(&store, "w1").await, NONE);
         pass_the_lease().await;
         run = acquire(&store, "1", LONG).await;
@@ -191,7 +191,7 @@ async fn an_ended_job_is_not_cancelled(database: Database) {
         let ended = Cancelling::AlreadyEnded(state);
         assert_eq!(cancel(&store, run.job_id).await, ended);
         assert_eq!(story_of(&store, key).await, before);
-        // A lost answer to the end is still confirmed.
+        // An ending whose answer was lost is still confirmed.
         assert!(finish(&store, &run.fence, succeeded()).await);
     }
     let refused = refusal("4");
@@ -227,7 +227,7 @@ async fn cancelling_is_told_in_the_ledger(database: Database) {
     assert_eq!(by, ["w1", "anna", "w1", "anna"]);
 }
 
-/// One of them is first, and both answers say which.
+/// One of them is first, and both answers agree on which.
 async fn of_a_claim_and_a_cancellation_at_once_both_are_told_the_truth(database: Database) {
     let store = database.open_migrated().await;
     for round in 0..20 {

@@ -1,4 +1,4 @@
-//! Where a run's work is kept, for the job's next attempt.
+//! Checkpoints: a run's work, stored for the job's next attempt.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -142,7 +142,7 @@ fn released(fence: &Fence, why: Released, checkpoint: Option<&str>) -> Release {
     }
 }
 
-/// It may not have been saved before; without one, what was saved stays.
+/// It may not have been saved before; without one, the saved checkpoint stays.
 async fn a_released_runs_last_checkpoint_counts(database: Database) {
     let store = database.open_migrated().await;
     let failed = Released::Failed {
@@ -177,7 +177,7 @@ async fn a_finished_runs_last_checkpoint_counts(database: Database) {
             store.finish(&[finish(last)]).await.unwrap(),
             [Finished::Ended]
         );
-        // Confirmed, and nothing else.
+        // Confirmed, and nothing else changes.
         let again = finish(Some("late"));
         assert_eq!(store.finish(&[again]).await.unwrap(), [Finished::Ended]);
         assert_eq!(kept(&store, &run).await.as_deref(), Some(expected));
@@ -234,8 +234,7 @@ async fn a_retried_job_tells_its_newest_checkpoint(database: Database) {
     assert_eq!(kept(&store, &second).await.as_deref(), Some("after"));
 }
 
-/// `after_checkpoint` acks the message then, so that Pub/Sub does not bring the
-/// job back any more.
+/// `after_checkpoint` acks the message then, so Pub/Sub no longer brings the job back.
 async fn a_checkpoint_that_acks_leaves_the_job_to_the_table(database: Database) {
     let store = database.open_migrated().await;
     let tables = database.tables().await;

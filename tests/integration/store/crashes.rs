@@ -1,4 +1,4 @@
-//! Lost leases are counted, given back ones are not.
+//! Lost leases are counted, leases given back are not.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ on_both_databases!(
     a_claim_that_was_never_answered_is_given_back_and_costs_no_attempt,
 );
 
-/// Loses the lease of the key that many times.
+/// Loses the key's lease this many times.
 async fn crash(store: &Arc<dyn Store>, key: &str, times: u32) -> trainyard::job::Acquired {
     let mut acquired = acquire(store, key, ENDED).await;
     pass_the_lease().await;
@@ -65,7 +65,7 @@ async fn the_third_lost_lease_parks_the_job_as_dead(database: Database) {
 
 async fn a_reaper_parks_a_job_and_does_not_get_it(database: Database) {
     let store = database.open_migrated().await;
-    // The interruption moves the fence's attempt away from the job's attempts.
+    // The interruption makes the fence's attempt differ from the job's attempts.
     let released = acquire(&store, "1", LONG).await;
     store.release(&interrupted(&released.fence)).await.unwrap();
     let last = crash(&store, "1", 3).await;
@@ -94,7 +94,7 @@ async fn an_interruption_is_no_crash_and_costs_no_attempt(database: Database) {
         assert_eq!(job_of(&store, &acquired).await.attempts, 1);
         assert!(store.release(&interrupted(&acquired.fence)).await.unwrap());
     }
-    // Two crashes are still allowed for.
+    // Two more crashes are allowed.
     let acquired = crash(&store, "1", 3).await;
     assert_eq!(acquired.fence.attempt, 8);
     assert_eq!(job_of(&store, &acquired).await.attempts, 3);
@@ -115,14 +115,14 @@ async fn a_claim_that_was_never_answered_is_given_back_and_costs_no_attempt(data
     let unanswered = acquire(&store, "1", LONG).await.fence;
     let claims = [
         (unanswered.key.clone(), unanswered.token),
-        // One that never arrived.
+        // A claim that never arrived.
         (JobKey::new("s", "2"), Uuid::new_v4()),
     ];
     store.disown(&claims).await.unwrap();
     pass_the_lease().await;
     let run = acquire(&store, "1", LONG).await;
     assert_eq!((run.fence.attempt, run.counted_attempts), (2, 1));
-    // It is another's by now.
+    // Another run has the job by now.
     store.disown(&claims).await.unwrap();
     assert!(finish(&store, &run.fence, succeeded()).await);
     let told = story_of(&store, "1").await;

@@ -111,7 +111,7 @@ async fn an_ending_that_is_not_dead_leaves_no_dead_letter(database: Database) {
     assert_eq!(keys(&letters(&store).await), [""; 0]);
 }
 
-/// Also once it is settled.
+/// This also holds once the dead letter is settled.
 async fn finishing_again_leaves_one_dead_letter(database: Database) {
     let store = database.open_migrated().await;
     let run = die(&store, "1", "w1").await;
@@ -250,7 +250,7 @@ async fn dead_letters_come_earliest_first_and_no_more_than_asked_for(database: D
     }
 }
 
-/// Their topic may not be there now, and then must not keep the others back.
+/// Their topic may be missing now, which must not delay the others.
 async fn dead_letters_to_some_topics_can_be_passed_over(database: Database) {
     let store = database.open_migrated().await;
     for (key, topic) in [("1", "gone"), ("2", "graves"), ("3", "gone too")] {
@@ -299,8 +299,8 @@ async fn a_dead_letter_of_another_topic_is_not_settled(database: Database) {
     assert_eq!(kinds(&story_of(&store, "1").await).len(), 2);
 }
 
-/// Neither while it waits or runs nor once it has succeeded; and who read the
-/// dead letter before settles nothing.
+/// Its message is not published while the job waits or runs, nor once it has succeeded. A
+/// worker that read the dead letter before settles nothing.
 async fn a_retried_jobs_message_is_not_published(database: Database) {
     let store = database.open_migrated().await;
     let first = die(&store, "1", "w1").await;

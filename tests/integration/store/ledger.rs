@@ -1,4 +1,4 @@
-//! The story of a message, in order.
+//! The history of a message, in order.
 
 use trainyard::record::{Note, NoteKind};
 use trainyard::store::{ClaimTerms, Refusal};

@@ -1,4 +1,4 @@
-//! How often a job may be lost with its worker before it is dead.
+//! How often a job may lose its worker before it is dead.
 
 use std::sync::Arc;
 
@@ -37,7 +37,7 @@ fn twice(key: &str) -> ClaimRequest {
     }
 }
 
-/// With more crashes than attempts.
+/// Allows more crashes than attempts.
 fn many_crashes() -> ClaimTerms {
     ClaimTerms {
         max_crashes: 100,
@@ -83,7 +83,7 @@ async fn a_reaper_parks_a_job_by_the_limits_of_its_reach(database: Database) {
         tasks: [("train".to_owned(), task_terms(max_attempts))].into(),
     };
     let reap = async |reach: Reach| reap_within(&store, &reach, &many_crashes(), 10).await;
-    // Attempts are left by what this one allows.
+    // By this worker's limit, attempts are left.
     let taken = reap(reach(3, Some("elsewhere"))).await;
     assert_eq!(taken[0].acquired.counted_attempts, 3);
     pass_the_lease().await;
@@ -157,7 +157,7 @@ async fn interruptions_count_neither_as_attempts_nor_as_crashes(database: Databa
     assert_eq!(job_of(&store, &last).await.attempts, 2);
 }
 
-/// Its lease has ended, but it is not another worker's.
+/// Its lease has expired, but no other worker has it.
 async fn a_claim_sent_again_at_the_limit_is_confirmed(database: Database) {
     let store = database.open_migrated().await;
     crash(&store, twice).await;
@@ -169,7 +169,7 @@ async fn a_claim_sent_again_at_the_limit_is_confirmed(database: Database) {
     }
 }
 
-/// Whether a failed job gets another attempt is its worker's to say. It did.
+/// Its worker decides whether a failed job gets another attempt, and it did.
 async fn a_job_that_waits_is_not_parked(database: Database) {
     let store = database.open_migrated().await;
     for attempt in 1..=4 {
@@ -191,7 +191,7 @@ async fn a_retried_job_has_all_its_attempts_and_crashes_again(database: Database
     let id = story_of(&store, "1").await.job.id;
     let retrying = store.retry(id, "anna").await.unwrap();
     assert_eq!(retrying, Some(Retrying::Queued));
-    // Two crashes from before would leave it one.
+    // Counting the two earlier crashes would leave it one.
     let terms = ClaimTerms {
         max_crashes: 3,
         ..many_crashes()

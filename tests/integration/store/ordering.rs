@@ -146,7 +146,7 @@ async fn order_is_kept_when_the_first_is_given_back(database: Database) {
     reap_one(&store, "2").await;
 }
 
-/// However long that is.
+/// The order holds however long the first one waits.
 async fn order_is_kept_when_the_first_fails_and_waits(database: Database) {
     let store = database.open_migrated().await;
     let first = queue_up(&store, &["1", "2"]).await;
@@ -167,7 +167,7 @@ async fn order_is_kept_when_the_first_is_taken_over(database: Database) {
     let lost = acquired(send(&store, &ordered("1"), &terms(ENDED)).await);
     assert_waits(&put(&store, "2").await);
     pass_the_lease().await;
-    // Nobody runs the first one now, and still it comes first.
+    // Nobody runs the first one now, and it still comes first.
     assert_waits(&put(&store, "2").await);
     let first = acquired(put(&store, "1").await);
     assert!(!finish(&store, &lost.fence, succeeded()).await);
@@ -177,7 +177,7 @@ async fn order_is_kept_when_the_first_is_taken_over(database: Database) {
     acquired(put(&store, "2").await);
 }
 
-/// And not in that of their keys.
+/// The order of the claims decides, not that of the keys.
 async fn jobs_run_in_the_order_of_their_claims(database: Database) {
     let store = database.open_migrated().await;
     let mut head = queue_up(&store, &["9", "10", "1", "b", "a"]).await;

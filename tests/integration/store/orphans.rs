@@ -1,4 +1,4 @@
-//! What a reaper takes over, and what it leaves alone.
+//! Which jobs a sweep takes over, and which it leaves alone.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -123,7 +123,7 @@ async fn concurrent_reapers_never_get_the_same_job(database: Database) {
     store.claim(&requests, &terms(ENDED)).await.unwrap();
     pass_the_lease().await;
     let mut reaped = Vec::new();
-    // A reaper passes over what another is writing, so it takes some rounds.
+    // A sweep skips rows that another is writing, so it takes some rounds.
     for _ in 0..JOBS {
         let reapers = (0..8).map(|_| {
             let store = Arc::clone(&store);
@@ -145,7 +145,7 @@ async fn a_released_job_without_a_reap_delay_can_be_reaped_at_once(database: Dat
     let store = database.open_migrated().await;
     let acquired = acquire(&store, "1", LONG).await;
     assert!(store.release(&interrupted(&acquired.fence)).await.unwrap());
-    // Times are whole milliseconds on SQLite.
+    // SQLite stores whole milliseconds.
     pass_the_lease().await;
     let orphans = reap(&store, 1).await;
     assert_eq!(reaped_keys(&orphans), ["1"]);

@@ -1,4 +1,4 @@
-//! What is forgotten, and what never is.
+//! Which jobs are purged, and which never are.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +26,7 @@ on_both_databases!(
 
 const DAY: Duration = Duration::from_secs(86_400);
 
-/// A job id as it was drawn so many days ago.
+/// A job id as if created this many days ago.
 fn old_id(days: u32) -> Uuid {
     let now = Timestamp::now(NoContext).to_unix().0;
     let then = now - DAY.as_secs() * u64::from(days);
@@ -43,7 +43,7 @@ async fn old_claim(store: &Arc<dyn Store>, key: &str, days: u32) -> Acquired {
     }
 }
 
-/// A job that arrived and ended so many days ago.
+/// A job that arrived and ended this many days ago.
 async fn old_job(database: &Database, store: &Arc<dyn Store>, key: &str, days: u32) -> Acquired {
     let acquired = old_claim(store, key, days).await;
     assert!(finish(store, &acquired.fence, succeeded()).await);
@@ -80,7 +80,7 @@ async fn an_old_ended_job_is_purged_with_its_ledger(database: Database) {
     assert_eq!(store.purge(DAY * 5, 100).await.unwrap(), 0);
 }
 
-/// However long ago it arrived.
+/// The job is kept however long ago it arrived.
 async fn a_job_that_ended_within_the_retention_is_kept(database: Database) {
     let store = database.open_migrated().await;
     let acquired = old_claim(&store, "1", 10).await;
@@ -114,7 +114,7 @@ async fn a_refused_message_is_purged_like_an_ended_job(database: Database) {
     assert_eq!(count(&database, "ledger").await, 0);
 }
 
-/// Pub/Sub has forgotten the message, and its publishing may have been down.
+/// Pub/Sub has forgotten the message, and publishing may have been down.
 async fn a_dead_job_is_kept_until_its_message_is_published(database: Database) {
     let store = database.open_migrated().await;
     let mut refusal = refusal("1");

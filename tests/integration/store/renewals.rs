@@ -1,4 +1,4 @@
-//! What renewals cost on Postgres.
+//! The cost of renewals on Postgres.
 
 use trainyard::job::{Claim, Fence, Renewal};
 
@@ -24,8 +24,8 @@ FROM pg_stat_user_tables WHERE relname = 'leases'";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn renewals_stay_heap_only_beside_100_000_finished_jobs() {
-    // Beside other tests, the databases that they create keep row versions
-    // from being pruned for a while, and there is no room for updates in place.
+    // Beside other tests, the databases that they create keep row versions from being
+    // pruned for a while, which leaves no room for heap-only updates.
     let Some(postgres) = PrivatePostgres::start() else {
         return;
     };
@@ -46,7 +46,7 @@ async fn renewals_stay_heap_only_beside_100_000_finished_jobs() {
         let renewed = store.renew(&fences, LONG).await.unwrap();
         assert!(renewed.iter().all(|renewed| *renewed == Renewal::Renewed));
     }
-    // A connection tells its counts at its end at the latest.
+    // A connection reports its counts at its end at the latest.
     drop(store);
     let (updates, hot) = eventually("the counts of updates", async || {
         updates_counted(&tables).await

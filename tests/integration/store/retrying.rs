@@ -1,4 +1,4 @@
-//! What asking to run a job again does.
+//! Requests to run a job again.
 
 use std::sync::Arc;
 
@@ -82,7 +82,7 @@ async fn a_retried_jobs_attempt_goes_on_growing_and_counts_from_one(database: Da
     assert_eq!(job_of(&store, &run).await.attempts, 1);
 }
 
-/// Neither while the job waits nor once it runs, nor under its old token.
+/// Its writes are refused while the job waits, once it runs, and under its old token.
 async fn the_run_that_ended_a_retried_job_writes_nothing_more(database: Database) {
     let store = database.open_migrated().await;
     let first = acquire(&store, "1", LONG).await;
@@ -166,7 +166,7 @@ async fn a_running_job_is_left_alone(database: Database) {
     assert!(finish(&store, &run.fence, succeeded()).await);
 }
 
-/// It is a crash all the same.
+/// The lost run still counts as a crash.
 async fn a_lost_run_is_left_to_be_taken_over(database: Database) {
     let store = database.open_migrated().await;
     let lost = acquire(&store, "1", ENDED).await;
@@ -234,7 +234,7 @@ async fn a_message_that_was_given_up_can_run(database: Database) {
         .await;
     assert_eq!(gone.unwrap(), [unknown.key.clone()]);
     assert_eq!(retry(&store, unknown.job_id).await, Retrying::Queued);
-    // Whoever asked for it knows better than a worker's patience.
+    // The person who asked overrides a worker's patience.
     let gone = store
         .give_up_unknown(std::slice::from_ref(&given_up), ENDED)
         .await;

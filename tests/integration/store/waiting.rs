@@ -1,5 +1,5 @@
-//! Jobs that wait in the table, held by no worker: until they may run again,
-//! or for a worker with room for them.
+//! Jobs that wait in the table, held by no worker: until they may run again, or for a
+//! worker with room.
 
 mod unknown;
 
@@ -146,7 +146,7 @@ async fn a_stale_fence_makes_no_job_wait(database: Database) {
     assert_eq!(before.error, None);
 }
 
-/// As after a lost answer: the wait does not begin anew.
+/// The same call twice, as after a lost answer: the wait does not restart.
 async fn failing_again_with_the_same_fence_changes_nothing(database: Database) {
     let store = database.open_migrated().await;
     let first = acquire(&store, "1", LONG).await;
@@ -172,8 +172,8 @@ async fn an_interruption_after_a_failure_costs_no_attempt(database: Database) {
     }
 }
 
-/// It is nobody's, so there is no worker whose word might still come. Once it
-/// runs again, Pub/Sub may bring it back as before.
+/// No worker holds it, so none might still renew. Once it runs again, Pub/Sub may bring
+/// it back as before.
 async fn a_waiting_job_is_reaped_without_its_reap_delay(database: Database) {
     let store = database.open_migrated().await;
     let mut unacked = request("1");
@@ -192,7 +192,7 @@ async fn a_waiting_job_is_reaped_without_its_reap_delay(database: Database) {
     reap_one(&store, "1").await;
 }
 
-/// Nobody has run it yet; it is one while it runs and once it has ended.
+/// Nobody has run it yet; it is a duplicate while the job runs and once it has ended.
 async fn a_message_that_comes_while_its_job_waits_is_no_duplicate(database: Database) {
     let store = database.open_migrated().await;
     let first = acquire(&store, "1", LONG).await;

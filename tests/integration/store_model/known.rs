@@ -1,5 +1,5 @@
-//! The model: what is known of a key that has been claimed, and what the tables
-//! must hold of it.
+//! The model: what is known of a claimed key, and the rows that the tables must have for
+//! it.
 
 use trainyard::job::{Fence, FinalState};
 use uuid::Uuid;
@@ -14,9 +14,9 @@ pub struct Known {
     pub interruptions: u32,
     pub crashes: u32,
     pub duplicates: u32,
-    /// The fence that writes are accepted of; without one, the job waits.
+    /// The fence whose writes are accepted; without one, the job waits.
     pub holder: Option<Fence>,
-    /// The holder's lease has ended, or the job has waited long enough.
+    /// The holder's lease has expired, or the job has waited long enough.
     pub is_due: bool,
     /// Its place within its ordering key, while it is unfinished.
     pub position: usize,
@@ -57,7 +57,7 @@ impl Known {
         self.attempt - self.interruptions
     }
 
-    /// What a claim does to a free job: whether it is acquired.
+    /// A claim of a free job; returns whether it is acquired.
     pub fn take_over(&mut self) -> bool {
         let crashed = self.holder.is_some();
         self.crashes += u32::from(crashed);
@@ -81,11 +81,11 @@ impl Known {
 
     pub fn wait(&mut self, is_due: bool) {
         self.holder = None;
-        // One that is to be cancelled need not wait for its next attempt.
+        // A job that is to be cancelled does not wait for its next attempt.
         self.is_due = is_due || self.cancel_requested;
     }
 
-    /// As a new job, but for its fence and its work so far.
+    /// Like a new job, except for its fence and its work so far.
     pub fn reopen(&mut self, position: usize) {
         *self = Self {
             attempt: self.attempt,
@@ -97,7 +97,7 @@ impl Known {
     }
 }
 
-/// What the tables hold of one key.
+/// The tables' row of one key.
 #[derive(Debug, PartialEq, sqlx::FromRow)]
 pub struct Row {
     pub key: String,

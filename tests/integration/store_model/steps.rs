@@ -1,4 +1,4 @@
-//! What a worker or a person does to one key.
+//! The actions of a worker or a person on one key.
 
 use proptest::prelude::*;
 use trainyard::job::FinalState;
@@ -10,21 +10,21 @@ pub enum Step {
     Claim {
         worker: usize,
         key: usize,
-        /// Otherwise the job is only put on record.
+        /// Otherwise the job is only recorded.
         has_room: bool,
     },
     /// The holder sends its claim again, as after a lost answer.
     ClaimAgain {
         key: usize,
     },
-    /// A lease ends, or the time comes until which a job waits.
+    /// A lease expires, or a waiting job becomes due.
     Expire {
         key: usize,
     },
     Reap {
         worker: usize,
     },
-    /// With the worker's fence that is so many claims old.
+    /// With the worker's fence from this many claims ago.
     Write {
         write: Write,
         worker: usize,
@@ -45,7 +45,7 @@ pub enum Write {
     SaveCheckpoint,
     Finish(FinalState),
     Release,
-    /// The job waits until its time is made to come.
+    /// The job waits until a step makes it due.
     Fail,
 }
 

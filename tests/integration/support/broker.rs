@@ -1,10 +1,13 @@
-use std::net::SocketAddr;
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use futures::future::try_join_all;
 use google_cloud_auth::credentials::anonymous;
 use google_cloud_pubsub::client::{Publisher, SubscriptionAdmin};
 use google_cloud_pubsub::model::{self, DeadLetterPolicy, Message};
+use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use trainyard::pubsub::{Connection, Outgoing, Pulling, Subscription};
 use trainyard_emulator::{Emulator, Options};
@@ -12,35 +15,73 @@ use uuid::Uuid;
 
 use super::{PATIENCE, not_tested};
 
-/// The topic, and its subscription, for what the broker gives up.
+/// The topic, and its subscription, for messages that the broker gives up.
 const GIVEN_UP: &str = "given-up";
-/// The fewest that Pub/Sub allows.
+/// The minimum that Pub/Sub allows.
 const DELIVERIES: i32 = 5;
 
-/// A broker with a project of a test's own.
+/// Ports below the ephemeral range, so that no outgoing connection takes the port of a
+/// broker that restarts.
+const PORTS: std::ops::Range<u16> = 20_000..32_000;
+
+/// A broker with the test's own project.
 pub struct Broker {
     pub host: String,
     pub project: String,
     pub connection: Connection,
-    /// The built-in emulator's own door, for what no client can ask for.
+    /// The built-in emulator itself, for operations that clients lack.
     pub builtin: Option<trainyard_emulator::Broker>,
-    _stop: Option<DropGuard>,
+    server: Mutex<Option<Server>>,
+}
+
+/// A running server of the built-in emulator. Dropping it stops the server.
+struct Server {
+    stop: DropGuard,
+    served: JoinHandle<std::io::Result<()>>,
+}
+
+impl Server {
+    fn of(emulator: Emulator) -> Self {
+        let stop = CancellationToken::new();
+        Self {
+            served: tokio::spawn(emulator.serve(stop.clone())),
+            stop: stop.drop_guard(),
+        }
+    }
+
+    async fn stop(self) {
+        drop(self.stop);
+        self.served.await.unwrap().unwrap();
+    }
 }
 
 impl Broker {
     /// The built-in emulator, inside the test's process.
     pub async fn builtin() -> Option<Self> {
-        let address: SocketAddr = "127.0.0.1:0".parse().unwrap();
-        let emulator = Emulator::bind(address, Options::default()).await.unwrap();
+        let emulator = loop {
+            let address = SocketAddr::from((Ipv4Addr::LOCALHOST, fastrand::u16(PORTS)));
+            match Emulator::bind(address, Options::default()).await {
+                Err(taken) if taken.kind() == ErrorKind::AddrInUse => {}
+                emulator => break emulator.unwrap(),
+            }
+        };
         let host = emulator.address().to_string();
-        let inside = emulator.broker();
-        let stop = CancellationToken::new();
-        tokio::spawn(emulator.serve(stop.clone()));
         Some(Self {
-            builtin: Some(inside),
-            _stop: Some(stop.drop_guard()),
+            builtin: Some(emulator.broker()),
+            server: Mutex::new(Some(Server::of(emulator))),
             ..Self::at(host)
         })
+    }
+
+    /// Restarts the built-in emulator's server: all streams and connections end, the port
+    /// stays closed for `away`, and the state is kept.
+    pub async fn restart(&self, away: Duration) {
+        let server = self.server.lock().unwrap().take();
+        server.unwrap().stop().await;
+        tokio::time::sleep(away).await;
+        let inside = self.builtin.as_ref().unwrap();
+        let emulator = Emulator::bind_again(self.host.parse().unwrap(), inside).await;
+        *self.server.lock().unwrap() = Some(Server::of(emulator.unwrap()));
     }
 
     /// Google's emulator, which `make test` starts.
@@ -60,17 +101,17 @@ impl Broker {
             project,
             connection,
             builtin: None,
-            _stop: None,
+            server: Mutex::default(),
         }
     }
 
-    /// Makes a topic and a subscription of that name.
+    /// Creates a topic and a subscription of that name.
     pub async fn subscribe(&self, name: &str) {
         let wanted = self.wanted(name, name).await;
         self.make(wanted).await;
     }
 
-    /// Makes a topic and a subscription of that name, with
+    /// Creates a topic and a subscription of that name, with
     /// [`Broker::dead_letter_policy`].
     pub async fn subscribe_with_policy(&self, name: &str) {
         let policy = self.dead_letter_policy().await;
@@ -78,8 +119,8 @@ impl Broker {
         self.make(wanted.set_dead_letter_policy(policy)).await;
     }
 
-    /// Pub/Sub's own policy: it gives a message up after five deliveries that
-    /// failed. Once for each broker; subscriptions may share it.
+    /// Pub/Sub's own policy: it gives a message up after five failed deliveries. Call
+    /// once per broker; subscriptions may share it.
     pub async fn dead_letter_policy(&self) -> DeadLetterPolicy {
         let wanted = self.wanted(GIVEN_UP, GIVEN_UP).await;
         self.make(wanted).await;
@@ -88,14 +129,14 @@ impl Broker {
             .set_max_delivery_attempts(DELIVERIES)
     }
 
-    /// Makes a topic and a subscription of that name that keeps the order of
-    /// messages with one ordering key.
+    /// Creates a topic and a subscription of that name that keeps the order of messages
+    /// with one ordering key.
     pub async fn subscribe_in_order(&self, name: &str) {
         let wanted = self.wanted(name, name).await;
         self.make(wanted.set_enable_message_ordering(true)).await;
     }
 
-    /// Makes a topic of that name and a subscription that is like this one.
+    /// Creates a topic of that name and a subscription like the given one.
     pub async fn subscribe_like(&self, name: &str, like: model::Subscription) {
         self.connection.ensure_topic(name).await.unwrap();
         let wanted = like
@@ -105,14 +146,14 @@ impl Broker {
         self.make(wanted).await;
     }
 
-    /// A subscription to make, after its topic.
+    /// A subscription to create; creates its topic.
     pub async fn wanted(&self, topic: &str, name: &str) -> model::Subscription {
         self.connection.ensure_topic(topic).await.unwrap();
         model::Subscription::new()
             .set_name(self.connection.subscription_path(name))
             .set_topic(self.connection.topic_path(topic))
             .set_ack_deadline_seconds(10)
-            // Google's emulator delivers again what it has kept.
+            // Google's emulator redelivers from the messages it retains.
             .set_retain_acked_messages(self.builtin.is_none())
     }
 
@@ -122,7 +163,7 @@ impl Broker {
         create.send().await.unwrap();
     }
 
-    /// The next messages on a subscription of the test's own.
+    /// The next messages on the test's own subscription.
     pub async fn receive(&self, name: &str, how_many: usize) -> Vec<trainyard::message::Message> {
         let pulling = Pulling {
             ack_deadline: Duration::from_secs(10),
@@ -144,8 +185,8 @@ impl Broker {
         received
     }
 
-    /// Delivers messages a second time under their ids: at least these with
-    /// the built-in emulator, all that were ever published with Google's.
+    /// Delivers messages a second time under their ids: at least these with the built-in
+    /// emulator, all that were ever published with Google's.
     pub async fn deliver_again(&self, name: &str, ids: &[String]) {
         if let Some(inside) = &self.builtin {
             let topic = self.connection.topic_path(name);
@@ -169,17 +210,23 @@ impl Broker {
         builder.build().await.unwrap()
     }
 
-    /// Publishes all of it side by side and returns the message ids in order.
+    /// Publishes all data concurrently and returns the message ids in order.
     pub async fn publish_all(&self, topic: &str, data: Vec<String>) -> Vec<String> {
+        let messages = data.into_iter().map(|data| Message::new().set_data(data));
+        self.publish_messages(topic, messages.collect()).await
+    }
+
+    /// As [`Broker::publish_all`], for messages with other fields than data.
+    pub async fn publish_messages(&self, topic: &str, messages: Vec<Message>) -> Vec<String> {
         let publisher = Publisher::builder(self.connection.topic_path(topic))
             .with_endpoint(format!("http://{}", self.host))
             .with_credentials(anonymous::Builder::new().build())
             .build()
             .await
             .unwrap();
-        let publishing = data
+        let publishing = messages
             .into_iter()
-            .map(|data| publisher.publish(Message::new().set_data(data)));
+            .map(|message| publisher.publish(message));
         try_join_all(publishing.collect::<Vec<_>>()).await.unwrap()
     }
 
@@ -188,20 +235,20 @@ impl Broker {
         address.port()
     }
 
-    /// How many messages the built-in emulator still waits to see acknowledged.
+    /// How many messages of the built-in emulator are unacknowledged.
     pub fn backlog(&self, subscription: &str) -> usize {
         let path = self.connection.subscription_path(subscription);
         self.builtin.as_ref().unwrap().backlog_len(&path).unwrap()
     }
 
-    /// How many messages the built-in emulator has given to workers.
+    /// How many messages of the built-in emulator are outstanding at workers.
     pub fn outstanding(&self, subscription: &str) -> usize {
         let path = self.connection.subscription_path(subscription);
         self.builtin.as_ref().unwrap().outstanding(&path).unwrap()
     }
 
-    /// How many deliveries of the built-in emulator were nacked or not
-    /// acknowledged in time. Each leads to another, or to a dead letter.
+    /// How many deliveries of the built-in emulator were nacked or not acknowledged in
+    /// time. Each leads to a redelivery or a dead letter.
     pub fn failed_deliveries(&self, subscription: &str) -> u64 {
         let path = self.connection.subscription_path(subscription);
         let inside = self.builtin.as_ref().unwrap();

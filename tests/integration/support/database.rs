@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::not_tested;
 
-/// A database of a test's own.
+/// The test's own database.
 pub struct Database {
     pub url: String,
     /// The folder of a SQLite file, removed at the end.
@@ -45,7 +45,7 @@ impl Database {
         Some(Self::at(url.to_string()))
     }
 
-    /// A database that somebody else keeps.
+    /// A database that somebody else manages.
     pub fn at(url: String) -> Self {
         Self { url, _folder: None }
     }
@@ -68,7 +68,7 @@ impl Database {
     }
 }
 
-/// The tables without a store in between.
+/// Direct access to the tables, without a store.
 pub enum Tables {
     Postgres(PgPool),
     Sqlite(SqlitePool),
@@ -111,8 +111,8 @@ impl Tables {
         }
     }
 
-    /// As if the lease of the key had expired that long ago, or as if its job
-    /// could have run since then, unless it waits for its turn.
+    /// Makes the key's lease look expired for that long, or its waiting job due for that
+    /// long unless it waits for its turn.
     pub async fn end_lease(&self, key: &JobKey, ago: Duration) {
         let JobKey { subscription, key } = key;
         let then = self.ago(ago);

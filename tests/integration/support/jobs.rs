@@ -1,4 +1,4 @@
-//! Claims and what follows them, in few words.
+//! Shorthands for claims and what follows them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use trainyard::store::{
 use uuid::Uuid;
 
 pub const LONG: Duration = Duration::from_secs(600);
-/// A lease that has ended by the time the next statement runs.
+/// A lease that has expired by the time the next statement runs.
 pub const ENDED: Duration = Duration::ZERO;
 
 pub fn message(id: &str) -> Message {
@@ -54,8 +54,8 @@ pub fn request_of(subscription: &str, key: &str) -> ClaimRequest {
     }
 }
 
-/// A sweep takes the job over this long after its lease has expired: at once
-/// where the message is acked with the claim.
+/// A sweep takes the job over this long after its lease expires: at once if the message
+/// is acked with the claim.
 pub fn acked_after(delay: Duration) -> AckTerms {
     AckTerms {
         with_claim: delay.is_zero(),
@@ -70,7 +70,7 @@ pub fn ordered(key: &str) -> ClaimRequest {
     request
 }
 
-/// What a run writes when it failed and the job goes on.
+/// A run's write when it failed and the job goes on.
 pub fn failed(fence: &Fence, error: &str, retry_in: Duration) -> Release {
     Release {
         fence: fence.clone(),
@@ -82,7 +82,7 @@ pub fn failed(fence: &Fence, error: &str, retry_in: Duration) -> Release {
     }
 }
 
-/// What a run writes when it gives its claim back at no cost.
+/// A run's write when it gives its claim back without costing an attempt.
 pub fn interrupted(fence: &Fence) -> Release {
     Release {
         fence: fence.clone(),
@@ -152,7 +152,7 @@ pub fn assert_waits(claim: &Claim) {
     assert!(matches!(claim, Claim::Waiting { .. }), "{claim:?}");
 }
 
-/// Takes what is due, as a worker without other jobs does it.
+/// Takes due jobs, like a worker without other jobs.
 pub async fn reap(store: &Arc<dyn Store>, limit: usize) -> Vec<Taken> {
     reap_within(store, &reach(), &terms(LONG), limit).await
 }
@@ -187,7 +187,7 @@ pub fn reaped_keys(reaped: &[Taken]) -> Vec<&str> {
     fences.map(|fence| &*fence.key.key).collect()
 }
 
-/// Reaps the one job that can be, under the key.
+/// Reaps the only job that can be reaped, which must have this key.
 pub async fn reap_one(store: &Arc<dyn Store>, key: &str) -> Acquired {
     let mut reaped = reap(store, 10).await;
     assert_eq!(reaped_keys(&reaped), [key]);
@@ -198,12 +198,12 @@ pub async fn assert_none_to_reap(store: &Arc<dyn Store>) {
     assert_eq!(reaped_keys(&reap(store, 10).await), [""; 0]);
 }
 
-/// Passes the millisecond in which a lease of no length ends.
+/// Waits until a lease of zero length has expired.
 pub async fn pass_the_lease() {
     tokio::time::sleep(Duration::from_millis(5)).await;
 }
 
-/// Tries again while another transaction has the row locked, as a worker does.
+/// Retries while another transaction has locked the row, as a worker does.
 pub async fn finish(store: &Arc<dyn Store>, fence: &Fence, ending: Ending) -> bool {
     let finishes = [Finish {
         fence: fence.clone(),
@@ -232,7 +232,7 @@ pub async fn job_at(store: &Arc<dyn Store>, id: Uuid) -> Job {
     store.job(id).await.unwrap().unwrap()
 }
 
-/// Tries every write of a run under a fence that is no longer the job's.
+/// Tries every write of a run under a stale fence.
 pub async fn assert_is_stale(store: &Arc<dyn Store>, fence: &Fence) {
     let fences = std::slice::from_ref(fence);
     assert_eq!(store.renew(fences, LONG).await.unwrap(), [Renewal::Lost]);
@@ -256,7 +256,7 @@ pub fn refusal(key: &str) -> Refusal {
     }
 }
 
-/// All of anybody's.
+/// All dead letters, of any worker.
 pub fn due() -> DeadLettersDue {
     DeadLettersDue {
         worker: None,

@@ -5,18 +5,18 @@ use tempfile::TempDir;
 use super::database::Database;
 use super::not_tested;
 
-/// A server of a test's own, for what would disturb the other tests. Stopped
-/// when dropped.
+/// The test's own server, for actions that would disturb other tests. Stopped when
+/// dropped.
 pub struct PrivatePostgres {
     folder: TempDir,
     pub url: String,
 }
 
-/// The script's answer where PostgreSQL is not installed.
+/// The script's exit code if PostgreSQL is not installed.
 const NOT_INSTALLED: i32 = 3;
 
 impl PrivatePostgres {
-    /// A new cluster with an empty database; None where there are no binaries.
+    /// A new cluster with an empty database; None if PostgreSQL is not installed.
     pub fn start() -> Option<Self> {
         let folder = tempfile::tempdir().unwrap();
         let output = script("start", &folder, &[]);
@@ -34,7 +34,7 @@ impl PrivatePostgres {
         Database::at(self.url.clone())
     }
 
-    /// What a power failure is to the server: connections cut, nothing flushed.
+    /// Like a power failure for the server: connections cut, nothing flushed.
     pub fn crash(&self) {
         succeeded(&script("stop", &self.folder, &["immediate"]));
     }
@@ -62,7 +62,7 @@ fn script(verb: &str, folder: &TempDir, more: &[&str]) -> Output {
         .unwrap()
 }
 
-/// What a successful script printed.
+/// The output of a successful script.
 fn succeeded(output: &Output) -> String {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}: {said}", output.status);

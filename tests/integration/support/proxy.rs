@@ -13,17 +13,17 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 /// Which reply of the server gets lost, once.
 #[derive(Debug, Clone, Copy)]
 pub enum Loss {
-    /// To a statement whose text contains this.
+    /// The reply to a statement whose text contains this.
     OfStatement(&'static str),
-    /// To the commit of a transaction in which a statement contained this.
+    /// The reply to the commit of a transaction with a statement that contains this.
     OfCommitAfter(&'static str),
 }
 
-/// Stands between a worker and Postgres. When armed, it lets the server do
-/// what it is asked, swallows the answer and cuts the connection: the worker
-/// cannot know whether it happened. It can also take the server away.
+/// A proxy between a worker and Postgres. When armed, it lets the server execute the
+/// request, swallows the answer and cuts the connection: the worker cannot know whether
+/// it happened. It can also take the server away.
 pub struct LossyProxy {
-    /// The database's address by way of the proxy.
+    /// The database's address through the proxy.
     pub url: String,
     losses: Arc<Losses>,
     away: watch::Sender<bool>,
@@ -47,7 +47,7 @@ impl LossyProxy {
         url.set_host(Some("127.0.0.1")).unwrap();
         url.set_port(Some(listener.local_addr().unwrap().port()))
             .unwrap();
-        // The proxy has to read along.
+        // The proxy has to read the traffic.
         url.set_query(Some("sslmode=disable"));
         let losses = Arc::<Losses>::default();
         let (stop, away) = (CancellationToken::new(), watch::Sender::new(false));
@@ -90,21 +90,21 @@ async fn accept(
         let (server, losses, mut away) = (server.clone(), Arc::clone(&losses), away.clone());
         tokio::spawn(async move {
             tokio::select! {
-                // Nothing gets through once it is away.
+                // Nothing gets through once the server is away.
                 biased;
                 _ = away.wait_for(|away| *away) => {}
-                // An error only says that one side has closed the connection.
+                // An error only means that one side has closed the connection.
                 _ = pass_on(client, server, losses) => {}
             }
         });
     }
 }
 
-/// What the two directions of a connection know of each other.
+/// The state shared by the two directions of a connection.
 #[derive(Default)]
 struct Flow {
-    /// How many times the server is to say that it is ready: after the start,
-    /// each simple query and each Sync.
+    /// How many times the server must report that it is ready: after the start, each
+    /// simple query and each Sync.
     asked: AtomicUsize,
     losing: AtomicBool,
 }
@@ -162,14 +162,14 @@ async fn replies(
         if !flow.losing.load(Ordering::SeqCst) {
             client.write_all(&[&[kind][..], &body].concat()).await?;
         } else if kind == b'Z' && ready == flow.asked.load(Ordering::SeqCst) {
-            // It has done all it was asked.
+            // The server has executed everything it was asked.
             losses.happened.fetch_add(1, Ordering::SeqCst);
             return Ok(());
         }
     }
 }
 
-/// A message from its length on.
+/// Reads a message from its length on.
 async fn read_body(from: &mut OwnedReadHalf) -> io::Result<Vec<u8>> {
     let length = from.read_u32().await?;
     let mut body = length.to_be_bytes().to_vec();
@@ -178,8 +178,8 @@ async fn read_body(from: &mut OwnedReadHalf) -> io::Result<Vec<u8>> {
     Ok(body)
 }
 
-/// Knows which statement a connection executes: its text comes once, when it
-/// is prepared; later only its name does.
+/// Tracks which statement a connection executes: its text is sent once, when it is
+/// prepared; later only its name.
 /// <https://www.postgresql.org/docs/current/protocol-message-formats.html>
 #[derive(Default)]
 struct Statements {
@@ -218,7 +218,7 @@ impl Statements {
         self.now = Some(text);
     }
 
-    /// Disarms if it is.
+    /// Disarms the loss if it applies.
     fn is_lost(&self, armed: &Mutex<Option<Loss>>) -> bool {
         let Some(now) = &self.now else {
             return false;

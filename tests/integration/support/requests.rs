@@ -2,7 +2,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-/// Writes a data set so small that training on it takes milliseconds.
+/// Writes a data set so small that training takes milliseconds.
 pub fn write_tiny_dataset(folder: &Path) -> PathBuf {
     let path = folder.join("tiny.csv");
     let rows: String = (0..40)
@@ -15,7 +15,7 @@ pub fn write_tiny_dataset(folder: &Path) -> PathBuf {
     path
 }
 
-/// A request that trains on [`write_tiny_dataset`]'s.
+/// A request that trains on the data set of [`write_tiny_dataset`].
 pub fn tiny_training(dataset: &Path, output: &Path) -> Value {
     json!({
         "name": "train-classifier",

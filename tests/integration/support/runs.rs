@@ -5,7 +5,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-/// The log that rehearsals write about their own runs, whatever the tables say.
+/// The log that rehearsals write about their own runs, independent of the tables.
 pub struct RunsLog {
     path: PathBuf,
 }
@@ -39,14 +39,19 @@ impl RunsLog {
         }
     }
 
-    /// A request for a run that takes so long and writes to this log.
+    /// A request for a run that takes this long and writes to this log.
     pub fn request(&self, seconds: f64) -> String {
         self.rehearsal(json!({"seconds": seconds}))
     }
 
-    /// A request for a run like this, an object, that writes to this log.
-    pub fn rehearsal(&self, mut like: Value) -> String {
-        like["name"] = json!("rehearsal");
+    /// A request for a run with these fields (an object) that writes to this log.
+    pub fn rehearsal(&self, like: Value) -> String {
+        self.rehearsal_as("rehearsal", like)
+    }
+
+    /// As [`RunsLog::rehearsal`], for a task of another name.
+    pub fn rehearsal_as(&self, task: &str, mut like: Value) -> String {
+        like["name"] = json!(task);
         like["log"] = json!(self.path);
         like.to_string()
     }
@@ -70,7 +75,7 @@ impl RunsLog {
 
     pub fn lines(&self) -> Vec<RunLine> {
         let text = std::fs::read_to_string(&self.path).unwrap_or_default();
-        // The last line may be on its way.
+        // The last line may be incomplete.
         let complete = text.rfind('\n').map_or("", |end| &text[..end]);
         complete
             .lines()
@@ -85,7 +90,7 @@ impl RunsLog {
     }
 }
 
-/// The clock that the log is written with.
+/// The clock of the log.
 pub fn micros_now() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     u64::try_from(now.as_micros()).unwrap()

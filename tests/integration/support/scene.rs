@@ -15,7 +15,7 @@ use super::worker::{WorkerProcess, Yard};
 
 pub const SUBSCRIPTION: &str = "rehearsals";
 
-/// Workers' settings that make a crash's aftermath short.
+/// Worker settings that shorten the recovery from a crash.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
     pub slots: usize,
@@ -45,7 +45,7 @@ pub const FAST: Settings = Settings {
     task: "",
 };
 
-/// For tests without a crash: no lease ends, however slow the machine is.
+/// For tests without a crash: no lease expires, however slow the machine is.
 pub const CALM: Settings = Settings {
     lease: "60s",
     ..FAST
@@ -83,13 +83,13 @@ pub struct Scene {
 }
 
 impl Scene {
-    /// None where there is no Postgres.
+    /// None without Postgres.
     pub async fn on_postgres(settings: &Settings) -> Option<Self> {
         Self::subscribed(Subscription::new(), settings).await
     }
 
-    /// As [`Scene::on_postgres`], with a subscription that is like this one,
-    /// and has the broker's dead-letter policy.
+    /// As [`Scene::on_postgres`], with a subscription like the given one plus the
+    /// broker's dead-letter policy.
     pub async fn subscribed(subscription: Subscription, settings: &Settings) -> Option<Self> {
         let database = Database::postgres().await?;
         let broker = Broker::builtin().await.unwrap();
@@ -99,15 +99,15 @@ impl Scene {
         Some(Self::set(broker, SUBSCRIPTION, &database, &database, settings).await)
     }
 
-    /// The test looks at the database itself, the workers see it their way.
+    /// The test uses `database` itself; workers reach it as `workers_see`.
     pub async fn new(database: &Database, workers_see: &Database, settings: &Settings) -> Self {
         let broker = Broker::builtin().await.unwrap();
         broker.subscribe_with_policy(SUBSCRIPTION).await;
         Self::set(broker, SUBSCRIPTION, database, workers_see, settings).await
     }
 
-    /// On a broker that has the subscription and its dead-letter policy. Scenes
-    /// with subscriptions of different names can share a database.
+    /// On a broker that has the subscription and its dead-letter policy. Scenes with
+    /// differently named subscriptions can share a database.
     pub async fn set(
         broker: Broker,
         subscription: &str,
@@ -134,7 +134,7 @@ impl Scene {
         worker
     }
 
-    /// From now on the broker, which is the built-in one, has these faults.
+    /// Sets the faults of the broker, which must be the built-in one.
     pub fn misbehaves(&self, faults: Faults) {
         self.broker.builtin.as_ref().unwrap().set_faults(faults);
     }
@@ -151,7 +151,7 @@ impl Scene {
         self.publish(self.runs.request(seconds)).await
     }
 
-    /// Waits until so many runs have started, and returns those starts.
+    /// Waits until this many runs have started, and returns those starts.
     pub async fn runs_have_started(&self, how_many: usize) -> Vec<RunLine> {
         self.runs_have_come_to(RunEvent::Start, how_many).await
     }
@@ -186,7 +186,7 @@ impl Scene {
         .await
     }
 
-    /// Waits until there are so many jobs and all have succeeded.
+    /// Waits until there are this many jobs and all have succeeded.
     pub async fn all_succeed(&self, how_many: usize) -> Vec<Job> {
         eventually(&format!("all {how_many} jobs have succeeded"), async || {
             let jobs = self.jobs().await;
@@ -196,7 +196,7 @@ impl Scene {
         .await
     }
 
-    /// Waits until there are so many jobs and all have ended, however.
+    /// Waits until there are this many jobs and all have ended, however.
     pub async fn all_end(&self, how_many: usize) -> Vec<Job> {
         eventually(&format!("all {how_many} jobs have ended"), async || {
             let jobs = self.jobs().await;
@@ -206,8 +206,7 @@ impl Scene {
         .await
     }
 
-    /// How many of the messages published are no longer the broker's to give,
-    /// being with workers or acknowledged.
+    /// How many of the published messages are outstanding at workers or acknowledged.
     pub fn taken(&self, published: usize) -> usize {
         let backlog = self.broker.backlog(&self.subscription);
         published + self.broker.outstanding(&self.subscription) - backlog
@@ -217,8 +216,7 @@ impl Scene {
         self.broker.failed_deliveries(&self.subscription)
     }
 
-    /// Waits until every message is acknowledged, and the broker has given up
-    /// none.
+    /// Waits until every message is acknowledged; the broker must have given up none.
     pub async fn nothing_is_left_to_deliver(&self) {
         eventually("every message is acknowledged", async || {
             (self.broker.backlog(&self.subscription) == 0).then_some(())
@@ -228,7 +226,7 @@ impl Scene {
         assert_eq!(given_up, 0, "messages that the broker gave up");
     }
 
-    /// Waits until `trainyard explain` tells of all these, in this order.
+    /// Waits until `trainyard explain` shows all these events, in this order.
     pub async fn is_explained_by(&self, message_id: &str, events: &[&str]) -> String {
         eventually(&format!("explain tells {events:?}"), async || {
             let told = self.yard.output(&["explain", message_id]).await.stdout;

@@ -15,7 +15,7 @@ use super::eventually;
 use super::runs::{RunEvent, RunsLog};
 use super::worker::{Output, WorkerProcess, Yard};
 
-/// The subscription, and its topic, that a scene has.
+/// The name of a scene's subscription and of its topic.
 pub const TRAINING: &str = "training";
 
 pub struct Scene {
@@ -28,7 +28,7 @@ pub struct Scene {
     others: BTreeSet<Uuid>,
 }
 
-/// A configuration of workers that wait for nothing longer than they must.
+/// The configuration of workers with the shortest possible waits.
 #[derive(Clone)]
 pub struct Sections {
     pub slots: usize,
@@ -100,7 +100,7 @@ impl Scene {
         self.yard.start_worker(name)
     }
 
-    /// A rehearsal with these fields, that writes to the scene's log.
+    /// A rehearsal with these fields that writes to the scene's log.
     pub fn rehearsal(&self, fields: Value) -> Value {
         let mut request = json!({"name": "rehearsal", "log": self.log});
         let fields = fields.as_object().unwrap().clone();
@@ -142,7 +142,7 @@ impl Scene {
         .await
     }
 
-    /// The labels of the runs that began, in their order.
+    /// The labels of the runs that began, in order.
     pub fn started(&self) -> Vec<String> {
         let starts = self.runs.of(RunEvent::Start).into_iter();
         starts.filter_map(|line| line.label).collect()
@@ -155,7 +155,7 @@ impl Scene {
         .await;
     }
 
-    /// Waits until `trainyard explain` tells of all these, in this order.
+    /// Waits until `trainyard explain` shows all these events, in this order.
     pub async fn is_explained_by(&self, message_id: &str, events: &[&str]) -> String {
         eventually(&format!("explain tells {events:?}"), async || {
             let told = self.yard.output(&["explain", message_id]).await.stdout;

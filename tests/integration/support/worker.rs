@@ -13,7 +13,7 @@ use super::database::Database;
 use super::runs::micros_now;
 use super::{PATIENCE, eventually};
 
-/// The state of a connection, as /proc/net/tcp has it.
+/// The state of a connection in /proc/net/tcp.
 const ESTABLISHED: &str = "01";
 
 /// The program under test.
@@ -37,7 +37,7 @@ pub struct Yard {
 }
 
 impl Yard {
-    /// `sections` is TOML that comes after [pubsub] and [database].
+    /// `sections` is the TOML after [pubsub] and [database].
     pub fn new(broker: &Broker, database: &Database, sections: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let config = folder.path().join("trainyard.toml");
@@ -60,12 +60,13 @@ impl Yard {
         command
     }
 
-    /// Runs a command to its end and returns its exit code and its output.
+    /// Runs a command to its end and returns its exit code and output.
     pub async fn output(&self, arguments: &[&str]) -> Output {
         output_of(self.command(arguments)).await
     }
 
-    /// Fails at once, not when nothing comes of its workers, if it is not.
+    /// Checks the configuration, so that an error shows at once, not as a worker's
+    /// silence.
     pub async fn config_is_good(&self) {
         let checked = self.output(&["config", "check"]).await;
         assert_eq!(checked.code, 0, "{}{}", checked.stdout, checked.stderr);
@@ -76,7 +77,7 @@ impl Yard {
         self.start_worker_with(name, &[])
     }
 
-    /// As [`Yard::start_worker`], with more in its environment.
+    /// As [`Yard::start_worker`], with extra environment variables.
     pub fn start_worker_with(&self, name: &str, environment: &[(&str, &str)]) -> WorkerProcess {
         let log = self.folder.path().join(format!("{name}.log"));
         let file = std::fs::File::create(&log).unwrap();
@@ -107,7 +108,7 @@ pub async fn output_of(mut command: Command) -> Output {
     }
 }
 
-/// When a worker was killed, by the clock that the runs' log is written with.
+/// When a worker was killed, by the clock of the runs' log.
 #[derive(Debug, Clone, Copy)]
 pub struct Death {
     pub pid: u32,
@@ -120,8 +121,7 @@ pub struct WorkerProcess {
     log: PathBuf,
 }
 
-/// A failed test shows what its workers said; TRAINYARD_TEST_LOGS=1 shows it
-/// always.
+/// A failed test shows its workers' logs; TRAINYARD_TEST_LOGS=1 always shows them.
 impl Drop for WorkerProcess {
     fn drop(&mut self) {
         if std::thread::panicking() || std::env::var_os("TRAINYARD_TEST_LOGS").is_some() {
@@ -140,12 +140,12 @@ impl WorkerProcess {
         self.child.id().unwrap()
     }
 
-    /// Ends it as the kernel does when memory is short. What it logged stays,
-    /// for a failing test to show.
+    /// Kills it as the kernel does when memory is short. Its log stays, for a failing
+    /// test to show.
     pub async fn kill(&mut self) -> Death {
         let pid = self.pid();
         self.signal(Signal::SIGKILL);
-        // From here on the process executes nothing any more.
+        // From here on the process executes nothing.
         let at_micros = micros_now();
         self.child.wait().await.unwrap();
         Death { pid, at_micros }
@@ -157,7 +157,7 @@ impl WorkerProcess {
         let Ok(status) = timeout(PATIENCE, self.child.wait()).await else {
             panic!("the worker did not die; its log:\n{}", self.log());
         };
-        // Later than it was, but earlier than what is begun from now on.
+        // Later than the death, but earlier than anything begun from now on.
         let at_micros = micros_now();
         (Death { pid, at_micros }, status.unwrap())
     }
@@ -192,7 +192,7 @@ impl WorkerProcess {
             .count()
     }
 
-    /// Waits until its log has this.
+    /// Waits until its log contains this.
     pub async fn says(&self, what: &str) {
         eventually(&format!("the worker says: {what}"), async || {
             self.log().contains(what).then_some(())
@@ -200,7 +200,7 @@ impl WorkerProcess {
         .await;
     }
 
-    /// SIGTERM, then the end.
+    /// Sends SIGTERM and waits for the end.
     pub async fn stop(self) -> ExitStatus {
         self.stop_with(Signal::SIGTERM).await
     }
@@ -210,7 +210,7 @@ impl WorkerProcess {
         self.stops().await
     }
 
-    /// Waits for the end of one that was told to stop.
+    /// Waits for the end of a worker that was told to stop.
     pub async fn stops(mut self) -> ExitStatus {
         match timeout(PATIENCE, self.child.wait()).await {
             Ok(status) => status.unwrap(),

@@ -1,23 +1,22 @@
-//! What comes out of a backlog.
+//! The deliveries and dead letters that come out of a backlog.
 
 use std::sync::Arc;
 
 use crate::ack_id::AckId;
 use crate::message::Message;
-use crate::streams::StreamId;
+use crate::stream_id::StreamId;
 
 /// A message handed to a client.
 #[derive(Debug, Clone)]
 pub struct Delivery {
     pub ack_id: AckId,
     pub message: Arc<Message>,
-    /// 1 for the first delivery. Clients see it only under a dead-letter
-    /// policy.
+    /// 1 for the first delivery. Clients see it only under a dead-letter policy.
     pub attempt: u32,
 }
 
 impl Delivery {
-    /// The attempt as clients see it: zero, which is absent, unless `counted`.
+    /// The attempt as clients see it: zero, meaning absent, unless `counted`.
     pub fn attempt_shown(&self, counted: bool) -> i32 {
         if !counted {
             return 0;
@@ -26,7 +25,7 @@ impl Delivery {
     }
 }
 
-/// The room that a delivery no longer takes on its stream.
+/// The room that an ended delivery frees on its stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Freed {
     /// `None` if a unary pull delivered the message.

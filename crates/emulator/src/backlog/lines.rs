@@ -1,4 +1,4 @@
-//! The lines that messages of one ordering key stand in.
+//! The lines in which messages of one ordering key wait.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -8,7 +8,7 @@ use crate::ack_id::Position;
 #[derive(Debug, Default)]
 struct Line {
     positions: BTreeSet<Position>,
-    /// The one that may be delivered; all others are behind it.
+    /// The message that may be delivered; all others are behind it.
     active: Option<Position>,
 }
 
@@ -34,14 +34,14 @@ impl Lines {
         self.lines.get(key)?.active
     }
 
-    /// Nobody is active any more.
+    /// Leaves no message of the key active.
     pub fn release(&mut self, key: &str) {
         if let Some(line) = self.lines.get_mut(key) {
             line.active = None;
         }
     }
 
-    /// Lets the first in line be the active one, if none is, and returns it.
+    /// Makes the first in line active, if none is, and returns it.
     pub fn advance(&mut self, key: &str) -> Option<Position> {
         let line = self.lines.get_mut(key)?;
         if line.active.is_some() {

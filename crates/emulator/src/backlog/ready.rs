@@ -1,4 +1,4 @@
-//! The messages that may be delivered, in the order in which they will be.
+//! The messages that may be delivered, in their order of delivery.
 
 use std::collections::BTreeSet;
 
@@ -11,8 +11,8 @@ pub struct Place {
     behind: u64,
 }
 
-/// The queue. Messages of one ordering key are never in it together, so any
-/// order of it keeps theirs.
+/// The queue. It never holds two messages of one ordering key, so any order of it keeps
+/// theirs.
 #[derive(Debug, Default)]
 pub struct Ready {
     queue: BTreeSet<(Place, Position)>,
@@ -27,7 +27,7 @@ impl Ready {
         self.queue.is_empty()
     }
 
-    /// Puts a message where it belongs by the order of publishing.
+    /// Inserts a message by the order of publishing.
     pub fn insert(&mut self, position: Position) -> Place {
         self.insert_at(
             Place {
@@ -38,7 +38,7 @@ impl Ready {
         )
     }
 
-    /// Puts a message right behind the one of this index.
+    /// Inserts a message right behind the one of this index.
     pub fn insert_behind(&mut self, index: usize, position: Position) -> Place {
         let Some(&(before, _)) = self.queue.iter().nth(index) else {
             return self.insert(position);

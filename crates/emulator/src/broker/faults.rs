@@ -12,10 +12,10 @@ impl Broker {
         self.with(|engine, _| engine.faults().clone())
     }
 
-    /// Replaces all faults. With a seed, the generator begins again from it.
+    /// Replaces all faults. With a seed, the generator restarts from it.
     pub fn set_faults(&self, faults: Faults) {
         let set = self.with(|engine, now| {
-            // Inside, so that of two changes the later one holds for both.
+            // Under the lock, so that of two changes the later one decides both.
             self.shared.silence.send_replace(faults.silence);
             engine.set_faults(faults, now);
             engine.faults().clone()
@@ -23,20 +23,19 @@ impl Broker {
         tracing::info!(faults = %set, seed = set.seed, "the emulator's faults were changed");
     }
 
-    /// Ends every open stream with this status, and returns how many there
-    /// were.
+    /// Ends every open stream with this status, and returns how many there were.
     pub fn reset_streams(&self, status: Code) -> usize {
         let open = self.shared.resets.receiver_count();
         self.shared.resets.send_replace(status);
         open
     }
 
-    /// Whether streams are to send nothing.
+    /// Whether streams must send nothing.
     pub(crate) fn silence(&self) -> watch::Receiver<bool> {
         self.shared.silence.subscribe()
     }
 
-    /// Changes when the stream that asked is to end with the status in it.
+    /// Changes when the calling stream must end with the status in it.
     pub(crate) fn resets(&self) -> watch::Receiver<Code> {
         self.shared.resets.subscribe()
     }

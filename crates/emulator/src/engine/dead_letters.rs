@@ -1,4 +1,4 @@
-//! Dead-letter topics: where messages go that were delivered too often.
+//! Dead-letter topics: the targets of messages that were delivered too often.
 
 use std::time::Instant;
 
@@ -26,8 +26,8 @@ impl Engine {
             .iter()
             .map(|letter| forwarded(letter, subscription))
             .collect();
-        // The originals go as the letters come, and a letter must not be lost
-        // for want of memory; so it is enough to try.
+        // The originals are freed as the letters come, and a letter must not be lost for
+        // want of memory; so a failure is ignored.
         drop(dead);
         let bytes = letters.iter().map(|letter| letter.charge(1)).sum();
         let _short_of_memory = self.make_room(&topic, bytes);
@@ -35,8 +35,7 @@ impl Engine {
         self.spread(&topic, letters, now, wall);
     }
 
-    /// Tells the subscriptions that send their dead letters to this topic
-    /// whether it exists.
+    /// Tells the subscriptions with this dead-letter topic whether it exists.
     pub(super) fn note_dead_letter_topic(&mut self, topic: &str, exists: bool) {
         for feed in self.feeds.values_mut() {
             let policy = feed.settings.dead_letter.as_ref();

@@ -1,4 +1,4 @@
-//! Faults in force, and the chances that belong to no subscription.
+//! Faults in force, and the random faults that belong to no subscription.
 
 use std::time::Instant;
 
@@ -17,8 +17,8 @@ impl Engine {
         self.dice.set(faults);
         let names: Vec<String> = self.feeds.keys().cloned().collect();
         for name in names {
-            // What streams were given in vain would run into its ack deadline.
-            // After silence, they get what has gathered.
+            // Deliveries that a silent stream cannot send would reach their ack deadline.
+            // After silence, streams get everything that has accumulated.
             self.change_feed(&name, now, |feed, at| {
                 if silence {
                     feed.withdraw(at);
@@ -27,7 +27,7 @@ impl Engine {
         }
     }
 
-    /// Whether a stream that has just sent messages ends, and how.
+    /// Whether a stream that has just sent messages ends, and with which status.
     pub fn reset_by_chance(&mut self) -> Option<Code> {
         self.dice.resets()
     }

@@ -5,12 +5,12 @@ use crate::error::BrokerError;
 const DEFAULT_PAGE: usize = 100;
 const LARGEST_PAGE: usize = 1000;
 
-/// Which part of a list is wanted.
+/// Which part of a list to return.
 #[derive(Debug, Clone, Default)]
 pub struct PageRequest {
     /// Zero or less asks for the default.
     pub size: i32,
-    /// Empty for the first page, else the token of the page before.
+    /// Empty for the first page, otherwise the token of the previous page.
     pub token: String,
 }
 
@@ -23,9 +23,9 @@ pub struct Page<T> {
 }
 
 impl PageRequest {
-    /// Cuts the page out of named things that come in the order of their
-    /// names; only names with the prefix count. A token is the last name of
-    /// the page before, so a page stays right when things come and go.
+    /// Returns a page of things sorted by name; only names with the prefix count. A token
+    /// is the last name of the previous page, so paging stays correct when things come
+    /// and go.
     pub(super) fn cut<'a, T: 'a, U>(
         &self,
         all: impl Iterator<Item = (&'a String, &'a T)>,

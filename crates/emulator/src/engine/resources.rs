@@ -1,4 +1,4 @@
-//! Topics and subscriptions: created, shown, listed and deleted.
+//! Creates, shows, lists and deletes topics and subscriptions.
 
 use std::collections::{BTreeSet, VecDeque};
 
@@ -49,7 +49,7 @@ impl Engine {
         page.cut(names.iter().map(|name| (name, name)), "", String::clone)
     }
 
-    /// Deletes a topic. Its subscriptions stay, with what they hold.
+    /// Deletes a topic. Its subscriptions stay, with their messages.
     pub fn delete_topic(&mut self, name: &str) -> Result<(), BrokerError> {
         self.known_topic(name)?;
         let Some(topic) = self.topics.remove(name) else {
@@ -113,7 +113,7 @@ impl Engine {
         if let Some(topic) = self.topics.get_mut(&feed.settings.topic) {
             topic.subscriptions.remove(name);
         }
-        // Its streams find out, when they look, that it is gone.
+        // Its streams notice that it is gone when they look.
         self.wakes.extend(feed.stream_ids().map(Wake::Stream));
         self.wakes.push(Wake::Pull(name.to_owned()));
         Ok(())

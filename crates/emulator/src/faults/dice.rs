@@ -1,4 +1,4 @@
-//! Faults put to work: every chance that the emulator takes.
+//! Decides by chance when faults happen.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ pub struct Dice {
     rng: Rng,
 }
 
-/// When something happens, and what decides over faults in it.
+/// The current instant, and the dice for its faults.
 #[derive(Debug)]
 pub struct Moment<'a> {
     pub now: Instant,
@@ -23,7 +23,7 @@ pub struct Moment<'a> {
 
 impl Dice {
     pub fn new(mut faults: Faults) -> Self {
-        // Short enough to be typed again.
+        // Short enough to type.
         let seed = *faults.seed.get_or_insert_with(|| fastrand::u32(..).into());
         Self {
             faults,
@@ -31,12 +31,12 @@ impl Dice {
         }
     }
 
-    /// The seed is always there.
+    /// The faults in force, always with a seed.
     pub fn faults(&self) -> &Faults {
         &self.faults
     }
 
-    /// With a seed, begins again from it.
+    /// With a seed, restarts from it.
     pub fn set(&mut self, mut faults: Faults) {
         match faults.seed {
             Some(seed) => self.rng = Rng::with_seed(seed),
@@ -70,7 +70,8 @@ impl Dice {
         least + (most - least).mul_f64(self.rng.f64())
     }
 
-    /// Which of so many to be put behind, instead of in one's own place.
+    /// The index of the ready message to be put behind, or None for the message's own
+    /// place.
     pub fn out_of_order(&mut self, others: usize) -> Option<usize> {
         let moved = others > 0 && self.falls_within(self.faults.out_of_order);
         moved.then(|| self.rng.usize(..others))

@@ -1,4 +1,4 @@
-//! Between the protocol's types and the emulator's.
+//! Converts between the protocol's types and the emulator's.
 
 use std::time::Duration;
 
@@ -132,8 +132,7 @@ fn duration_in(given: Option<prost_types::Duration>) -> Result<Option<Duration>,
         .map_err(|_negative| resource::negative_duration())
 }
 
-/// None of the durations here is beyond the protocol's range of 10 000 years,
-/// since each came from the protocol.
+/// Every duration here came from the protocol, so none exceeds its range of 10 000 years.
 fn duration_out(kept: Option<Duration>) -> Option<prost_types::Duration> {
     kept.and_then(|duration| duration.try_into().ok())
 }

@@ -52,8 +52,8 @@ impl StreamingService<proto::StreamingPullRequest> for Method {
             let Some(first) = requests.message().await? else {
                 return Err(Status::invalid_argument("The stream has no request."));
             };
-            // One response at a time waits for the client, so deliveries that
-            // it does not read stay here, where others can have them.
+            // One response at a time waits for the client, so deliveries that it does not
+            // read stay here, available to others.
             let (answers, receiver) = mpsc::channel(1);
             let pull = StreamingPull::open(broker, first, requests, answers)?;
             tokio::spawn(pull.run());
@@ -72,17 +72,17 @@ struct StreamingPull {
     properties: SubscriptionProperties,
     /// Whether deliveries show their attempt.
     counted: bool,
-    /// What the client is yet to hear of its acks. Empty unless the
-    /// subscription has exactly-once delivery.
+    /// Ack results still to be sent to the client. Empty unless the subscription has
+    /// exactly-once delivery.
     unconfirmed: proto::StreamingPullResponse,
     /// Whether to send nothing.
     silence: watch::Receiver<bool>,
-    /// Changes when the stream is to end.
+    /// Changes when the stream must end.
     resets: watch::Receiver<StatusCode>,
 }
 
 enum End {
-    /// The client is gone or has said that it is done.
+    /// The client is gone or has ended the stream.
     ByClient,
     Refused(Status),
 }
@@ -133,10 +133,10 @@ impl StreamingPull {
             end = self.exchange() => end,
             () = closing.cancelled() => BrokerError::shutting_down().into(),
         };
-        // Before the client hears of the end, so that it finds this stream gone.
+        // Before the client is told of the end, so that it finds this stream gone.
         drop((self.stream, self.resets));
         if let End::Refused(status) = end {
-            // Fails if the client is gone, which is what was to be said.
+            // Fails only if the client is gone.
             let _gone = self.answers.send(Err(status)).await;
         }
     }
@@ -145,7 +145,7 @@ impl StreamingPull {
         loop {
             let may_send = !*self.silence.borrow_and_update();
             let step = tokio::select! {
-                // Acks first: they make room for what comes next.
+                // Acks first: they make room for the next deliveries.
                 biased;
                 request = self.requests.message() => match request {
                     Ok(Some(request)) => self.obey(&request),
@@ -163,7 +163,7 @@ impl StreamingPull {
                 sent = deliver(&self.stream, &self.answers, self.properties, self.counted),
                     if may_send => sent,
                 () = next_heartbeat(&mut self.heartbeat), if may_send => {
-                    // With a response under way there is no need for one.
+                    // A response under way makes a heartbeat unnecessary.
                     let _busy = self.answers.try_send(Ok(self.completed(Default::default())));
                     Ok(())
                 }
@@ -188,7 +188,7 @@ impl StreamingPull {
         Ok(self.settle(request)?)
     }
 
-    /// The acks and ack deadlines in a request.
+    /// Applies the acks and ack deadlines in a request.
     fn settle(&mut self, request: &proto::StreamingPullRequest) -> Result<(), BrokerError> {
         if !request.ack_ids.is_empty() {
             let subscription = &self.stream.subscription;
@@ -232,7 +232,7 @@ impl StreamingPull {
         confirmation.invalid_ack_ids.extend(settled.invalid);
         let temporary = &mut confirmation.temporary_failed_ack_ids;
         temporary.extend(settled.temporary);
-        // None is out of order, since a key has one message out at a time.
+        // `unordered_ack_ids` stays empty, since a key has one message out at a time.
     }
 
     fn confirm_ack_deadlines(&mut self, settled: Confirmation) {
@@ -255,8 +255,8 @@ impl StreamingPull {
     }
 }
 
-/// Sends one response. Takes deliveries only when it can be sent, and does not
-/// wait once it has them, so that it may be cancelled.
+/// Sends one response. Takes deliveries only when it can send, and does not wait once it
+/// has them, so it is cancel-safe.
 async fn deliver(
     stream: &OpenStream,
     answers: &Sender<Answer>,
@@ -280,7 +280,7 @@ async fn deliver(
     }
 }
 
-/// Until the stream is to end at somebody's request.
+/// Completes when somebody requests that the stream end.
 async fn reset(resets: &mut watch::Receiver<StatusCode>) -> Status {
     match resets.changed().await {
         Ok(()) => as_reset(*resets.borrow_and_update()),
@@ -293,7 +293,7 @@ fn as_reset(status: StatusCode) -> Status {
     Status::new(code, "The emulator was asked to reset the stream.")
 }
 
-/// Until a response can be sent; forever if the client is gone.
+/// Completes when a response can be sent; never if the client is gone.
 async fn room(answers: &Sender<Answer>) {
     match answers.reserve().await {
         Ok(place) => drop(place),

@@ -1,5 +1,5 @@
-//! Between the official client's types, which read and write proto-JSON, and
-//! the emulator's.
+//! Converts between the official client's types, which read and write proto-JSON, and the
+//! emulator's.
 
 use std::time::{Duration, SystemTime};
 
@@ -106,8 +106,8 @@ pub fn message_in(message: model::Message) -> NewMessage {
     }
 }
 
-/// A `ReceivedMessage`; the official client keeps that type to itself. Clients
-/// see the delivery attempt only when `counted`.
+/// A `ReceivedMessage`, since the official client does not export that type. Clients see
+/// the delivery attempt only when `counted`.
 pub fn delivery_out(delivery: &Delivery, counted: bool) -> Value {
     let message = &delivery.message;
     let mut shown = model::Message::new()
@@ -143,8 +143,7 @@ where
         .map_err(|_negative| resource::negative_duration())
 }
 
-/// None of the durations here is beyond the protocol's range of 10 000 years,
-/// since each came from the protocol.
+/// Every duration here came from the protocol, so none exceeds its range of 10 000 years.
 fn duration_out<D>(kept: Option<Duration>) -> Option<D>
 where
     Duration: TryInto<D>,

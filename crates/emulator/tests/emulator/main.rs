@@ -21,6 +21,7 @@ mod grpc;
 mod official_client;
 mod policies;
 mod rest;
+mod restart;
 
 const TOPIC: &str = "projects/test/topics/requests";
 const SUBSCRIPTION: &str = "projects/test/subscriptions/worker";
@@ -29,6 +30,7 @@ const SUBSCRIPTION: &str = "projects/test/subscriptions/worker";
 const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Running {
+    address: SocketAddr,
     endpoint: String,
     broker: Broker,
     shutdown: CancellationToken,
@@ -44,9 +46,13 @@ impl Running {
         // Fails if another test of this process was first.
         let _first = rustls::crypto::ring::default_provider().install_default();
         let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let emulator = Emulator::bind(any_port, options).await.unwrap();
+        Self::serve(Emulator::bind(any_port, options).await.unwrap())
+    }
+
+    fn serve(emulator: Emulator) -> Self {
         let shutdown = CancellationToken::new();
         Self {
+            address: emulator.address(),
             endpoint: format!("http://{}", emulator.address()),
             broker: emulator.broker(),
             served: tokio::spawn(emulator.serve(shutdown.clone())),

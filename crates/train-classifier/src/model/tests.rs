@@ -1,6 +1,6 @@
 use super::*;
 
-/// Tells `left` from `right` by the sign of `(x - 10) / 2`; `y` is ignored.
+/// Predicts `left` or `right` by the sign of `(x - 10) / 2`; ignores `y`.
 fn model() -> Model {
     let (format, version, task) = Model::stamp();
     Model {

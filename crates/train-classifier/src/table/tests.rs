@@ -23,7 +23,7 @@ fn read(text: &str) -> Table {
     read_as("t.csv", text.as_bytes()).unwrap()
 }
 
-/// What is said against a file, without its path.
+/// The error about a file, without its path.
 fn refusal_of(name: &str, bytes: &[u8]) -> String {
     match read_as(name, bytes) {
         Err(TrainError::Dataset(reason)) => {

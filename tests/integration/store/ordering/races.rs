@@ -1,4 +1,4 @@
-//! Many at once, of one ordering key.
+//! Concurrent jobs of one ordering key.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -30,7 +30,7 @@ on_both_databases!(
 const MESSAGES: usize = 50;
 const WORKERS: usize = 6;
 
-/// What the workers see of each other.
+/// State that the workers share.
 #[derive(Default)]
 struct Runs {
     now: AtomicUsize,
@@ -42,7 +42,7 @@ impl Runs {
         let others = self.now.fetch_add(1, Ordering::SeqCst);
         assert_eq!(others, 0, "two jobs of one ordering key run at once");
         yield_now().await;
-        // Before the end is written: from then on the next one may run.
+        // Before the ending is written: after that, the next job may run.
         self.now.fetch_sub(1, Ordering::SeqCst);
         assert!(finish(store, &acquired.fence, succeeded()).await);
         self.done.lock().unwrap().push(acquired);
@@ -70,8 +70,8 @@ async fn of_50_messages_claimed_at_once_never_two_run(database: Database) {
     assert!(done.iter().all(|run| run.fence.attempt == 1));
 }
 
-/// Claims every message, as if each were delivered to each worker, and then
-/// takes from the table what is left.
+/// Claims every message, as if each were delivered to each worker, and then takes the
+/// rest from the table.
 async fn work(store: &Arc<dyn Store>, runs: &Runs, worker: usize) {
     let terms = terms_of(&format!("w{worker}"));
     for nth in 0..MESSAGES {
@@ -114,7 +114,7 @@ async fn a_retried_job_and_a_new_one_of_its_key_do_not_both_run(database: Databa
     }
 }
 
-/// Both jobs of a round, whichever runs first.
+/// Ends both jobs of a round, whichever runs first.
 async fn end_one_after_another(store: &Arc<dyn Store>, mut runs: Vec<Acquired>) {
     let mut ended = 0;
     while let Some(run) = runs.pop() {
@@ -131,14 +131,14 @@ async fn end_one_after_another(store: &Arc<dyn Store>, mut runs: Vec<Acquired>) 
     assert_eq!(store.jobs(&open).await.unwrap(), []);
 }
 
-/// A request with an ordering key of its own.
+/// A request with its own ordering key.
 fn ordered_by(ordering_key: &str, key: &str) -> ClaimRequest {
     let mut request = request(key);
     request.message.ordering_key = ordering_key.to_owned();
     request
 }
 
-/// The next one of the key may be leaving, too.
+/// The next job of the key may be ending, too.
 async fn a_key_goes_on_when_its_two_first_jobs_leave_at_once(database: Database) {
     let store = database.open_migrated().await;
     for round in 0..60 {

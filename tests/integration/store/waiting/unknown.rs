@@ -43,7 +43,7 @@ async fn record(store: &Arc<dyn Store>, key: &str) -> ClaimRequest {
     unknown
 }
 
-/// As if the message had come that long ago.
+/// As if the message had arrived that long ago.
 async fn waits_since(tables: &Tables, ago: Duration) {
     let then = tables.ago(ago);
     let sql = format!("UPDATE leases SET unknown_since = {then}");
@@ -109,7 +109,7 @@ async fn an_unknown_task_is_given_up_only_after_the_patience(database: Database)
     assert!(!give_up(&store, "1", PATIENCE).await);
     waits_since(&tables, PATIENCE - Duration::from_secs(60)).await;
     assert!(!give_up(&store, "1", PATIENCE).await);
-    // Deliveries that come meanwhile do not begin the wait anew.
+    // Deliveries that arrive meanwhile do not restart the wait.
     record(&store, "1").await;
     waits_since(&tables, PATIENCE + Duration::from_secs(1)).await;
     record(&store, "1").await;
@@ -144,7 +144,7 @@ async fn giving_up_again_changes_nothing(database: Database) {
     assert_eq!(story_of(&store, "1").await, before);
 }
 
-/// Neither while it runs nor while it waits again.
+/// The job is kept while it runs and while it waits again.
 async fn a_job_that_has_begun_is_not_given_up(database: Database) {
     let store = database.open_migrated().await;
     record(&store, "1").await;

@@ -56,7 +56,7 @@ fn a_late_ack_is_invalid_and_the_message_comes_again() {
     let late = [fixture.pull().remove(0).ack_id.to_string()];
     fixture.pass(9);
     assert!(fixture.pull().is_empty(), "its ack deadline is running");
-    // The time has come, though nobody has looked since.
+    // The deadline has passed, though no timer has fired since.
     fixture.now += Duration::from_secs(1);
     assert_eq!(fixture.try_acknowledge(&late), invalid(&late));
     assert_eq!(fixture.try_modify(&late, 0), invalid(&late));

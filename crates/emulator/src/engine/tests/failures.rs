@@ -6,8 +6,8 @@ use crate::resource::{DeadLetterPolicy, RetryPolicy, Subscription};
 const DEAD: &str = "projects/p/topics/dead";
 const MORGUE: &str = "projects/p/subscriptions/morgue";
 
-/// A subscription that gives up after five attempts. Its dead-letter topic is
-/// not there.
+/// A subscription that gives up after five attempts. Its dead-letter topic does not
+/// exist.
 fn giving_up(settings: Subscription) -> Fixture {
     Fixture::with(Subscription {
         dead_letter: Some(DeadLetterPolicy {
@@ -37,7 +37,7 @@ impl Fixture {
         self.engine.pull(MORGUE, 100, self.now).unwrap()
     }
 
-    /// Delivers the one message so many times, and nacks it.
+    /// Delivers and nacks the one message this many times.
     fn fail(&mut self, times: u32) {
         for _ in 0..times {
             let delivery = self.pull().remove(0);

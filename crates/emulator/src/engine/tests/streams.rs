@@ -80,7 +80,7 @@ fn a_stream_that_gets_what_expires_as_another_one_takes_is_woken() {
     assert_eq!(fixture.pull_texts(), ["a", "b"]);
     let streams = [fixture.open(1, 0), fixture.open(1, 0)];
     fixture.engine.drain_wakes();
-    // Before the timer has come to it.
+    // Before the timer has fired.
     fixture.now += Duration::from_secs(600);
     let taken = fixture.take(streams[1]);
     assert_eq!(texts(&taken), ["b"]);
