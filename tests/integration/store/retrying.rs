@@ -55,7 +55,11 @@ async fn an_ended_job_waits_again_as_if_it_had_not_ended(database: Database) {
         assert_eq!((job.state, job.attempts), (JobState::Waiting, 0));
         assert_eq!((job.error, job.reason), (None, None));
         assert_eq!((job.result, job.finished_at), (None, None));
-        assert!(job.waits_until.is_some() && job.payload.is_some());
+        assert_eq!(
+            (job.waits_until, job.waits_for.as_deref()),
+            (None, Some("room"))
+        );
+        assert!(job.payload.is_some());
         assert!(matches!(
             look(&store, &run.fence.key).await,
             Standing::Waiting { remaining: ENDED }
