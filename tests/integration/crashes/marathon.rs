@@ -2,7 +2,7 @@
 //! restarts of the database and the broker.
 //!
 //! `make test` runs it with 600 messages, or as many as TRAINYARD_TEST_MARATHON says.
-//! docs/delivery.md has the command and the figures of a run with 50,000.
+//! docs/operations.md has the command and the figures of a run with 50,000.
 
 mod fleet;
 mod load;
@@ -35,7 +35,7 @@ const WAVE: usize = 50;
 const MOST_AHEAD: usize = 2000;
 /// No more kills once at most this many messages are left. A killed worker's messages
 /// are redelivered only after the ack deadline of 10 s, so the end would drag on.
-const STRAGGLERS: usize = 20;
+const STRAGGLERS: usize = 60;
 /// How long the database or the broker stays down, besides the time it takes to start.
 const AWAY: Duration = Duration::from_secs(1);
 
