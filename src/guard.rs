@@ -132,7 +132,11 @@ impl Guard {
         loop {
             self.health.answers_again(&*self.store).await;
             self.disown_unanswered().await;
-            self.health.is_back();
+            // Under the lock: a claim that is given up later marks the database as away.
+            let unanswered = self.unanswered();
+            if unanswered.is_empty() {
+                self.health.is_back();
+            }
         }
     }
 
@@ -163,25 +167,33 @@ impl Guard {
     /// The database did not answer: nothing is known about the job, and the message must
     /// stay unacknowledged.
     pub async fn claim(&self, request: ClaimRequest) -> Result<Claim, Arc<StoreError>> {
+        let claims = match request.message.ordering_key.is_empty() {
+            true => &self.claims,
+            false => &self.ordered_claims,
+        };
         let mut backoff = Backoff::new(TRY_AGAIN.0, TRY_AGAIN.1);
-        let mut tries = 1;
+        let mut no_answer = None;
+        let mut tries = 0;
         loop {
-            let claims = match request.message.ordering_key.is_empty() {
-                true => &self.claims,
-                false => &self.ordered_claims,
+            let error = match claims.ask(request.clone()).await {
+                Err(error) if error.is_passing() => error,
+                answer => return self.noted(answer),
             };
-            match claims.ask(request.clone()).await {
-                Err(error) if error.is_passing() && tries < CLAIM_TRIES => {
-                    tries += 1;
-                    tokio::time::sleep(backoff.next_delay()).await;
-                }
-                answer => {
-                    if answer.as_ref().is_err_and(|error| error.is_passing()) {
-                        self.unanswered().push((request.key, request.token));
-                    }
-                    return self.noted(answer);
-                }
+            if error.is_away() {
+                no_answer = Some(Arc::clone(&error));
             }
+            tries += 1;
+            if tries == CLAIM_TRIES {
+                return match no_answer {
+                    // One of the tries may have acquired the job.
+                    Some(no_answer) => {
+                        self.unanswered().push((request.key, request.token));
+                        self.noted(Err(no_answer))
+                    }
+                    None => Err(error),
+                };
+            }
+            tokio::time::sleep(backoff.next_delay()).await;
         }
     }
 

@@ -101,13 +101,12 @@ impl Processor {
         let Some(intake) = self.intakes.get(&*fence.key.subscription) else {
             return self.give_back(&fence).await;
         };
-        let delivery = self.context.held.take(&fence.key);
         let request = match Request::decode(&taken.payload) {
             Ok(request) => request,
             Err(error) => {
-                self.end_unreadable(intake, &fence, &error.to_string(), delivery)
+                return self
+                    .end_unreadable(intake, &fence, &error.to_string())
                     .await;
-                return;
             }
         };
         let Some(task) = self.tasks.get(&taken.task) else {
@@ -121,6 +120,7 @@ impl Processor {
             payload: request.payload,
             data: taken.payload,
         };
+        let delivery = self.context.held.take(&fence.key);
         let attempt = Attempt::new(&self.context, job, taken.acquired, delivery, room);
         attempt.run().await;
     }
@@ -375,13 +375,7 @@ impl Processor {
 
     /// The payload was readable when the job was recorded, so no other worker can read it
     /// either.
-    async fn end_unreadable(
-        &self,
-        intake: &Intake,
-        fence: &Fence,
-        error: &str,
-        delivery: Option<Receipt>,
-    ) {
+    async fn end_unreadable(&self, intake: &Intake, fence: &Fence, error: &str) {
         error!(job = %fence.key, error, "the stored payload of a job cannot be read");
         let error = format!("the stored payload cannot be read: {error}");
         let finish = Finish {
@@ -392,15 +386,15 @@ impl Processor {
         };
         let Context {
             guard,
+            held,
             shutdown,
             wake_dead_letters,
             ..
         } = &*self.context;
-        let ended = guard.finish(&finish, &shutdown.giving_up).await;
+        guard.finish(&finish, &shutdown.giving_up).await;
         wake_dead_letters.notify_one();
-        if let (Some(true), Some(delivery)) = (ended, delivery) {
-            delivery.ack();
-        }
+        // Its held delivery is acked once the ending is seen.
+        held.look_now(&fence.key);
     }
 
     async fn give_back(&self, fence: &Fence) {

@@ -4,8 +4,7 @@
 //! A sweep has three steps: [`Queue::due`] reads without locks, admission reserves room
 //! for the oldest jobs that fit, and [`Queue::take`] takes exactly those, each only if it
 //! is still due. Several workers may see the same job; one gets it, and the others give
-//! their room back. If the answer of `take` is lost, its jobs wait until the lease
-//! expires, and that counts as a crash.
+//! their room back. A take that is not answered is asked again with the same tokens.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;

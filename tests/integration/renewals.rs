@@ -14,6 +14,7 @@ use uuid::Uuid;
 use crate::support::database::Database;
 use crate::support::jobs::{LONG, acquire, succeeded};
 use crate::support::private_postgres::PrivatePostgres;
+use crate::support::proxy::LossyProxy;
 use crate::support::runs::RunEvent;
 use crate::support::scene::{FAST, Scene, Settings};
 use crate::support::worker::WorkerProcess;
@@ -94,9 +95,38 @@ async fn runs_go_on_while_a_migration_waits_for_a_reader() {
     assert!(worker.stop().await.success());
 }
 
-/// A worker that is busy with some jobs until they are released.
+/// As after the failover of a database whose machine vanished.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn runs_go_on_and_end_once_when_all_connections_fall_silent() {
+    let Some(database) = Database::postgres().await else {
+        return;
+    };
+    let proxy = LossyProxy::in_front_of(&database.url).await;
+    let behind = Database::at(proxy.url.clone());
+    let (scene, worker, jobs) = with_runs_through(&database, &behind).await;
+    proxy.silence_connections();
+    let mut session = PgConnection::connect(&database.url).await.unwrap();
+    go_on_for_a_lease_or_are_stopped(&scene, &mut session, &jobs).await;
+    assert_eq!(stopped(&scene).len(), 0, "runs that were stopped");
+    proxy.silence_connections();
+    scene.runs.release("all");
+    let ended = scene.all_succeed(RUNS).await;
+    assert!(ended.iter().all(|job| job.attempts == 1), "{ended:#?}");
+    scene.nothing_is_left_to_deliver().await;
+    assert_eq!(scene.runs.of(RunEvent::Start).len(), RUNS);
+    assert!(worker.stop().await.success());
+}
+
 async fn with_runs(database: &Database) -> (Scene, WorkerProcess, Vec<Uuid>) {
-    let scene = Scene::new(database, database, &SETTINGS).await;
+    with_runs_through(database, database).await
+}
+
+/// A worker that is busy with some jobs until they are released.
+async fn with_runs_through(
+    database: &Database,
+    workers_see: &Database,
+) -> (Scene, WorkerProcess, Vec<Uuid>) {
+    let scene = Scene::new(database, workers_see, &SETTINGS).await;
     let worker = scene.yard.start_worker("worker");
     let requests = (0..RUNS).map(|_| scene.runs.waiting("all", json!({})));
     scene.publish_all(requests.collect()).await;

@@ -1,16 +1,19 @@
 //! The database executes a statement, and its answer is lost.
 
+use serde_json::json;
 use trainyard::record::JobState;
 
-use super::{FAST, Scene};
+use super::{FAST, Scene, Settings};
 use crate::support::database::Database;
 use crate::support::eventually;
 use crate::support::proxy::{Loss, LossyProxy};
 use crate::support::runs::RunEvent;
+use crate::support::scene::CALM;
 
 /// Parts of statements that identify them.
 const CLAIM: Loss = Loss::OfCommitAfter("INSERT INTO processed_messages");
 const FINISH: Loss = Loss::OfStatement("SET state = ended.state");
+const TAKE: Loss = Loss::OfStatement("'taken_over'");
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_claim_whose_answer_is_lost_is_found_to_be_ones_own() {
@@ -20,6 +23,54 @@ async fn a_claim_whose_answer_is_lost_is_found_to_be_ones_own() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_ending_whose_answer_is_lost_is_confirmed() {
     the_job_runs_once_though_a_reply_is_lost(FINISH).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_whose_taking_was_not_answered_starts_without_a_crash() {
+    let Some(database) = Database::postgres().await else {
+        return;
+    };
+    let proxy = LossyProxy::in_front_of(&database.url).await;
+    let behind = Database::at(proxy.url.clone());
+    let settings = Settings {
+        task: "backoff = { initial = \"10ms\", max = \"10ms\" }",
+        ..CALM
+    };
+    let scene = Scene::new(&database, &behind, &settings).await;
+    let _worker = scene.yard.start_worker("worker");
+    proxy.arm(TAKE);
+    let fails_once = json!({"fail": "transient", "fail_attempts": 1});
+    let id = scene.publish(scene.runs.rehearsal(fails_once)).await;
+    let job = scene.only_job_ends(JobState::Succeeded).await;
+    scene.nothing_is_left_to_deliver().await;
+    assert_eq!((proxy.happened(), job.attempts), (1, 2));
+    assert_eq!(scene.runs.of(RunEvent::Start).len(), 2);
+    let story = ["claimed", "failed", "claimed", "finished"];
+    let told = scene.is_explained_by(&id, &story).await;
+    assert!(!told.contains("taken_over"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_claim_that_was_given_up_though_it_had_committed_is_given_back() {
+    let Some(database) = Database::postgres().await else {
+        return;
+    };
+    let proxy = LossyProxy::in_front_of(&database.url).await;
+    let behind = Database::at(proxy.url.clone());
+    let scene = Scene::new(&database, &behind, &CALM).await;
+    let worker = scene.ready_worker("worker").await;
+    proxy.arm_and_take_away(CLAIM);
+    let id = scene.publish_run(0.0).await;
+    worker.says("the delivery is handed back").await;
+    assert_eq!(scene.runs.lines(), []);
+    proxy.bring_back();
+    let job = scene.only_job_ends(JobState::Succeeded).await;
+    scene.nothing_is_left_to_deliver().await;
+    assert_eq!((proxy.happened(), job.attempts), (1, 1));
+    assert_eq!(scene.runs.of(RunEvent::Start).len(), 1);
+    let story = ["claimed", "released", "claimed", "finished"];
+    let told = scene.is_explained_by(&id, &story).await;
+    assert!(!told.contains("taken_over"), "{told}");
 }
 
 async fn the_job_runs_once_though_a_reply_is_lost(loss: Loss) {

@@ -1,5 +1,7 @@
 use std::collections::HashMap;
+use std::future::pending;
 use std::io;
+use std::pin::pin;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -21,19 +23,22 @@ pub enum Loss {
 
 /// A proxy between a worker and Postgres. When armed, it lets the server execute the
 /// request, swallows the answer and cuts the connection: the worker cannot know whether
-/// it happened. It can also take the server away.
+/// it happened. It can also take the server away, or let connections fall silent.
 pub struct LossyProxy {
     /// The database's address through the proxy.
     pub url: String,
     losses: Arc<Losses>,
-    away: watch::Sender<bool>,
+    silenced: watch::Sender<()>,
     _stop: DropGuard,
 }
 
 #[derive(Default)]
 struct Losses {
     armed: Mutex<Option<Loss>>,
+    /// The server goes away with the lost reply.
+    takes_away: AtomicBool,
     happened: AtomicUsize,
+    away: watch::Sender<bool>,
 }
 
 impl LossyProxy {
@@ -50,13 +55,13 @@ impl LossyProxy {
         // The proxy has to read the traffic.
         url.set_query(Some("sslmode=disable"));
         let losses = Arc::<Losses>::default();
-        let (stop, away) = (CancellationToken::new(), watch::Sender::new(false));
-        let accepting = accept(listener, server, Arc::clone(&losses), away.subscribe());
+        let (stop, silenced) = (CancellationToken::new(), watch::Sender::new(()));
+        let accepting = accept(listener, server, Arc::clone(&losses), silenced.clone());
         tokio::spawn(stop.clone().run_until_cancelled_owned(accepting));
         Self {
             url: url.to_string(),
             losses,
-            away,
+            silenced,
             _stop: stop.drop_guard(),
         }
     }
@@ -65,13 +70,25 @@ impl LossyProxy {
         *self.losses.armed.lock().unwrap() = Some(loss);
     }
 
+    /// As [`LossyProxy::arm`]; the server goes away with the reply.
+    pub fn arm_and_take_away(&self, loss: Loss) {
+        self.losses.takes_away.store(true, Ordering::SeqCst);
+        self.arm(loss);
+    }
+
     /// Cuts all connections, and each new one at once.
     pub fn take_away(&self) {
-        self.away.send_replace(true);
+        self.losses.away.send_replace(true);
     }
 
     pub fn bring_back(&self) {
-        self.away.send_replace(false);
+        self.losses.away.send_replace(false);
+    }
+
+    /// Passes nothing on any more in the connections of now, as after the failover of a
+    /// server that vanished. They stay open. New connections work.
+    pub fn silence_connections(&self) {
+        self.silenced.send_replace(());
     }
 
     /// How many replies were lost.
@@ -84,17 +101,25 @@ async fn accept(
     listener: TcpListener,
     server: (String, u16),
     losses: Arc<Losses>,
-    away: watch::Receiver<bool>,
+    silenced: watch::Sender<()>,
 ) {
     while let Ok((client, _)) = listener.accept().await {
-        let (server, losses, mut away) = (server.clone(), Arc::clone(&losses), away.clone());
+        let (server, losses) = (server.clone(), Arc::clone(&losses));
+        let (mut away, mut silenced) = (losses.away.subscribe(), silenced.subscribe());
         tokio::spawn(async move {
+            let passing_on = pin!(pass_on(client, server, losses));
+            // Keeps the sockets open.
+            let silence = async {
+                let _ = silenced.changed().await;
+                pending::<()>().await;
+            };
             tokio::select! {
-                // Nothing gets through once the server is away.
+                // Nothing gets through once the server is away, or silent.
                 biased;
                 _ = away.wait_for(|away| *away) => {}
+                () = silence => {}
                 // An error only means that one side has closed the connection.
-                _ = pass_on(client, server, losses) => {}
+                _ = passing_on => {}
             }
         });
     }
@@ -163,6 +188,9 @@ async fn replies(
             client.write_all(&[&[kind][..], &body].concat()).await?;
         } else if kind == b'Z' && ready == flow.asked.load(Ordering::SeqCst) {
             // The server has executed everything it was asked.
+            if losses.takes_away.load(Ordering::SeqCst) {
+                losses.away.send_replace(true);
+            }
             losses.happened.fetch_add(1, Ordering::SeqCst);
             return Ok(());
         }
