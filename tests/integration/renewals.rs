@@ -8,7 +8,8 @@ use serde_json::json;
 use sqlx::{Connection, PgConnection};
 use tokio::process::Child;
 use tokio::time::timeout;
-use trainyard::store::{Finish, Finished};
+use trainyard::job::JobKey;
+use trainyard::store::{Finish, Finished, PostgresStore, Queue};
 use uuid::Uuid;
 
 use crate::support::database::Database;
@@ -108,7 +109,7 @@ async fn runs_go_on_and_end_once_when_all_connections_fall_silent() {
     // More often than the worker has connections for renewals.
     for _ in 0..4 {
         proxy.silence_connections();
-        go_on_or_are_stopped(&scene, &mut session, &jobs, LEASE_SECONDS / 3.0).await;
+        go_on_for_a_lease_or_are_stopped(&scene, &mut session, &jobs).await;
         assert_eq!(stopped(&scene).len(), 0, "runs that were stopped");
     }
     scene.runs.release("all");
@@ -117,6 +118,49 @@ async fn runs_go_on_and_end_once_when_all_connections_fall_silent() {
     scene.nothing_is_left_to_deliver().await;
     assert_eq!(scene.runs.of(RunEvent::Start).len(), RUNS);
     assert!(worker.stop().await.success());
+}
+
+/// Statements that are never answered must not occupy the places of the pool for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_that_fall_silent_in_the_middle_of_a_statement_are_replaced() {
+    let Some(database) = Database::postgres().await else {
+        return;
+    };
+    let proxy = LossyProxy::in_front_of(&database.url).await;
+    database.open_migrated().await;
+    let store = PostgresStore::open(&proxy.url, 1).await.unwrap();
+    let mut somebody = PgConnection::connect(&database.url).await.unwrap();
+    let mut transaction = somebody.begin().await.unwrap();
+    sqlx::query("LOCK TABLE leases IN ACCESS EXCLUSIVE MODE")
+        .execute(&mut *transaction)
+        .await
+        .unwrap();
+
+    let key = JobKey::new("s", "1");
+    let asking = tokio::spawn({
+        let (store, key) = (store.clone(), key.clone());
+        async move { store.look(&[key]).await }
+    });
+    eventually("the statement waits for the lock", async || {
+        let waits: bool = sqlx::query_scalar(
+            "SELECT EXISTS (SELECT FROM pg_locks
+                WHERE NOT granted AND relation = 'leases'::regclass)",
+        )
+        .fetch_one(&mut *transaction)
+        .await
+        .unwrap();
+        waits.then_some(())
+    })
+    .await;
+    proxy.silence_connections();
+    asking.abort();
+    asking.await.unwrap_err();
+    transaction.rollback().await.unwrap();
+
+    eventually("the only place has a new connection", async || {
+        store.look(std::slice::from_ref(&key)).await.ok()
+    })
+    .await;
 }
 
 async fn with_runs(database: &Database) -> (Scene, WorkerProcess, Vec<Uuid>) {
@@ -145,16 +189,6 @@ async fn go_on_for_a_lease_or_are_stopped(
     session: &mut PgConnection,
     jobs: &[Uuid],
 ) {
-    go_on_or_are_stopped(scene, session, jobs, LEASE_SECONDS).await;
-}
-
-/// Waits until the leases have been renewed this many seconds from now or later.
-async fn go_on_or_are_stopped(
-    scene: &Scene,
-    session: &mut PgConnection,
-    jobs: &[Uuid],
-    seconds: f64,
-) {
     let began: f64 = sqlx::query_scalar("SELECT extract(epoch FROM clock_timestamp())::float8")
         .fetch_one(&mut *session)
         .await
@@ -165,7 +199,7 @@ async fn go_on_or_are_stopped(
              WHERE leases.job_id = ANY ($1) AND token IS NOT NULL AND lease_until > to_timestamp($2)",
         )
         .bind(jobs)
-        .bind(began + seconds + LEASE_SECONDS)
+        .bind(began + 2.0 * LEASE_SECONDS)
         .fetch_one(&mut *session)
         .await
         .unwrap();

@@ -1,5 +1,4 @@
 use std::collections::HashMap;
-use std::future::pending;
 use std::io;
 use std::pin::pin;
 use std::str::FromStr;
@@ -107,19 +106,18 @@ async fn accept(
         let (server, losses) = (server.clone(), Arc::clone(&losses));
         let (mut away, mut silenced) = (losses.away.subscribe(), silenced.subscribe());
         tokio::spawn(async move {
-            let passing_on = pin!(pass_on(client, server, losses));
-            // Keeps the sockets open.
-            let silence = async {
-                let _ = silenced.changed().await;
-                pending::<()>().await;
-            };
-            tokio::select! {
+            // The sockets stay open until the end of this scope.
+            let mut passing_on = pin!(pass_on(client, server, losses));
+            let silent = tokio::select! {
                 // Nothing gets through once the server is away, or silent.
                 biased;
-                _ = away.wait_for(|away| *away) => {}
-                () = silence => {}
+                _ = away.wait_for(|away| *away) => false,
+                _ = silenced.changed() => true,
                 // An error only means that one side has closed the connection.
-                _ = passing_on => {}
+                _ = &mut passing_on => false,
+            };
+            if silent {
+                let _ = away.wait_for(|away| *away).await;
             }
         });
     }
