@@ -16,6 +16,7 @@ mod failures;
 mod faults;
 mod gpus;
 mod just_in_time;
+mod migrations;
 mod ordering;
 mod programs;
 mod renewals;

@@ -22,6 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(600);
 
 /// <https://www.postgresql.org/docs/current/errcodes-appendix.html>
 const LOCK_NOT_AVAILABLE: &str = "55P03";
+const DEADLOCK_DETECTED: &str = "40P01";
 
 pub(super) async fn migrate(
     pool: &PgPool,
@@ -36,17 +37,46 @@ pub(super) async fn migrate(
     let mut backoff = Backoff::new(PAUSE.0, PAUSE.1);
     loop {
         let mut connection = PgConnection::connect_with(&options).await?;
-        let migrated = apply(&migrator, &mut connection).await;
-        // Closing also releases the migration lock.
+        let migrated = migrate_alone(&migrator, &mut connection).await;
+        // Closing also releases the locks.
         connection.close().await?;
-        match migrated {
-            Ok(()) => return Ok(outstanding.unwrap_or_else(|| migrator.iter().count())),
-            Err(error) if is_locked_out(&error) && Instant::now() < give_up => {
-                waiting(&holders(pool).await?);
-                sleep(backoff.next_ceiling()).await;
+        match migrated? {
+            Migrated::UpToDate => {
+                return Ok(outstanding.unwrap_or_else(|| migrator.iter().count()));
             }
-            Err(error) => return Err(error.into()),
+            Migrated::LockedOut(error) if Instant::now() > give_up => return Err(error.into()),
+            Migrated::LockedOut(_) => {}
         }
+        waiting(&holders(pool).await?);
+        sleep(backoff.next_ceiling()).await;
+    }
+}
+
+enum Migrated {
+    UpToDate,
+    /// Another session has a lock. What was applied before stays.
+    LockedOut(MigrateError),
+}
+
+/// Only one session migrates at a time. Asks without waiting: a session that waits inside
+/// a statement has a snapshot, and a concurrent index build waits for all older ones.
+const TRY_LOCK: &str = "SELECT pg_try_advisory_lock(hashtextextended('trainyard migrate', 0))";
+
+async fn migrate_alone(
+    migrator: &Migrator,
+    connection: &mut PgConnection,
+) -> Result<Migrated, MigrateError> {
+    let alone: bool = sqlx::query_scalar(TRY_LOCK)
+        .fetch_one(&mut *connection)
+        .await?;
+    if !alone {
+        let busy = "another session is migrating".into();
+        return Ok(Migrated::LockedOut(MigrateError::Source(busy)));
+    }
+    match apply(migrator, connection).await {
+        Ok(()) => Ok(Migrated::UpToDate),
+        Err(error) if is_locked_out(&error) => Ok(Migrated::LockedOut(error)),
+        Err(error) => Err(error),
     }
 }
 
@@ -90,20 +120,25 @@ fn is_locked_out(error: &MigrateError) -> bool {
         _ => return false,
     };
     let code = error.as_database_error().and_then(|error| error.code());
-    code.is_some_and(|code| code == LOCK_NOT_AVAILABLE)
+    matches!(
+        code.as_deref(),
+        Some(LOCK_NOT_AVAILABLE | DEADLOCK_DETECTED)
+    )
 }
 
 const HOLDERS: &str = "
 SELECT coalesce(string_agg(DISTINCT format(
            'process %s (%s, %s, since %s)', activity.pid, activity.usename,
            coalesce(nullif(activity.application_name, ''), 'unnamed'),
-           to_char(activity.xact_start, 'HH24:MI:SS')), '; '), 'somebody who has gone')
+           to_char(coalesce(activity.xact_start, activity.backend_start), 'HH24:MI:SS')), '; '), 'somebody who has gone')
 FROM pg_locks locks JOIN pg_stat_activity activity USING (pid)
-WHERE locks.relation IN (to_regclass('leases'), to_regclass('processed_messages'))
-  AND locks.granted AND activity.pid <> pg_backend_pid()
-  AND activity.xact_start < now() - interval '1 second'";
+WHERE locks.granted AND activity.pid <> pg_backend_pid()
+  AND (locks.relation IN (to_regclass('leases'), to_regclass('processed_messages'))
+           AND activity.xact_start < now() - interval '1 second'
+       OR locks.locktype = 'advisory' AND activity.application_name = 'trainyard migrate'
+           AND activity.datname = current_database())";
 
-/// The sessions that hold locks on the tables, for people.
+/// The sessions that are in the way, for people.
 async fn holders(pool: &PgPool) -> Result<String, StoreError> {
     Ok(sqlx::query_scalar(HOLDERS).fetch_one(pool).await?)
 }

@@ -86,6 +86,17 @@ impl Tables {
         }
     }
 
+    /// The database's clock, this far ahead.
+    pub fn ahead(&self, duration: Duration) -> String {
+        let milliseconds = duration.as_millis();
+        match self {
+            Self::Postgres(_) => format!("(now() + interval '{milliseconds} milliseconds')"),
+            Self::Sqlite(_) => {
+                format!("(CAST(unixepoch('subsec') * 1000 AS INTEGER) + {milliseconds})")
+            }
+        }
+    }
+
     pub async fn execute(&self, sql: String) -> u64 {
         let sql = AssertSqlSafe(sql);
         match self {
