@@ -1,4 +1,4 @@
-//! How a run ended, what is written about it, and how its message is settled.
+//! How a run ended, and what is written about it.
 
 use std::time::Duration;
 
@@ -23,15 +23,6 @@ pub enum Outcome {
     /// Its lease expired or was taken over. After a takeover its writes change
     /// nothing.
     LeaseLost,
-}
-
-/// How a delivery is settled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Disposition {
-    Ack,
-    Nack,
-    /// Hold it unsettled, and check again later.
-    Hold,
 }
 
 /// What happens to the job after an outcome.

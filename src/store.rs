@@ -104,8 +104,8 @@ pub trait Claims: Send + Sync + 'static {
         acked: bool,
     ) -> Result<bool, StoreError>;
 
-    /// Ends each job whose fence still holds. Never waits for a row that another
-    /// transaction has locked.
+    /// Ends each job whose fence still holds. Does not wait for a job of which another
+    /// session has locked a row.
     async fn finish(&self, finishes: &[Finish]) -> Result<Vec<Finished>, StoreError>;
 
     /// Gives the claim back if the fence still holds, so that the job waits in the queue.

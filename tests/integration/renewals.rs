@@ -5,10 +5,10 @@ use std::path::Path;
 use std::str::FromStr;
 
 use serde_json::json;
-use sqlx::{Connection, PgConnection};
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tokio::process::Child;
 use tokio::time::timeout;
-use trainyard::job::JobKey;
+use trainyard::job::{Fence, JobKey};
 use trainyard::store::{Finish, Finished, PostgresStore, Queue};
 use uuid::Uuid;
 
@@ -268,30 +268,38 @@ fn read_to_string(path: &Path) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_row_that_somebody_has_locked_holds_up_no_other_ending() {
+async fn a_job_that_somebody_has_locked_holds_up_no_other_ending() {
     let Some(database) = Database::postgres().await else {
         return;
     };
     let store = database.open_migrated().await;
-    let [locked, other] = [
-        acquire(&store, "locked", LONG).await.fence,
-        acquire(&store, "other", LONG).await.fence,
-    ];
-    let finishes = [&locked, &other].map(|fence| Finish {
-        fence: fence.clone(),
+    for table in ["leases", "processed_messages"] {
+        let [locked, other] = [format!("{table}/locked"), format!("{table}/other")];
+        let finishes = [
+            ending_of(acquire(&store, &locked, LONG).await.fence),
+            ending_of(acquire(&store, &other, LONG).await.fence),
+        ];
+        let mut somebody = PgConnection::connect(&database.url).await.unwrap();
+        let mut transaction = somebody.begin().await.unwrap();
+        let lock = format!("SELECT FROM {table} WHERE key = $1 FOR UPDATE");
+        sqlx::query(AssertSqlSafe(lock))
+            .bind(locked)
+            .execute(&mut *transaction)
+            .await
+            .unwrap();
+        let answers = store.finish(&finishes).await.unwrap();
+        assert_eq!(answers, [Finished::Locked, Finished::Ended], "{table}");
+        transaction.rollback().await.unwrap();
+        let answers = store.finish(&finishes).await.unwrap();
+        assert_eq!(answers, [Finished::Ended, Finished::Ended], "{table}");
+    }
+}
+
+fn ending_of(fence: Fence) -> Finish {
+    Finish {
+        fence,
         ending: succeeded(),
         checkpoint: None,
         dead_letter_topic: None,
-    });
-    let mut somebody = PgConnection::connect(&database.url).await.unwrap();
-    let mut transaction = somebody.begin().await.unwrap();
-    sqlx::query("SELECT FROM leases WHERE key = 'locked' FOR UPDATE")
-        .execute(&mut *transaction)
-        .await
-        .unwrap();
-    let answers = store.finish(&finishes).await.unwrap();
-    assert_eq!(answers, [Finished::Locked, Finished::Ended]);
-    transaction.rollback().await.unwrap();
-    let answers = store.finish(&finishes).await.unwrap();
-    assert_eq!(answers, [Finished::Ended, Finished::Ended]);
+    }
 }

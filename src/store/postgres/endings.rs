@@ -14,28 +14,28 @@ use crate::store::{Finish, Finished, Refusal, Refused, Release, StoreError};
 /// One statement, so that the lease is deleted and the job ends, or neither. A second call
 /// with the same token finds the ending that the first one wrote.
 ///
-/// Skips a row that another session has locked, so that it delays no other ending. Waits only
-/// for the short lock that a claim holds on the last job of its ordering key. Deletes all
-/// leases before it touches the first job's row (hence the count), so that it cannot deadlock
-/// with a claim.
+/// Skips a job of which another session has locked a row, so that it delays no other ending.
+/// Waits only for the short lock that a claim holds on the last job of its ordering key, and
+/// for the row of the next job of an ordering key.
 const FINISH: &str = "
 WITH input AS (
     SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::uuid[], $5::text[], $6::text[],
                          $7::text[], $8::text[], $9::text[], $10::text[])
       AS finish (subscription, key, attempt, token, state, error, result, reason,
                  last_checkpoint, dead_letter_topic)
-), held AS (
+), locked AS (
     SELECT leases.subscription, leases.key, leases.attempt, leases.interruptions, leases.worker,
            leases.started_at, input.token, input.state, input.error, input.result, input.reason,
            coalesce(input.last_checkpoint, leases.checkpoint) AS checkpoint,
            input.dead_letter_topic
     FROM leases JOIN input USING (subscription, key, attempt, token)
+    JOIN processed_messages USING (subscription, key)
     ORDER BY leases.subscription, leases.key
-    FOR NO KEY UPDATE OF leases SKIP LOCKED
+    FOR NO KEY UPDATE OF leases, processed_messages SKIP LOCKED
 ), ended AS (
-    DELETE FROM leases USING held
-    WHERE leases.subscription = held.subscription AND leases.key = held.key
-    RETURNING held.*
+    DELETE FROM leases USING locked
+    WHERE leases.subscription = locked.subscription AND leases.key = locked.key
+    RETURNING locked.*
 ), finished AS (
     UPDATE processed_messages
     SET state = ended.state, error = ended.error, result = ended.result::json,
@@ -47,7 +47,6 @@ WITH input AS (
     FROM ended
     WHERE processed_messages.subscription = ended.subscription
       AND processed_messages.key = ended.key
-      AND (SELECT count(*) FROM ended) > 0
     RETURNING ended.token
 ), noted AS (
     INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
@@ -177,13 +176,19 @@ pub(super) async fn release(pool: &PgPool, release: &Release) -> Result<bool, St
     Ok(released.rows_affected() == 1)
 }
 
+/// In key order, like everything that locks many rows.
 const DISOWN: &str = "
-WITH disowned AS (
+WITH locked AS (
+    SELECT leases.subscription, leases.key
+    FROM unnest($1::text[], $2::text[], $3::uuid[]) AS claim (subscription, key, token)
+    JOIN leases USING (subscription, key, token)
+    ORDER BY subscription, key
+    FOR NO KEY UPDATE OF leases
+), disowned AS (
     UPDATE leases
     SET token = NULL, interruptions = interruptions + 1, run_after = now(), lease_until = now()
-    FROM unnest($1::text[], $2::text[], $3::uuid[]) AS claim (subscription, key, token)
-    WHERE leases.subscription = claim.subscription AND leases.key = claim.key
-      AND leases.token = claim.token
+    FROM locked
+    WHERE leases.subscription = locked.subscription AND leases.key = locked.key
     RETURNING leases.subscription, leases.key, leases.worker, leases.attempt
 )
 INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)

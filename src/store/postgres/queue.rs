@@ -193,17 +193,23 @@ pub(super) async fn know(pool: &PgPool, reach: &Reach) -> Result<(), StoreError>
     Ok(())
 }
 
-/// Only while no worker has ever begun to run it.
+/// Only while no worker has ever begun to run it. A locked row is for the next look.
 const GIVE_UP_UNKNOWN: &str = "
 WITH unknown AS (
     SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[])
       AS unknown (subscription, key, error, worker, dead_letter_topic)
-), given_up AS (
-    DELETE FROM leases USING unknown
-    WHERE leases.subscription = unknown.subscription AND leases.key = unknown.key
-      AND leases.token IS NULL AND leases.attempt = 0
+), locked AS (
+    SELECT unknown.*
+    FROM leases JOIN unknown USING (subscription, key)
+    JOIN processed_messages USING (subscription, key)
+    WHERE leases.token IS NULL AND leases.attempt = 0
       AND leases.unknown_since <= now() - make_interval(secs => $6)
-    RETURNING unknown.*
+    ORDER BY leases.subscription, leases.key
+    FOR NO KEY UPDATE OF leases, processed_messages SKIP LOCKED
+), given_up AS (
+    DELETE FROM leases USING locked
+    WHERE leases.subscription = locked.subscription AND leases.key = locked.key
+    RETURNING locked.*
 ), dead AS (
     UPDATE processed_messages
     SET state = 'dead', error = given_up.error, reason = $7, finished_at = now(),
