@@ -22,7 +22,16 @@ pub struct Clients {
 #[derive(Debug, Default)]
 struct Newest {
     generation: u64,
-    client: Option<Subscriber>,
+    subscriber: Option<Subscriber>,
+}
+
+impl Newest {
+    fn client(&self) -> Option<Client> {
+        Some(Client {
+            subscriber: self.subscriber.clone()?,
+            generation: self.generation,
+        })
+    }
 }
 
 /// A client and its generation.
@@ -41,25 +50,21 @@ impl Clients {
         }
     }
 
+    pub(super) fn are_for_an_emulator(&self) -> bool {
+        self.connection.emulator.is_some()
+    }
+
     pub(super) async fn newest(&self) -> Result<Client, PubsubError> {
-        let generation = {
-            let newest = self.lock();
-            if let Some(subscriber) = newest.client.clone() {
-                let generation = newest.generation;
-                return Ok(Client {
-                    subscriber,
-                    generation,
-                });
-            }
-            newest.generation
-        };
+        if let Some(client) = self.lock().client() {
+            return Ok(client);
+        }
         let made = self.make().await?;
         let mut newest = self.lock();
         // If another task was quicker, all use its client.
-        let subscriber = newest.client.get_or_insert(made).clone();
+        let subscriber = newest.subscriber.get_or_insert(made).clone();
         Ok(Client {
             subscriber,
-            generation: newest.generation.max(generation),
+            generation: newest.generation,
         })
     }
 
@@ -69,7 +74,7 @@ impl Clients {
         let mut newest = self.lock();
         if newest.generation == generation {
             newest.generation += 1;
-            newest.client = None;
+            newest.subscriber = None;
         }
     }
 

@@ -1,6 +1,6 @@
 //! Counts what has happened on a subscription since the start.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Counts for one subscription.
 #[derive(Debug, Default)]
@@ -9,10 +9,12 @@ pub struct Counters {
     pub(super) acks: Counter,
     pub(super) unconfirmed_acks: Counter,
     pub(super) nacks: Counter,
-    pub(super) surplus: Counter,
+    surplus: Counter,
     pub(super) streams_opened: Counter,
     pub(super) streams_failed: Counter,
     pub(super) streams_quiet: Counter,
+    is_emulator: bool,
+    ignores_limits: AtomicBool,
 }
 
 /// The counts at one moment.
@@ -34,10 +36,27 @@ pub struct Figures {
 }
 
 impl Counters {
+    pub(super) fn new(is_emulator: bool) -> Self {
+        Self {
+            is_emulator,
+            ..Self::default()
+        }
+    }
+
     /// Whether the broker ignores the limit of outstanding messages, as Google's emulator
     /// does. Closing a stream does not stop it, and costs it more than that saves.
     pub(super) fn ignores_limits(&self) -> bool {
-        self.surplus.get() > 0
+        self.ignores_limits.load(Ordering::Relaxed)
+    }
+
+    /// Counts a delivery for which its stream had no room. Only an emulator that sends one
+    /// right after another ignores limits: when the client resumes a stream that broke, any
+    /// server sends a message more, since it counts from zero.
+    pub(super) fn add_surplus(&self, right_after_another: bool) {
+        self.surplus.add_one();
+        if self.is_emulator && right_after_another {
+            self.ignores_limits.store(true, Ordering::Relaxed);
+        }
     }
 
     #[must_use]

@@ -1,11 +1,11 @@
 //! One arrival of a message, with the means to settle it.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use google_cloud_pubsub::subscriber::handler::Handler;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::warn;
@@ -17,6 +17,9 @@ use crate::message::Message;
 /// quicker, the next message goes into a stream that nobody reads, and is redelivered
 /// only after its ack deadline.
 const AFTER_CLOSING: Duration = Duration::from_millis(100);
+
+/// A broker that ignores limits sends what it has without such a pause.
+const BURST: Duration = Duration::from_secs(1);
 
 /// A delivery. Its ack deadline is extended for as long as it exists; dropping it without
 /// an ack nacks it at once.
@@ -41,11 +44,19 @@ pub(super) struct Origin {
     unsettled: AtomicUsize,
     /// The unsettled ones that are held for long.
     held: AtomicUsize,
+    last: Mutex<Last>,
     /// The generation of the client that opened it.
     pub(super) generation: u64,
     pub(super) counters: Arc<Counters>,
     /// Tracks what must finish before the subscription does.
     settling: TaskTracker,
+}
+
+/// When something last happened on a stream.
+#[derive(Debug)]
+struct Last {
+    delivered: Option<Instant>,
+    settled: Instant,
 }
 
 impl Origin {
@@ -61,6 +72,10 @@ impl Origin {
             capacity,
             unsettled: AtomicUsize::new(0),
             held: AtomicUsize::new(0),
+            last: Mutex::new(Last {
+                delivered: None,
+                settled: Instant::now(),
+            }),
             generation,
             counters,
             settling,
@@ -77,6 +92,21 @@ impl Origin {
         self.unsettled.load(Ordering::Acquire) < self.capacity
     }
 
+    /// Since when the broker may send a message on it; None while it has no room.
+    pub(super) fn room_since(&self) -> Option<Instant> {
+        self.has_room().then(|| self.last().settled)
+    }
+
+    /// Notes a delivery. Returns whether it came right after another one.
+    fn delivers(&self) -> bool {
+        let before = self.last().delivered.replace(Instant::now());
+        before.is_some_and(|before| before.elapsed() < BURST)
+    }
+
+    fn last(&self) -> MutexGuard<'_, Last> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether held deliveries take up much of the stream's capacity, so that it is worth
     /// closing. Their ack deadlines are extended without it.
     pub(super) fn is_clogged(&self) -> bool {
@@ -88,9 +118,10 @@ impl Origin {
 impl Delivery {
     pub(super) fn new(message: Message, handler: Handler, origin: Arc<Origin>) -> Self {
         let unsettled = origin.unsettled.fetch_add(1, Ordering::AcqRel);
+        let right_after_another = origin.delivers();
         origin.counters.deliveries.add_one();
         if unsettled >= origin.capacity {
-            origin.counters.surplus.add_one();
+            origin.counters.add_surplus(right_after_another);
         }
         Self {
             message,
@@ -128,6 +159,7 @@ struct Unsettled {
 
 impl Drop for Unsettled {
     fn drop(&mut self) {
+        self.origin.last().settled = Instant::now();
         self.origin.unsettled.fetch_sub(1, Ordering::AcqRel);
         if self.is_held {
             self.origin.held.fetch_sub(1, Ordering::AcqRel);
@@ -140,8 +172,7 @@ impl Receipt {
     /// redelivered; the guard then answers it. An exactly-once subscription reports an
     /// ack that was not confirmed, which is counted; even then the guard's table decides.
     pub fn ack(self) {
-        let Self { handler, unsettled } = self;
-        tell_ack(handler, &unsettled.origin);
+        self.settle(tell_ack);
     }
 
     /// As [`Receipt::ack`], but keeps the broker from sending another message in its
@@ -157,8 +188,7 @@ impl Receipt {
 
     /// Hands the message back for redelivery at once.
     pub fn nack(self) {
-        let Self { handler, unsettled } = self;
-        tell_nack(handler, &unsettled.origin);
+        self.settle(tell_nack);
     }
 
     /// As [`Receipt::nack`], but closes the stream first, so that the message does not
@@ -173,6 +203,14 @@ impl Receipt {
             self.unsettled.is_held = true;
             self.unsettled.origin.held.fetch_add(1, Ordering::AcqRel);
         }
+    }
+
+    fn settle(self, tell: fn(Handler, &Arc<Origin>)) {
+        let Self { handler, unsettled } = self;
+        let origin = Arc::clone(&unsettled.origin);
+        // First, or the next message could arrive while this one still counts.
+        drop(unsettled);
+        tell(handler, &origin);
     }
 
     fn settle_without_a_successor(self, tell: fn(Handler, &Arc<Origin>)) {

@@ -92,10 +92,10 @@ impl Subscription {
     pub fn new(clients: Clients, path: String, pulling: Pulling) -> Self {
         let (queue, arrivals) = Queue::new(pulling.per_stream());
         Self {
+            counters: Arc::new(Counters::new(clients.are_for_an_emulator())),
             clients,
             path,
             pulling,
-            counters: Arc::default(),
             arrivals,
             early: VecDeque::new(),
             queue,

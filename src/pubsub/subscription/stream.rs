@@ -12,7 +12,7 @@ use google_cloud_pubsub::model;
 use google_cloud_pubsub::subscriber::MessageStream;
 use google_cloud_pubsub::subscriber::handler::Handler;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tokio_util::task::TaskTracker;
 
 use crate::pubsub::delivery::{Delivery, Origin};
@@ -172,12 +172,17 @@ impl Reader {
     }
 }
 
-/// Completes once the stream has been quiet for this long although it had room.
+/// Completes once the stream has had room for this long and has brought nothing.
 async fn quiet(origin: &Origin, limit: Duration) {
+    let began = Instant::now();
     loop {
-        sleep(limit).await;
-        if origin.has_room() {
+        let quiet_for = match origin.room_since() {
+            None => Duration::ZERO,
+            Some(since) => since.max(began).elapsed(),
+        };
+        if quiet_for >= limit {
             return;
         }
+        sleep(limit - quiet_for).await;
     }
 }

@@ -163,8 +163,8 @@ impl Broker {
         create.send().await.unwrap();
     }
 
-    /// The next messages on the test's own subscription.
-    pub async fn receive(&self, name: &str, how_many: usize) -> Vec<trainyard::message::Message> {
+    /// A subscription that asks for one message at a time.
+    pub fn pulled(&self, name: &str) -> Subscription {
         let pulling = Pulling {
             ack_deadline: Duration::from_secs(10),
             slots: 1,
@@ -172,7 +172,12 @@ impl Broker {
             quiet_limit: Duration::from_secs(600),
         };
         let path = self.connection.subscription_path(name);
-        let mut subscription = Subscription::new(self.connection.clients(1), path, pulling);
+        Subscription::new(self.connection.clients(1), path, pulling)
+    }
+
+    /// The next messages on the test's own subscription.
+    pub async fn receive(&self, name: &str, how_many: usize) -> Vec<trainyard::message::Message> {
+        let mut subscription = self.pulled(name);
         let mut received = Vec::new();
         while received.len() < how_many {
             subscription.listen().await.unwrap();
