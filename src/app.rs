@@ -1,5 +1,7 @@
 //! The composition root: wires the parts together.
 
+pub(crate) mod pubsub_checks;
+
 use std::path::Path;
 use std::sync::Arc;
 
@@ -12,9 +14,7 @@ use crate::devices::Devices;
 use crate::executor::subprocess::{run_as_keeper_if_asked, tidy_work_dir};
 use crate::guard::Guard;
 use crate::nvidia;
-use crate::pubsub::{
-    Connection, Publishers, PubsubError, Pulling, Subscription, SubscriptionFacts,
-};
+use crate::pubsub::{Connection, Publishers, Pulling, Subscription};
 use crate::registry::{ConfiguredTasks, Registry, work_dir_of_commands};
 use crate::shutdown::Shutdown;
 use crate::store::{self, ClaimTerms, Missing, Store};
@@ -130,11 +130,11 @@ pub async fn build_worker(
             "no subscription is configured: add a section [subscriptions.NAME]",
         ));
     }
+    pubsub_checks::check_names(connection, config)?;
     let mut pulled = Vec::new();
     for (name, settings) in &config.subscriptions {
-        check_subscription(connection, name, config).await?;
-        if let Some(topic) = &settings.dead_letter_topic {
-            check_dead_letter_topic(connection, name, topic).await?;
+        for concern in pubsub_checks::check(connection, name, config).await? {
+            warn!(subscription = name, "{concern}");
         }
         let pulling = Pulling {
             ack_deadline: settings.ack_deadline,
@@ -196,76 +196,6 @@ fn warn_of_missing_gpus(tasks: &ConfiguredTasks, devices: &Devices) {
                 "this worker has too few GPUs for the task and leaves its jobs to others"
             );
         }
-    }
-}
-
-/// Finds a missing subscription at the start rather than during pulling. A worker may
-/// have permission to pull but not to look; then pulling shows it.
-async fn check_subscription(
-    connection: &Connection,
-    name: &str,
-    config: &Config,
-) -> anyhow::Result<()> {
-    match connection.subscription(name).await {
-        Ok(facts) => {
-            for concern in concerns_about(&facts, config) {
-                warn!(subscription = name, "{concern}");
-            }
-            Ok(())
-        }
-        Err(PubsubError::NotFound { what }) => Err(invalid(&format!(
-            "{what} does not exist: create it, or mend [subscriptions.{name}]"
-        ))),
-        Err(denied @ PubsubError::PermissionDenied { .. }) => {
-            warn!(%denied, "the subscription could not be checked");
-            Ok(())
-        }
-        Err(other) => Err(other.into()),
-    }
-}
-
-/// With fewer, a few crashes or restarts of workers use them up.
-const ENOUGH_DELIVERY_ATTEMPTS: u32 = 20;
-
-/// Warnings about a subscription's settings in Pub/Sub.
-pub fn concerns_about(facts: &SubscriptionFacts, config: &Config) -> Vec<String> {
-    let mut concerns = Vec::new();
-    if facts.retention > config.guard.retention {
-        concerns.push(format!(
-            "Pub/Sub retains messages for {}, longer than [guard] retention = {}: a message that is redelivered later runs a second time",
-            humantime::format_duration(facts.retention),
-            humantime::format_duration(config.guard.retention)
-        ));
-    }
-    if let Some(attempts) = facts
-        .max_delivery_attempts
-        .filter(|attempts| *attempts < ENOUGH_DELIVERY_ATTEMPTS)
-    {
-        concerns.push(format!(
-            "Pub/Sub's own dead-letter policy gives a message up after {attempts} deliveries, and each crash or restart of a worker that holds it uses one up: remove the policy and set `dead_letter_topic`, or allow {ENOUGH_DELIVERY_ATTEMPTS} deliveries or more"
-        ));
-    }
-    concerns
-}
-
-/// Fails if the topic is missing: a dead message that cannot be published stays in the
-/// database, where nobody expects it.
-async fn check_dead_letter_topic(
-    connection: &Connection,
-    subscription: &str,
-    topic: &str,
-) -> anyhow::Result<()> {
-    match connection.topic_exists(topic).await {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(invalid(&format!(
-            "topic {} does not exist: create it, or mend `dead_letter_topic` under [subscriptions.{subscription}]",
-            connection.topic_path(topic)
-        ))),
-        Err(denied @ PubsubError::PermissionDenied { .. }) => {
-            warn!(%denied, "the topic for dead letters could not be checked");
-            Ok(())
-        }
-        Err(other) => Err(other.into()),
     }
 }
 

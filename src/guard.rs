@@ -166,7 +166,7 @@ impl Guard {
     /// # Errors
     /// The database did not answer: nothing is known about the job, and the message must
     /// stay unacknowledged.
-    pub async fn claim(&self, request: ClaimRequest) -> Result<Claim, Arc<StoreError>> {
+    pub async fn claim(&self, mut request: ClaimRequest) -> Result<Claim, Arc<StoreError>> {
         let claims = match request.message.ordering_key.is_empty() {
             true => &self.claims,
             false => &self.ordered_claims,
@@ -176,14 +176,16 @@ impl Guard {
         let mut tries = 0;
         loop {
             let error = match claims.ask(request.clone()).await {
-                Err(error) if error.is_passing() => error,
+                Err(error) => error,
                 answer => return self.noted(answer),
             };
             if error.is_away() {
                 no_answer = Some(Arc::clone(&error));
+                // By the next try the workers of lost jobs may not have renewed yet.
+                request.can = request.can.unless_lost();
             }
             tries += 1;
-            if tries == CLAIM_TRIES {
+            if tries == CLAIM_TRIES || !error.is_passing() {
                 return match no_answer {
                     // One of the tries may have acquired the job.
                     Some(no_answer) => {

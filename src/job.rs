@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -110,6 +111,15 @@ pub enum Can {
 }
 
 impl Can {
+    /// The same without taking a lost job over.
+    #[must_use]
+    pub fn unless_lost(self) -> Self {
+        match self {
+            Self::Run => Self::RunUnlessLost,
+            other => other,
+        }
+    }
+
     #[must_use]
     pub fn run(self) -> bool {
         matches!(self, Self::Run | Self::RunUnlessLost)
@@ -180,6 +190,8 @@ pub struct DeadLetter {
     pub error: Option<String>,
     pub task: Option<String>,
     pub attempts: u32,
+    /// Tells this death of the job from one after a retry.
+    pub died_at: DateTime<Utc>,
 }
 
 /// The guard's answer to a delivery.

@@ -2,9 +2,9 @@ use std::ffi::OsStr;
 
 use clap::{Args, Subcommand};
 
-use super::Shared;
-use crate::app;
-use crate::config::{Config, timeline};
+use super::{Shared, print};
+use crate::app::{self, pubsub_checks};
+use crate::config::{Config, ConfigError, timeline};
 use crate::executor::check_command;
 use crate::registry::work_dir_of_commands;
 
@@ -17,8 +17,8 @@ pub(super) enum ConfigCommand {
 /// Check the configuration and print the settings in force.
 ///
 /// Prints the settings of all layers, with secrets masked, and a timeline of each
-/// task. Compares the settings of the subscriptions in Pub/Sub, where this user may
-/// read them.
+/// task. Compares them with the subscriptions and topics in Pub/Sub, where this user may
+/// read those; fails if `trainyard run` would refuse one.
 #[derive(Debug, Args)]
 pub(super) struct Check {
     /// Do not connect to Pub/Sub
@@ -30,23 +30,28 @@ impl ConfigCommand {
     pub(super) async fn execute(self, shared: &Shared) -> anyhow::Result<()> {
         let Self::Check(Check { offline }) = self;
         let config = shared.load()?;
-        println!("{}", toml::to_string(&config.masked())?);
+        print(&toml::to_string(&config.masked())?)?;
         match config.tasks.is_empty() {
-            true => println!("# no tasks are configured"),
-            false => comment(&timeline(&config)),
+            true => remark("no tasks are configured")?,
+            false => remark(&timeline(&config))?,
         }
-        warn_of_missing_settings(&config);
-        warn_of_commands(&config);
+        let refusals = refusals(&config);
+        let refusals =
+            refusals.map(|why| format!("`trainyard run` refuses this configuration: {why}"));
+        for warning in refusals.chain(concerns_about_commands(&config)) {
+            remark(&format!("warning: {warning}"))?;
+        }
         work_dir_of_commands(&config).await?;
-        if !offline {
-            check_subscriptions(&config).await;
+        match offline {
+            true => Ok(()),
+            false => check_subscriptions(&config).await,
         }
-        Ok(())
     }
 }
 
 /// `run` needs settings that other commands, such as `jobs list`, do not.
-fn warn_of_missing_settings(config: &Config) {
+fn refusals(config: &Config) -> impl Iterator<Item = &'static str> {
+    let mut tasks = config.tasks.values();
     let refused = [
         (config.pubsub.project.is_none(), "no project is set"),
         (
@@ -55,21 +60,18 @@ fn warn_of_missing_settings(config: &Config) {
         ),
         (config.tasks.is_empty(), "no task is configured"),
         (
-            config
-                .tasks
-                .values()
-                .any(|task| task.builtin.is_none() && task.command.is_none()),
+            tasks.any(|task| task.builtin.is_none() && task.command.is_none()),
             "a task has neither `command` nor `builtin`, and only an embedding program can register it",
         ),
     ];
-    for (_, reason) in refused.iter().filter(|(refused, _)| *refused) {
-        println!("# warning: `trainyard run` refuses this configuration: {reason}");
-    }
+    let refused = refused.into_iter().filter(|(refused, _)| *refused);
+    refused.map(|(_, why)| why)
 }
 
 /// Checks this machine, which may not be the worker's.
-fn warn_of_commands(config: &Config) {
+fn concerns_about_commands(config: &Config) -> Vec<String> {
     let own_path = std::env::var_os("PATH");
+    let mut concerns = Vec::new();
     for (name, task) in &config.tasks {
         let Some(command) = &task.command else {
             continue;
@@ -77,44 +79,57 @@ fn warn_of_commands(config: &Config) {
         let path = task.env.get("PATH").map(OsStr::new);
         let checked = check_command(command, task.cwd.as_deref(), path.or(own_path.as_deref()));
         if let Err(reason) = checked {
-            println!("# warning: task {name} cannot run on this machine: {reason}");
+            concerns.push(format!("task {name} cannot run on this machine: {reason}"));
         }
-        for unset in task
-            .pass_env
-            .iter()
-            .filter(|name| std::env::var_os(name).is_none())
-        {
-            println!("# warning: `pass_env` of task {name} names {unset}, which is not set here");
+        let unset = task.pass_env.iter();
+        for unset in unset.filter(|name| std::env::var_os(name).is_none()) {
+            concerns.push(format!(
+                "`pass_env` of task {name} names {unset}, which is not set here"
+            ));
         }
         if task.memory.is_some() && task.gpus > 0 {
-            println!(
-                "# warning: task {name} has `memory` and `gpus`: CUDA reserves far more address space than it uses and may fail to start"
-            );
+            concerns.push(format!(
+                "task {name} has `memory` and `gpus`: CUDA reserves far more address space than it uses and may fail to start"
+            ));
         }
     }
-}
-
-fn comment(text: &str) {
-    for line in text.lines() {
-        println!("# {line}");
-    }
+    concerns
 }
 
 /// Compares the subscriptions in Pub/Sub with the configuration.
-async fn check_subscriptions(config: &Config) {
+///
+/// # Errors
+/// The first subscription that `run` would refuse.
+async fn check_subscriptions(config: &Config) -> anyhow::Result<()> {
     let Ok(connection) = app::connection(config) else {
-        println!("# subscriptions: not checked, as no project is set");
-        return;
+        return remark("subscriptions: not checked, as no project is set");
     };
+    pubsub_checks::check_names(&connection, config)?;
+    let mut refused = None;
     for name in config.subscriptions.keys() {
-        match connection.subscription(name).await {
-            Ok(facts) => {
-                println!("# subscription {name}: found");
-                for concern in app::concerns_about(&facts, config) {
-                    println!("# warning: subscription {name}: {concern}");
+        match pubsub_checks::check(&connection, name, config).await {
+            Ok(concerns) => {
+                remark(&format!("subscription {name}: checked"))?;
+                for concern in concerns {
+                    remark(&format!("warning: subscription {name}: {concern}"))?;
                 }
             }
-            Err(error) => println!("# subscription {name}: not checked: {error}"),
+            Err(error) if error.is::<ConfigError>() => {
+                remark(&format!(
+                    "subscription {name}: `trainyard run` refuses it: {error}"
+                ))?;
+                refused.get_or_insert(error);
+            }
+            Err(error) => remark(&format!("subscription {name}: not checked: {error}"))?,
         }
     }
+    refused.map_or(Ok(()), Err)
+}
+
+/// Prints a comment, since the output is the configuration.
+fn remark(text: &str) -> anyhow::Result<()> {
+    for line in text.lines() {
+        print(&format!("# {line}"))?;
+    }
+    Ok(())
 }

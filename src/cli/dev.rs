@@ -56,7 +56,7 @@ impl Dev {
     pub(super) async fn execute(self, shared: &Shared) -> anyhow::Result<ExitCode> {
         anyhow::ensure!(
             shared.config.is_none(),
-            "`dev` takes no --config; use `run`"
+            "`dev` takes no --config and no TRAINYARD_CONFIG; use `run`, or unset it"
         );
         let shutdown = Shutdown::on_signals()?;
         // Programs run in another working directory.

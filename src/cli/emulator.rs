@@ -5,6 +5,7 @@ use anyhow::Context;
 use clap::Args;
 use trainyard_emulator::{Faults, Options};
 
+use super::print;
 use crate::pubsub::Connection;
 use crate::shutdown::Shutdown;
 
@@ -78,9 +79,9 @@ impl Emulator {
             connection.ensure_topic(name).await?;
             connection.ensure_subscription(name, name).await?;
         }
-        println!("export PUBSUB_EMULATOR_HOST={address}");
+        print(&format!("export PUBSUB_EMULATOR_HOST={address}"))?;
         if !self.subscriptions.is_empty() {
-            println!("export GOOGLE_CLOUD_PROJECT={}", self.project);
+            print(&format!("export GOOGLE_CLOUD_PROJECT={}", self.project))?;
         }
         std::io::stdout().flush()?;
         serving.await??;

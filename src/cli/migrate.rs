@@ -1,6 +1,6 @@
 use clap::Args;
 
-use super::Shared;
+use super::{Shared, print};
 use crate::app;
 use crate::config::mask_password;
 use crate::store::Missing;
@@ -20,11 +20,10 @@ impl Migrate {
             .migrate(app::tell_who_is_in_the_way)
             .await?;
         let url = mask_password(&config.database.url);
-        match applied {
-            0 => println!("{url} is up to date"),
-            1 => println!("{url}: 1 migration applied"),
-            many => println!("{url}: {many} migrations applied"),
-        }
-        Ok(())
+        print(&match applied {
+            0 => format!("{url} is up to date"),
+            1 => format!("{url}: 1 migration applied"),
+            many => format!("{url}: {many} migrations applied"),
+        })
     }
 }

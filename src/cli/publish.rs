@@ -2,7 +2,7 @@ use anyhow::Context;
 use clap::Args;
 use serde_json::Value;
 
-use super::Shared;
+use super::{Shared, print};
 use crate::app;
 use crate::pubsub::{Connection, Outgoing, PubsubError};
 
@@ -46,8 +46,7 @@ impl Publish {
             ordering_key: self.ordering_key,
         };
         let id = connection.publish(&topic, message).await?;
-        println!("published message {id} to {topic}");
-        Ok(())
+        print(&format!("published message {id} to {topic}"))
     }
 }
 

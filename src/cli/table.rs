@@ -10,6 +10,7 @@ use crate::report::Progress;
 
 /// The width of a table without a terminal.
 const WIDTH: usize = 120;
+const MAX_TASK: usize = 40;
 /// The result's column is at least this wide.
 const MIN_RESULT: usize = 15;
 /// How many digits of a job's id are shown.
@@ -23,8 +24,8 @@ pub(super) fn of_jobs(jobs: &[Job]) -> String {
         .set_header([
             "JOB", "TASK", "STATE", "ATTEMPTS", "DUPS", "DURATION", "RESULT",
         ]);
-    let widest_task = jobs.iter().filter_map(|job| job.task.as_ref());
-    let widest_task = widest_task.map(String::len).max().unwrap_or_default();
+    let widest_task = jobs.iter().map(|job| task_of(job).chars().count());
+    let widest_task = widest_task.max().unwrap_or_default();
     // The maximum width of the other columns, with gaps.
     let others = SHORT_ID + widest_task.max(4) + 9 + 8 + 4 + 8 + 14;
     let width = terminal_size::terminal_size().map_or(WIDTH, |(width, _)| width.0.into());
@@ -32,7 +33,7 @@ pub(super) fn of_jobs(jobs: &[Job]) -> String {
     for job in jobs {
         table.add_row([
             short_id(job),
-            job.task.clone().unwrap_or_else(|| "?".to_owned()),
+            task_of(job),
             job.state.to_string(),
             job.attempts.to_string(),
             job.duplicates.to_string(),
@@ -42,6 +43,12 @@ pub(super) fn of_jobs(jobs: &[Job]) -> String {
     }
     let lines: Vec<String> = table.lines().map(|line| line.trim().to_owned()).collect();
     lines.join("\n")
+}
+
+/// A message may name any task.
+fn task_of(job: &Job) -> String {
+    let task = job.task.as_deref().unwrap_or("?");
+    short(&printable(task), MAX_TASK)
 }
 
 /// The end of a job's id, as ids of the same time start alike.
@@ -245,6 +252,12 @@ mod tests {
         let cut = short(&"é".repeat(200), 80);
         assert_eq!(cut.chars().count(), 80);
         assert!(cut.ends_with('…'));
+    }
+
+    #[test]
+    fn a_task_cannot_forge_a_row_or_send_escapes() {
+        let task = "evil\u{1b}[2J\nforged row";
+        assert_eq!(short(&printable(task), 80), "evil\u{FFFD}[2J forged row");
     }
 
     #[test]

@@ -29,6 +29,9 @@ const MIN_QUIET_LIMIT: Duration = Duration::from_secs(10);
 /// With a longer lease, a dead worker's job would wait too long.
 const MAX_LEASE: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// Longer times are slips, and too long for clocks.
+const MAX_TIME: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
+
 /// Checks that the configuration can work.
 ///
 /// # Errors
@@ -36,6 +39,7 @@ const MAX_LEASE: Duration = Duration::from_secs(24 * 60 * 60);
 pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     check_database(config)?;
     check_worker(config)?;
+    check_times(config)?;
     if config.guard.retention < MIN_RETENTION {
         return bad_value(
             "guard.retention",
@@ -52,6 +56,36 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
         tasks::check(name, task, &config.worker)?;
     }
     Ok(())
+}
+
+fn check_times(config: &Config) -> Result<(), ConfigError> {
+    let worker = &config.worker;
+    let mut times = vec![
+        ("worker.shutdown_grace".to_owned(), worker.shutdown_grace),
+        (
+            "worker.unknown_task_patience".to_owned(),
+            worker.unknown_task_patience,
+        ),
+        ("worker.reserve_after".to_owned(), worker.reserve_after),
+        ("guard.retention".to_owned(), config.guard.retention),
+    ];
+    for (name, subscription) in &config.subscriptions {
+        let key = format!("subscriptions.{name}.quiet_limit");
+        times.push((key, subscription.quiet_limit));
+    }
+    for (name, task) in &config.tasks {
+        let limits = [
+            ("timeout", task.timeout),
+            ("stall_timeout", task.stall_timeout),
+            ("backoff.max", Some(task.backoff.max)),
+        ];
+        let limits = limits.into_iter();
+        times.extend(limits.filter_map(|(key, time)| Some((format!("tasks.{name}.{key}"), time?))));
+    }
+    match times.iter().find(|(_, time)| *time > MAX_TIME) {
+        Some((key, _)) => bad_value(key, "it must be at most 10 years"),
+        None => Ok(()),
+    }
 }
 
 fn check_subscription(name: &str, subscription: &Subscription) -> Result<(), ConfigError> {

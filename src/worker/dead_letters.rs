@@ -7,6 +7,7 @@
 //! letters that have waited for longer. A message that Pub/Sub will never take stays in
 //! the table only, and the ledger says so.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
+use uuid::Uuid;
 
 use crate::job::DeadLetter;
 use crate::pubsub::{Outgoing, Publishers, PubsubError};
@@ -31,6 +33,8 @@ const PUBLISH_TIMEOUT: Duration = Duration::from_secs(20);
 const TIME_TO_PUBLISH: Duration = Duration::from_secs(60);
 /// Small, since their data is in memory.
 const BATCH: u32 = 10;
+
+const MAX_FAILED_BEFORE: usize = 10_000;
 
 /// Pub/Sub's limits.
 /// <https://cloud.google.com/pubsub/quotas#resource_limits>
@@ -60,6 +64,7 @@ impl DeadLetters {
     pub(super) async fn run(&self) {
         let mut backoff = Backoff::new(TRY_AGAIN.0, TRY_AGAIN.1);
         let mut failed = false;
+        let mut failed_before = HashSet::new();
         loop {
             let pause = match failed {
                 true => backoff.next_ceiling(),
@@ -70,7 +75,7 @@ impl DeadLetters {
                 () = sleep(jittered(pause)) => Whose::Anybodys { at_least: LONG_AGO },
                 () = self.wake.notified(), if !failed => Whose::Mine,
             };
-            failed = !self.publish_all(whose).await;
+            failed = !self.publish_all(whose, &mut failed_before).await;
             if !failed {
                 backoff.reset();
             }
@@ -79,15 +84,15 @@ impl DeadLetters {
 
     /// Publishes the dead letters that a stopping worker's last jobs have left.
     pub(super) async fn publish_mine(&self) {
-        self.publish_all(Whose::Mine).await;
+        self.publish_all(Whose::Mine, &mut HashSet::new()).await;
     }
 
     /// False if something could not be published. A failing topic does not delay the
-    /// others.
-    async fn publish_all(&self, whose: Whose) -> bool {
+    /// others; a letter that failed before does not delay its topic's others.
+    async fn publish_all(&self, whose: Whose, failed_before: &mut HashSet<Uuid>) -> bool {
         let mut failing: Vec<String> = Vec::new();
         loop {
-            let letters = match self.due(whose, &failing).await {
+            let mut letters = match self.due(whose, &failing).await {
                 Ok(letters) => letters,
                 Err(error) => {
                     warn!(%error, "no look for dead letters");
@@ -97,13 +102,19 @@ impl DeadLetters {
             if letters.is_empty() {
                 return failing.is_empty();
             }
+            letters.sort_by_key(|letter| failed_before.contains(&letter.job_id));
             for letter in letters {
                 if failing.contains(&letter.topic) {
                     continue;
                 }
-                let topic = letter.topic.clone();
-                if !self.publish(letter).await {
-                    failing.push(topic);
+                if self.publish(&letter).await {
+                    failed_before.remove(&letter.job_id);
+                } else {
+                    if failed_before.len() == MAX_FAILED_BEFORE {
+                        failed_before.clear();
+                    }
+                    failed_before.insert(letter.job_id);
+                    failing.push(letter.topic);
                 }
             }
         }
@@ -124,9 +135,9 @@ impl DeadLetters {
         in_time(self.letters.dead_letters(&due)).await
     }
 
-    async fn publish(&self, letter: DeadLetter) -> bool {
+    async fn publish(&self, letter: &DeadLetter) -> bool {
         let (job, topic) = (&letter.key, &letter.topic);
-        let publishing = self.publishers.publish(topic, outgoing(&letter));
+        let publishing = self.publishers.publish(topic, outgoing(letter));
         let Ok(published) = timeout(PUBLISH_TIMEOUT, publishing).await else {
             error!(%job, topic, "a dead letter is not published yet: no answer");
             return false;
@@ -147,7 +158,7 @@ impl DeadLetters {
         };
         let settling = self
             .letters
-            .dead_letter_settled(&letter, &self.worker, &detail);
+            .dead_letter_settled(letter, &self.worker, &detail);
         match in_time(settling).await {
             Ok(()) => true,
             Err(error) => {
@@ -229,6 +240,7 @@ mod tests {
             error: Some(error.to_owned()),
             task: None,
             attempts: 2,
+            died_at: DateTime::UNIX_EPOCH,
         }
     }
 

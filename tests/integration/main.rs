@@ -19,6 +19,7 @@ mod just_in_time;
 mod migrations;
 mod ordering;
 mod programs;
+mod pubsub_checks;
 mod pulling;
 mod renewals;
 mod shutdown;

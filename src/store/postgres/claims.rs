@@ -413,7 +413,7 @@ pub(super) async fn take_over(
         .bind(flags(takers, |taker| taker.is_told))
         .bind(max_attempts.collect::<Vec<_>>())
         .bind(topics.collect::<Vec<_>>())
-        .bind(terms.max_crashes.cast_signed())
+        .bind(i32::try_from(terms.max_crashes).unwrap_or(i32::MAX))
         .bind(&*terms.worker)
         .bind(terms.lease.as_secs_f64())
         .bind(too_many_crashes(terms.max_crashes))

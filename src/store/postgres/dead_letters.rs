@@ -27,7 +27,7 @@ WITH due AS (
     RETURNING processed_messages.*
 )
 SELECT job_id, subscription, key, message_id, publish_time, ordering_key, attributes::text,
-       payload, task, attempts, reason, error, dead_letter_topic
+       payload, task, attempts, reason, error, dead_letter_topic, finished_at
 FROM given
 ORDER BY finished_at";
 
@@ -63,6 +63,7 @@ fn read_dead_letter(row: &PgRow) -> Result<DeadLetter, StoreError> {
         error: row.try_get("error")?,
         task: row.try_get("task")?,
         attempts: row.try_get::<i32, _>("attempts")?.unsigned_abs(),
+        died_at: row.try_get("finished_at")?,
     })
 }
 
@@ -70,7 +71,7 @@ fn read_dead_letter(row: &PgRow) -> Result<DeadLetter, StoreError> {
 const DEAD_LETTER_SETTLED: &str = "
 WITH settled AS (
     UPDATE processed_messages SET dead_letter_topic = NULL, dead_letter_due = NULL
-    WHERE job_id = $1 AND state = 'dead' AND dead_letter_topic = $2
+    WHERE job_id = $1 AND state = 'dead' AND dead_letter_topic = $2 AND finished_at = $5
     RETURNING subscription, key
 )
 INSERT INTO ledger (subscription, key, worker, kind, detail)
@@ -87,6 +88,7 @@ pub(super) async fn dead_letter_settled(
         .bind(&letter.topic)
         .bind(worker)
         .bind(detail)
+        .bind(letter.died_at)
         .execute(pool)
         .await?;
     Ok(())

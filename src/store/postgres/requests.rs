@@ -101,7 +101,7 @@ WITH hurried AS (
     UPDATE leases
     SET run_after = CASE WHEN run_after < 'infinity' THEN least(run_after, now())
                          ELSE run_after END,
-        lease_until = now()
+        lease_until = least(lease_until, now())
     FROM processed_messages m
     WHERE m.job_id = $1 AND leases.subscription = m.subscription AND leases.key = m.key
       AND leases.token IS NULL

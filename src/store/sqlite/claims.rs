@@ -302,8 +302,9 @@ pub(super) async fn take_over(
         .await?;
     let attempt = taken.try_get("attempt")?;
     if !free.try_get::<bool, _>("mine")? {
-        let last_worker: String = free.try_get("worker")?;
-        let detail = crashed.then(|| format!("from {last_worker}, whose lease ended"));
+        let last_worker: Option<String> = free.try_get("worker")?;
+        let last_worker = last_worker.filter(|_| crashed);
+        let detail = last_worker.map(|last| format!("from {last}, whose lease ended"));
         let entry = Entry {
             worker: &terms.worker,
             kind: if crashed { "taken_over" } else { "claimed" },

@@ -13,7 +13,7 @@ use crate::store::{DeadLettersDue, StoreError};
 
 const DEAD_LETTERS: &str = "
 SELECT job_id, subscription, key, message_id, publish_time, ordering_key, attributes, payload,
-       task, attempts, reason, error, dead_letter_topic
+       task, attempts, reason, error, dead_letter_topic, finished_at
 FROM processed_messages
 WHERE dead_letter_topic IS NOT NULL
   AND (dead_letter_due IS NULL
@@ -77,13 +77,14 @@ fn read_dead_letter(row: &SqliteRow) -> Result<DeadLetter, StoreError> {
         error: row.try_get("error")?,
         task: row.try_get("task")?,
         attempts: row.try_get("attempts")?,
+        died_at: DateTime::from_timestamp_millis(row.try_get("finished_at")?).unwrap_or_default(),
     })
 }
 
 /// Changes nothing if the job was retried meanwhile.
 const DEAD_LETTER_SETTLED: &str = "
 UPDATE processed_messages SET dead_letter_topic = NULL, dead_letter_due = NULL
-WHERE job_id = $1 AND state = 'dead' AND dead_letter_topic = $2";
+WHERE job_id = $1 AND state = 'dead' AND dead_letter_topic = $2 AND finished_at = $3";
 
 pub(super) async fn dead_letter_settled(
     pool: &SqlitePool,
@@ -96,6 +97,7 @@ pub(super) async fn dead_letter_settled(
     let settled = sqlx::query(DEAD_LETTER_SETTLED)
         .bind(letter.job_id)
         .bind(&letter.topic)
+        .bind(letter.died_at.timestamp_millis())
         .execute(&mut *transaction)
         .await?;
     if settled.rows_affected() == 0 {

@@ -115,7 +115,7 @@ UPDATE leases
 SET run_after = CASE WHEN run_after < 9223372036854775807
                      THEN min(run_after, CAST(unixepoch('subsec') * 1000 AS INTEGER))
                      ELSE run_after END,
-    lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER)
+    lease_until = min(lease_until, CAST(unixepoch('subsec') * 1000 AS INTEGER))
 WHERE subscription = $1 AND key = $2";
 
 /// None if there is no such job.

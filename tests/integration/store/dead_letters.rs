@@ -35,6 +35,7 @@ on_both_databases!(
     a_dead_letter_of_another_topic_is_not_settled,
     a_retried_jobs_message_is_not_published,
     a_job_that_dies_again_leaves_another_dead_letter,
+    settling_the_first_death_leaves_the_letter_of_the_second,
 );
 
 async fn end(store: &Arc<dyn Store>, run: &Acquired, ending: Ending, topic: Option<&str>) -> bool {
@@ -351,4 +352,20 @@ async fn what_one_worker_publishes_no_other_is_given(database: Database) {
     assert_eq!(store.dead_letters(&for_a_minute).await.unwrap().len(), 2);
     assert_eq!(store.dead_letters(&for_a_minute).await.unwrap().len(), 1);
     assert_eq!(store.dead_letters(&for_a_minute).await.unwrap().len(), 0);
+}
+
+async fn settling_the_first_death_leaves_the_letter_of_the_second(database: Database) {
+    let store = database.open_migrated().await;
+    let run = die(&store, "1", "w1").await;
+    let first = the_letter(&store).await;
+    store.retry(run.job_id, "anna").await.unwrap();
+    pass_the_lease().await;
+    die(&store, "1", "w1").await;
+    let settled = store.dead_letter_settled(&first, "w1", "published").await;
+    settled.unwrap();
+    let second = the_letter(&store).await;
+    assert!(second.died_at > first.died_at);
+    let settled = store.dead_letter_settled(&second, "w1", "published").await;
+    settled.unwrap();
+    assert_eq!(keys(&letters(&store).await), [""; 0]);
 }

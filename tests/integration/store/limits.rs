@@ -17,6 +17,7 @@ on_both_databases!(
     the_last_attempt_that_is_lost_parks_the_job,
     a_reaper_parks_a_job_by_the_limits_of_its_reach,
     the_last_crash_parks_the_job_whatever_attempts_are_left,
+    the_largest_limit_of_crashes_is_no_limit,
     failures_count_as_attempts_and_not_as_crashes,
     interruptions_count_neither_as_attempts_nor_as_crashes,
     a_claim_sent_again_at_the_limit_is_confirmed,
@@ -113,6 +114,19 @@ async fn the_last_crash_parks_the_job_whatever_attempts_are_left(database: Datab
     assert_eq!((&*letters[0].topic, letters[0].attempts), ("graves", 3));
     assert_eq!(letters[0].reason.as_deref(), Some("worker_lost"));
     assert!(letters[0].error.as_deref().unwrap().contains("3 times"));
+}
+
+async fn the_largest_limit_of_crashes_is_no_limit(database: Database) {
+    let store = database.open_migrated().await;
+    let terms = ClaimTerms {
+        max_crashes: u32::MAX,
+        ..terms(ENDED)
+    };
+    for attempt in 1..=3 {
+        let run = acquired(send(&store, &request("1"), &terms).await);
+        assert_eq!(run.fence.attempt, attempt);
+        pass_the_lease().await;
+    }
 }
 
 async fn failures_count_as_attempts_and_not_as_crashes(database: Database) {

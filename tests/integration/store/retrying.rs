@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use futures::future::join_all;
-use trainyard::job::{Acquired, Can, Claim, FinalState};
+use trainyard::job::{Acquired, Can, Claim, ClaimRequest, FinalState};
 use trainyard::outcome::{DeadReason, Ending};
 use trainyard::record::{JobState, Retrying};
 use trainyard::store::{GivenUp, Refusal, Standing, Store};
@@ -13,8 +13,8 @@ use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acquire, acquired, assert_is_stale, assert_none_to_reap, assert_waits, claim,
-    dead, failed, finish, job_of, kinds, look, ordered, pass_the_lease, reap_one, refusal, request,
-    send, story_of, succeeded, terms,
+    dead, failed, finish, job_of, kinds, look, ordered, pass_the_lease, reap, reap_one,
+    reaped_keys, refusal, request, send, story_of, succeeded, terms,
 };
 
 on_both_databases!(
@@ -25,6 +25,7 @@ on_both_databases!(
     a_retried_jobs_message_that_comes_again_runs_it,
     a_waiting_job_may_run_at_once,
     a_retry_of_a_waiting_job_keeps_its_attempts,
+    a_retry_of_a_job_that_waits_for_room_keeps_its_place,
     a_running_job_is_left_alone,
     a_lost_run_is_left_to_be_taken_over,
     a_message_without_a_task_has_nothing_to_run,
@@ -145,6 +146,21 @@ async fn a_waiting_job_may_run_at_once(database: Database) {
     reap_one(&store, "1").await;
     let told = story_of(&store, "1").await;
     assert_eq!(kinds(&told)[2..4], [("retried", None), ("retried", None)]);
+}
+
+async fn a_retry_of_a_job_that_waits_for_room_keeps_its_place(database: Database) {
+    let store = database.open_migrated().await;
+    let recorded = |key: &str| ClaimRequest {
+        can: Can::Record,
+        ..request(key)
+    };
+    let first = recorded("first");
+    assert_waits(&send(&store, &first, &terms(LONG)).await);
+    pass_the_lease().await;
+    assert_waits(&send(&store, &recorded("second"), &terms(LONG)).await);
+    pass_the_lease().await;
+    assert_eq!(retry(&store, first.job_id).await, Retrying::Hurried);
+    assert_eq!(reaped_keys(&reap(&store, 2).await), ["first", "second"]);
 }
 
 async fn a_retry_of_a_waiting_job_keeps_its_attempts(database: Database) {
