@@ -1,4 +1,4 @@
-//! What claims and renewals cost on Postgres:
+//! Measures what claims and renewals cost on Postgres:
 //!
 //!     tests/services/run.sh cargo bench --bench guard
 //!     tests/services/run.sh cargo bench --bench guard -- --rows 200000
@@ -127,7 +127,7 @@ impl Bench {
         Ok(Self { database })
     }
 
-    /// The time that so many batches of so many new keys take.
+    /// Claims `size` new keys in each of `batches` batches, and returns the time.
     async fn claims(&self, batches: usize, size: usize) -> Outcome<Duration> {
         let started = Instant::now();
         for _ in 0..batches {
@@ -153,7 +153,7 @@ impl Bench {
             .collect()
     }
 
-    /// How many updates of leases there were, and how many of them heap-only.
+    /// How many updates of leases there were, and how many of these were heap-only.
     async fn updates(&self) -> Outcome<(i64, i64)> {
         let mut connection = PgConnection::connect(&self.database.url).await?;
         let counts = sqlx::query_as(

@@ -1,5 +1,5 @@
-//! What the calls of a worker and of people cost on Postgres, with many jobs on
-//! record and with few:
+//! Measures what the calls of a worker and of people cost on Postgres, with many jobs
+//! on record and with few:
 //!
 //!     tests/services/run.sh cargo bench --bench queue
 //!     tests/services/run.sh cargo bench --bench queue -- --rows 10000000
@@ -27,8 +27,8 @@ const LARGE: Size = Size {
     running: 2_000,
 };
 const ROUNDS: usize = 30;
-/// They warm the caches, and after five executions the server may have settled
-/// for another plan.
+/// These rounds warm the caches. After five executions the server may also have
+/// chosen another plan.
 const WARM_UP: usize = 7;
 
 #[tokio::main(flavor = "current_thread")]

@@ -20,13 +20,13 @@ use super::queue::{self, BUSY, IDLE, Size, ended_key, ended_message, last_digits
 const LEASE: Duration = Duration::from_secs(3 * 60 * 60);
 const RETENTION: Duration = Duration::from_secs(32 * 24 * 60 * 60);
 const FENCES: usize = 200;
-/// What a worker asks for at most: jobs of one task, standings, letters.
+/// The most that a worker asks for: jobs of one task, standings, dead letters.
 const FREE: u32 = 8;
 const LOOKS: u64 = 500;
 const LETTERS: u32 = 10;
 const LISTED: u32 = 50;
 
-/// The time that one call takes, without what makes it ready.
+/// Prepares and makes one call, and returns the time of the call alone.
 pub type Call = for<'a> fn(&'a Bench) -> LocalBoxFuture<'a, Outcome<Duration>>;
 
 pub const CALLS: [(&str, Call); 25] = [
@@ -76,11 +76,11 @@ pub const CALLS: [(&str, Call); 25] = [
 pub struct Bench {
     pub database: Database,
     size: Size,
-    /// Leases of its own, to renew.
+    /// The bench's own leases, which it renews.
     fences: Vec<Fence>,
 }
 
-/// The time that a call takes, and its answer.
+/// Makes a call, and returns its time and its answer.
 async fn timed<T>(call: impl Future<Output = Result<T, StoreError>>) -> Outcome<(Duration, T)> {
     let started = Instant::now();
     let answer = call.await?;
@@ -113,7 +113,7 @@ impl Bench {
         self.claim(ClaimRequest { key, ..request() }).await
     }
 
-    /// One that waits for its next attempt.
+    /// Claims a job that waits for its next attempt.
     async fn claim_waiting(&self) -> Outcome<Duration> {
         let key = unfinished_key(self.size.waiting * 3 / 4 - fastrand::u64(..10));
         self.claim(ClaimRequest { key, ..request() }).await
@@ -128,7 +128,7 @@ impl Bench {
     async fn claim_batch(&self) -> Outcome<Duration> {
         let requests: Vec<ClaimRequest> = (0..FENCES).map(|_| request()).collect();
         let (time, claims) = timed(self.store().claim(&requests, &terms())).await?;
-        // So that no more and more jobs run.
+        // Otherwise more and more jobs would run.
         let fences = claims.into_iter().map(fence).collect::<Outcome<Vec<_>>>()?;
         let finishes: Vec<Finish> = fences.into_iter().map(finished).collect();
         self.store().finish(&finishes).await?;
@@ -164,7 +164,7 @@ impl Bench {
         Ok(timed(self.store().renew(&self.fences, LEASE)).await?.0)
     }
 
-    /// Ended, waiting and running ones, as a worker holds deliveries of.
+    /// Looks at ended, waiting and running jobs; a worker may hold deliveries of each.
     async fn look(&self) -> Outcome<Duration> {
         let unfinished = self.size.waiting + self.size.running;
         let keys: Vec<_> = (0..LOOKS)
@@ -238,8 +238,8 @@ impl Bench {
         }
     }
 
-    /// Each command has a connection of its own, on which its statement is
-    /// planned for its arguments; a connection's later statements need not be.
+    /// Opens a connection, as each command does. The server plans the first statements
+    /// of a connection for their arguments, and later ones perhaps not.
     async fn of_command(&self) -> Outcome<Arc<dyn Store>> {
         Ok(store::open(&self.database.url, 1, Missing::Fail).await?)
     }
@@ -262,7 +262,7 @@ impl Bench {
         Ok(timed(store.stories(&message)).await?.0)
     }
 
-    /// One that waits for room.
+    /// Cancels a job that waits for room.
     async fn cancel(&self) -> Outcome<Duration> {
         let request = ClaimRequest {
             can: Can::Record,
@@ -273,7 +273,7 @@ impl Bench {
         Ok(timed(self.store().cancel(id, "bench")).await?.0)
     }
 
-    /// One that was cancelled.
+    /// Retries a job that has ended, and then cancels it.
     async fn retry(&self) -> Outcome<Duration> {
         let request = request();
         let id = request.job_id;

@@ -1,4 +1,4 @@
-//! What every bench needs: databases of its own with ended jobs in them.
+//! The databases that every bench makes, with ended jobs in them.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -20,12 +20,12 @@ const VARIABLE: &str = "TRAINYARD_TEST_DATABASE_URL";
 /// A number that the command line may give: its name, what it is, its default.
 pub type Given = (&'static str, &'static str, u64);
 
-/// The server to measure on, and the numbers. None, and a word about it, where
-/// nothing is to be measured.
+/// The server to measure on, and the numbers. If nothing is to be measured, prints why
+/// and returns None.
 pub fn asked<const N: usize>(bench: &str, given: [Given; N]) -> Option<(String, [u64; N])> {
     let command = format!("tests/services/run.sh cargo bench --bench {bench}");
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    // Cargo passes it from `cargo bench` only; `cargo test` builds this too.
+    // Only `cargo bench` passes it. `cargo test` may run this program, too.
     if !arguments.iter().any(|argument| argument == "--bench") {
         println!("not measured; run it by `{command}`");
         return None;
@@ -41,7 +41,7 @@ pub fn asked<const N: usize>(bench: &str, given: [Given; N]) -> Option<(String, 
     None
 }
 
-/// None where the arguments cannot be read.
+/// None if the arguments cannot be read.
 fn numbers<const N: usize>(arguments: &[String], given: [Given; N]) -> Option<[u64; N]> {
     let mut numbers = given.map(|(_, _, default)| default);
     let mut words = arguments.iter().filter(|word| *word != "--bench");
@@ -57,15 +57,15 @@ pub fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// A database with so many ended jobs.
+/// A database with ended jobs.
 pub struct Database {
     name: String,
     pub url: String,
     pub store: Arc<dyn Store>,
 }
 
-/// The jobs of the last thirty days but for the last hour, evenly spread. Of a
-/// hundred one is dead and one was cancelled.
+/// Ended jobs, spread evenly over the last thirty days without the last hour. One in a
+/// hundred is dead, and one in a hundred was cancelled.
 const FILL: &str = "
 INSERT INTO processed_messages
        (subscription, key, job_id, message_id, publish_time, ordering_key, attributes, payload,
@@ -100,12 +100,12 @@ impl Database {
         Ok(database)
     }
 
-    /// A statement with numbers in it.
+    /// Executes a statement with these numbers as its arguments.
     pub async fn execute(&self, statement: &str, numbers: &[u64]) -> Outcome {
         execute(&self.url, statement, numbers).await
     }
 
-    /// What autovacuum would have done by now.
+    /// Does what autovacuum would have done by now.
     pub async fn vacuum(&self) -> Outcome {
         self.execute("VACUUM ANALYZE", &[]).await
     }
@@ -126,7 +126,7 @@ async fn execute(url: &str, statement: &str, numbers: &[u64]) -> Outcome {
     Ok(())
 }
 
-/// A message such as Pub/Sub's: its ids grow, roughly.
+/// A request with a new message. Message ids roughly grow, as Pub/Sub's do.
 pub fn request() -> ClaimRequest {
     let job_id = Uuid::now_v7();
     let id = (job_id.as_u128() >> 64).to_string();

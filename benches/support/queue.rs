@@ -1,4 +1,4 @@
-//! The unfinished jobs that the bench of the queue is about.
+//! The unfinished jobs for the bench of the queue.
 
 use trainyard::job::JobKey;
 
@@ -9,14 +9,15 @@ use super::database::{Database, Outcome};
 pub struct Size {
     pub ended: u64,
     pub waiting: u64,
-    /// Besides those of ordering keys.
+    /// Without those that have an ordering key.
     pub running: u64,
 }
 
-/// A half waits for its turn, ten jobs to an ordering key, of which the first may
-/// run and that of each hundredth key runs; a quarter waits for its next attempt;
-/// the rest may run. There are 20 tasks. Of the last three no job may run, and
-/// that of `task-16` nobody knows. The jobs that run are the oldest ones.
+/// Half of the waiting jobs have ordering keys, ten jobs to a key. The first job of a
+/// key may run, and in one key of a hundred it runs; the others wait for their turn. A
+/// quarter of the jobs wait for their next attempt, and the rest may run. There are 20
+/// tasks. No job of the last three tasks may run, and no worker knows `task-16`. The
+/// jobs that run without an ordering key are the oldest.
 const FILL: &str = "
 WITH job AS (
     SELECT n, (20000000000000 + n)::text AS message_id,
@@ -60,7 +61,7 @@ WITH job AS (
 INSERT INTO ledger (subscription, key, worker, kind)
 SELECT 's', key, 'w0', 'queued' FROM named";
 
-/// A task of the worker that has jobs to run.
+/// Tasks of the worker that have jobs to run.
 pub const BUSY: [&str; 3] = ["task-0", "task-1", "task-2"];
 /// Tasks whose jobs all run or wait for something else.
 pub const IDLE: [&str; 3] = ["task-17", "task-18", "task-19"];
@@ -79,8 +80,8 @@ pub fn ended_message(nth: u64) -> String {
     (10_000_000_000_000 + nth).to_string()
 }
 
-/// What the ids of the nth ended job and of the nth unfinished one end with, as
-/// people copy it from a list.
+/// The last eight digits of the ids of the nth ended and of the nth unfinished job, as
+/// people copy them from a list.
 pub fn last_digits(nth: u64) -> String {
     format!("{nth:08x}")
 }
@@ -89,7 +90,7 @@ pub fn ended_key(nth: u64) -> JobKey {
     JobKey::new("s", &format!("{}@1700000000000000", ended_message(nth)))
 }
 
-/// Waiting ones come first, then running ones.
+/// The waiting jobs come first, then the running ones.
 pub fn unfinished_key(nth: u64) -> JobKey {
     JobKey::new(
         "s",
