@@ -57,8 +57,7 @@ pub async fn run_worker(config: Config, registry: Registry, migrate: bool) -> an
     };
     let connection = connection(&config)?;
     let worker = build_worker(&config, registry, store, &connection).await?;
-    worker.run(shutdown).await;
-    Ok(())
+    Ok(worker.run(shutdown).await?)
 }
 
 /// Logs who holds the lock that a migration waits for.

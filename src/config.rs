@@ -152,8 +152,8 @@ pub struct Subscription {
     /// How many jobs of the subscription run concurrently in one worker.
     /// Unset: no limit but the slots.
     pub concurrency: Option<usize>,
-    /// How many messages a worker holds whose job waits in the queue: for room,
-    /// for its turn, for its next attempt. With so many, no more is pulled.
+    /// How many messages a worker may hold while their jobs do not run in it: they
+    /// wait in the queue, or run elsewhere. At this number it pulls no more.
     pub max_waiting: usize,
     /// A stream that delivers nothing for this long is reopened over a new
     /// connection, as it may be dead.

@@ -23,7 +23,8 @@ impl Shutdown {
         Self::default()
     }
 
-    /// Handles SIGTERM and SIGINT: the first drains, the second stops at once.
+    /// Handles SIGTERM and SIGINT: the first drains, the second asks runs to stop
+    /// now, the third ends the process.
     ///
     /// # Errors
     /// The signal handlers cannot be installed.
@@ -46,11 +47,17 @@ impl Shutdown {
                     std::process::exit(1);
                 }
                 if following.draining.is_cancelled() {
-                    warn!(signal = name, "second signal: stopping at once");
+                    warn!(
+                        signal = name,
+                        "second signal: the runs are asked to stop now"
+                    );
                     following.stopping.cancel();
                     continue;
                 }
-                info!(signal = name, "stopping; a second signal stops at once");
+                info!(
+                    signal = name,
+                    "stopping; a second signal asks the runs to stop now"
+                );
                 following.draining.cancel();
             }
         });

@@ -25,6 +25,7 @@ mod error;
 mod postgres;
 mod reading;
 mod sqlite;
+mod taker;
 mod terms;
 mod values;
 

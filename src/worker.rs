@@ -20,7 +20,7 @@ mod supervise;
 
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -108,7 +108,11 @@ impl Worker {
     /// Works until the shutdown, then drains: stops pulling, hands back what has not
     /// started, lets runs finish, asks the rest to stop, gives their claims back, and
     /// sends the outstanding acks and nacks.
-    pub async fn run(self, shutdown: Shutdown) {
+    ///
+    /// # Errors
+    /// One of its loops has panicked, and therefore the worker has drained.
+    pub async fn run(self, shutdown: Shutdown) -> Result<(), Panicked> {
+        let loops = Loops::new(&shutdown);
         let running = TaskTracker::new();
         let stop_grace = self.longest_stop_grace();
         let patience = self.settings.shutdown_grace.saturating_sub(stop_grace);
@@ -119,28 +123,24 @@ impl Worker {
         // These go on while runs drain: leases are renewed to the end.
         let mut background = JoinSet::new();
         let keeper = parts.context.keeper.clone();
-        background.spawn(supervised("lease keeper", &shutdown, keeper.clone().run()));
+        background.spawn(loops.supervised("lease keeper", keeper.clone().run()));
         let watching = keeper.watch_for_cancels();
-        background.spawn(supervised("watch for cancels", &shutdown, watching));
+        background.spawn(loops.supervised("watch for cancels", watching));
         let watching = guard.clone();
         let watching = async move { watching.watch_over_the_database().await };
-        background.spawn(supervised("watch over the database", &shutdown, watching));
+        background.spawn(loops.supervised("watch over the database", watching));
         let purging = purger::purge(guard, parts.retention, shutdown.draining.clone());
-        background.spawn(supervised("purger", &shutdown, purging));
+        background.spawn(loops.supervised("purger", purging));
         let dead_letters = Arc::clone(&parts.dead_letters);
         let publishing = async move { dead_letters.run().await };
-        background.spawn(supervised(
-            "publisher of dead letters",
-            &shutdown,
-            publishing,
-        ));
+        background.spawn(loops.supervised("publisher of dead letters", publishing));
 
         let held = parts.context.held.clone();
-        let holding = tokio::spawn(supervised("holder of deliveries", &shutdown, held.run()));
-        let sweeping = tokio::spawn(supervised("sweeper", &shutdown, parts.sweeper.run()));
+        let holding = tokio::spawn(loops.supervised("holder of deliveries", held.run()));
+        let sweeping = tokio::spawn(loops.supervised("sweeper", parts.sweeper.run()));
         let mut pullers = JoinSet::new();
         for puller in parts.pullers {
-            pullers.spawn(supervised("puller", &shutdown, puller.run()));
+            pullers.spawn(loops.supervised("puller", puller.run()));
         }
 
         let last_words = stop_grace + LAST_WRITES;
@@ -169,6 +169,7 @@ impl Worker {
         }
         flush(subscriptions).await;
         info!("stopped");
+        loops.ended()
     }
 
     /// Creates the loops of the worker, which share its room and its leases.
@@ -309,21 +310,50 @@ struct Parts {
     retention: Duration,
 }
 
-/// Runs a loop. If it panics, the worker would look alive without doing its work, so it
-/// stops, and the process manager starts another.
-fn supervised<T, F: Future<Output = T>>(
-    name: &'static str,
-    shutdown: &Shutdown,
-    work: F,
-) -> impl Future<Output = Option<T>> + use<T, F> {
-    let shutdown = shutdown.clone();
-    async move {
-        let done = AssertUnwindSafe(work).catch_unwind().await;
-        if done.is_err() {
-            error!("the {name} has panicked: the worker stops");
-            shutdown.drain();
+/// A worker's loop has panicked.
+#[derive(Debug, thiserror::Error)]
+#[error("the worker has stopped because its {0} panicked; the log says where")]
+pub struct Panicked(&'static str);
+
+/// Watches over the worker's loops.
+struct Loops {
+    shutdown: Shutdown,
+    /// The first that has panicked.
+    panicked: Arc<OnceLock<&'static str>>,
+}
+
+impl Loops {
+    fn new(shutdown: &Shutdown) -> Self {
+        Self {
+            shutdown: shutdown.clone(),
+            panicked: Arc::default(),
         }
-        done.ok()
+    }
+
+    /// Runs a loop. If it panics, the worker would look alive without doing its work, so it
+    /// drains, and the process manager starts another.
+    fn supervised<T, F: Future<Output = T>>(
+        &self,
+        name: &'static str,
+        work: F,
+    ) -> impl Future<Output = Option<T>> + use<T, F> {
+        let (shutdown, panicked) = (self.shutdown.clone(), Arc::clone(&self.panicked));
+        async move {
+            let done = AssertUnwindSafe(work).catch_unwind().await;
+            if done.is_err() {
+                error!("the {name} has panicked: the worker stops");
+                let _ = panicked.set(name);
+                shutdown.drain();
+            }
+            done.ok()
+        }
+    }
+
+    fn ended(&self) -> Result<(), Panicked> {
+        match self.panicked.get() {
+            None => Ok(()),
+            Some(name) => Err(Panicked(name)),
+        }
     }
 }
 
@@ -337,5 +367,29 @@ async fn flush(subscriptions: Vec<Subscription>) {
     let flushing = futures::future::join_all(subscriptions.into_iter().map(Subscription::flush));
     if timeout(FLUSH_TIMEOUT, flushing).await.is_err() {
         warn!("some acknowledgements could not be sent; the guard answers their redeliveries");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_loop_that_panics_drains_the_worker_and_is_an_error() {
+        let shutdown = Shutdown::default();
+        let loops = Loops::new(&shutdown);
+        let done = loops.supervised("purger", async { 7 }).await;
+        assert_eq!((done, shutdown.draining.is_cancelled()), (Some(7), false));
+        assert!(loops.ended().is_ok());
+
+        let work = async {
+            if done.is_some() {
+                panic!("for the test");
+            }
+        };
+        assert_eq!(loops.supervised("sweeper", work).await, None);
+        assert!(shutdown.draining.is_cancelled());
+        let panicked = loops.ended().unwrap_err();
+        assert!(panicked.to_string().contains("sweeper"), "{panicked}");
     }
 }

@@ -28,7 +28,7 @@ pub(crate) async fn check(
         Ok(facts) => Some(facts),
         Err(PubsubError::NotFound { what }) => {
             let missing =
-                format!("{what} does not exist: create it, or mend [subscriptions.{name}]");
+                format!("{what} does not exist: create it, or correct [subscriptions.{name}]");
             return Err(invalid(&missing));
         }
         Err(denied @ PubsubError::PermissionDenied { .. }) => {
@@ -103,7 +103,7 @@ async fn check_dead_letter_topic(
     match connection.topic_exists(topic).await {
         Ok(true) => Ok(None),
         Ok(false) => Err(invalid(&format!(
-            "topic {} does not exist: create it, or mend `dead_letter_topic` under [subscriptions.{subscription}]",
+            "topic {} does not exist: create it, or correct `dead_letter_topic` under [subscriptions.{subscription}]",
             connection.topic_path(topic)
         ))),
         Err(denied @ PubsubError::PermissionDenied { .. }) => Ok(Some(format!(

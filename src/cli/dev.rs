@@ -113,7 +113,7 @@ impl Dev {
         }
         println!("stopping");
         shutdown.drain();
-        working.await?;
+        working.await??;
         emulator_stop.cancel();
         serving.await??;
         Ok(match as_expected {

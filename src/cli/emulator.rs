@@ -41,8 +41,7 @@ pub(super) struct Emulator {
     ///   dropped-acks=0.1        probability that an ack is ignored
     ///   resets=0.1:UNAVAILABLE  probability that a stream ends after messages, and
     ///                           its status
-    ///   out-of-order=0.1        probability that a redelivered message comes after
-    ///                           the next one
+    ///   out-of-order=0.1        probability that a message comes after another
     ///   latency=50ms..200ms     delay of deliveries
     ///   silence                 streams stay open but deliver nothing
     #[arg(long, value_name = "FAULTS", verbatim_doc_comment)]

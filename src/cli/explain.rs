@@ -24,7 +24,7 @@ impl Explain {
         let stories = store.stories(&self.message_id).await?;
         anyhow::ensure!(
             !stories.is_empty(),
-            "no delivery of message {} is on record: it has not been pulled yet, or its retention has ended",
+            "message {} is not on record: it has not been pulled yet, or its retention has ended",
             self.message_id
         );
         if self.json {

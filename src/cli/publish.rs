@@ -1,9 +1,9 @@
 use anyhow::Context;
 use clap::Args;
-use serde_json::Value;
 
 use super::{Shared, print};
 use crate::app;
+use crate::message::Request;
 use crate::pubsub::{Connection, Outgoing, PubsubError};
 
 /// Publish a training request.
@@ -52,13 +52,10 @@ impl Publish {
 
 /// Refuses a payload that a worker would refuse.
 fn check_payload(json: &str) -> anyhow::Result<()> {
-    let payload: Value = serde_json::from_str(json)
-        .context("the payload is not JSON (check the shell's quotes); --raw publishes it anyway")?;
-    let named = payload.get("name").is_some_and(Value::is_string);
-    anyhow::ensure!(
-        named,
-        "the payload must be a JSON object with a string `name`, the task's name; --raw publishes it anyway"
-    );
+    let decoded = Request::decode(json.as_bytes());
+    decoded.context(
+        "a worker would refuse this payload (check the shell's quotes, too); --raw publishes it anyway",
+    )?;
     Ok(())
 }
 

@@ -8,8 +8,8 @@ use crate::registry::Registry;
 ///
 /// Needs a migrated database, and a configuration with a project, a subscription
 /// and a task. Connects to Google Cloud with Application Default Credentials, or
-/// to an emulator if PUBSUB_EMULATOR_HOST is set. SIGTERM stops it gracefully, a
-/// second one at once.
+/// to an emulator if PUBSUB_EMULATOR_HOST is set. SIGTERM stops it gracefully; a
+/// second one asks the runs to stop now; a third ends the process.
 #[derive(Debug, Args)]
 pub(super) struct Run {
     /// Migrate the database first

@@ -1,6 +1,7 @@
 //! The tables on Postgres.
 
 mod claims;
+mod columns;
 mod dead_letters;
 mod endings;
 mod ledger;
@@ -9,6 +10,7 @@ mod queue;
 mod requests;
 mod running;
 mod schema;
+mod takeover;
 
 use std::str::FromStr;
 use std::time::Duration;

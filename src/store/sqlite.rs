@@ -1,4 +1,4 @@
-//! The tables on SQLite: for one process, in development and on single machines.
+//! The tables on SQLite: for the workers of one machine, and for development.
 //! Statements have the same names and order as those for Postgres.
 
 mod claims;
@@ -10,6 +10,7 @@ mod queue;
 mod requests;
 mod running;
 mod schema;
+mod takeover;
 
 use std::path::Path;
 use std::str::FromStr;

@@ -4,15 +4,17 @@
 //! is renewed until the ending is written or given up; only then is the delivery settled,
 //! once; only then are lease and room released.
 
+mod watched;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use chrono::{TimeDelta, Utc};
-use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, sleep};
+use tokio::sync::Notify;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument, debug, error_span, info, warn};
+use tracing::{Instrument, error_span, info, warn};
 
 use super::admission::{Admission, Room};
 use super::events::{EventKind, Events};
@@ -28,20 +30,16 @@ use crate::job::{Acquired, Fence};
 use crate::message::Payload;
 use crate::outcome::{Ending, Outcome, Verdict};
 use crate::pubsub::Receipt;
-use crate::record::{AttemptReport, NoteKind};
+use crate::record::NoteKind;
 use crate::registry::ConfiguredTask;
-use crate::report::{Checkpoint, Progress, Reports};
+use crate::report::{Checkpoint, Reports};
 use crate::shutdown::Shutdown;
 use crate::store::{Finish, Release, Released};
+use watched::{Watched, ack_early, report_so_far};
 
 /// A failing job blocks those behind it in its ordering key, so it is retried after at
 /// most this long, even if its task's backoff is longer.
 const LONGEST_ORDERED_WAIT: Duration = Duration::from_secs(10);
-
-/// A run may report checkpoints as often as it likes; one is written this often.
-const BETWEEN_CHECKPOINTS: Duration = Duration::from_secs(1);
-/// How often a run's reports are recorded while it goes on.
-const BETWEEN_RECORDS: Duration = Duration::from_secs(30);
 
 /// The parts of a worker that its attempts share.
 pub(super) struct Context {
@@ -371,89 +369,5 @@ impl Attempt {
         drop(lease);
         context.held.look_now(&acquired.fence.key);
         drop(room);
-    }
-}
-
-/// What goes on beside a run.
-struct Watched<'a> {
-    context: &'a Context,
-    fence: Fence,
-    message_id: Arc<str>,
-    reports: Reports,
-}
-
-impl Watched<'_> {
-    /// Passes progress reports on until the run ends. Never completes.
-    async fn relay_progress(&self, mut reports: watch::Receiver<Progress>) -> Outcome {
-        while reports.changed().await.is_ok() {
-            let report = reports.borrow_and_update().clone();
-            let progressed = EventKind::Progressed(report);
-            self.context.events.tell(&self.message_id, progressed);
-        }
-        std::future::pending().await
-    }
-
-    /// Stores checkpoints as they come, only the newest of several. With
-    /// `after_checkpoint`, the first one acks the message. Never completes.
-    async fn store_checkpoints(
-        &self,
-        ack: AckTiming,
-        mut checkpoints: watch::Receiver<Option<Checkpoint>>,
-        delivery: &mut Option<Receipt>,
-    ) -> Outcome {
-        let guard = &self.context.guard;
-        let acks = ack == AckTiming::AfterCheckpoint;
-        let mut stored: Option<Checkpoint> = None;
-        while checkpoints.changed().await.is_ok() {
-            let newest = checkpoints.borrow_and_update().clone();
-            let Some(checkpoint) = newest.filter(|newest| stored.as_ref() != Some(newest)) else {
-                continue;
-            };
-            if !guard.save_checkpoint(&self.fence, &checkpoint, acks).await {
-                warn!("a checkpoint is not stored: the job is another worker's by now");
-                continue;
-            }
-            debug!("a checkpoint is stored");
-            if stored.replace(checkpoint).is_none() {
-                let detail = stored.as_deref();
-                guard.note(&self.fence, NoteKind::Checkpointed, detail);
-            }
-            if acks {
-                ack_early(guard, &self.fence, delivery);
-            }
-            // The last one is written with the run's end in any case.
-            sleep(BETWEEN_CHECKPOINTS).await;
-        }
-        std::future::pending().await
-    }
-
-    /// Records the run's reports now and then, so that they survive the worker. Never
-    /// completes.
-    async fn record_now_and_then(&self) -> Outcome {
-        loop {
-            sleep(BETWEEN_RECORDS).await;
-            let report = report_so_far("running", &self.reports);
-            let guard = &self.context.guard;
-            guard.record_attempt(&self.fence, &report).await;
-        }
-    }
-}
-
-/// Acks while the job still has its room.
-fn ack_early(guard: &Guard, fence: &Fence, delivery: &mut Option<Receipt>) {
-    let Some(delivery) = delivery.take() else {
-        return;
-    };
-    failpoint::reach(Step::BeforeAck);
-    delivery.ack_without_a_successor();
-    failpoint::reach(Step::AfterAck);
-    guard.note(fence, NoteKind::Acked, Some("before the run's end"));
-}
-
-fn report_so_far(outcome: &'static str, reports: &Reports) -> AttemptReport {
-    AttemptReport {
-        outcome,
-        log: reports.tail(),
-        series: reports.series(),
     }
 }

@@ -214,7 +214,7 @@ impl HeldDeliveries {
             Err(error) => {
                 warn!(deliveries = keys.len(), %error, "held deliveries could not look at their jobs");
                 self.shared.guard.health().note(Some(&error));
-                self.look_again(&keys, |_| jittered(PAUSE));
+                self.look_again(&keys, || jittered(PAUSE));
             }
         }
     }
@@ -229,16 +229,16 @@ impl HeldDeliveries {
                 }
                 Standing::Missing => self.settle(key, Receipt::nack),
                 Standing::Held { remaining, .. } => {
-                    self.look_again(std::slice::from_ref(key), |_| {
+                    self.look_again(std::slice::from_ref(key), || {
                         *remaining + jittered(AFTER_LEASE)
                     });
                 }
                 // A worker with room takes it from the queue.
                 Standing::Waiting { remaining } => {
-                    self.look_again(std::slice::from_ref(key), |_| *remaining + jittered(PAUSE));
+                    self.look_again(std::slice::from_ref(key), || *remaining + jittered(PAUSE));
                 }
                 Standing::Lost => {
-                    self.look_again(std::slice::from_ref(key), |_| jittered(PAUSE));
+                    self.look_again(std::slice::from_ref(key), || jittered(PAUSE));
                     lost.push(key.clone());
                 }
             }
@@ -263,12 +263,12 @@ impl HeldDeliveries {
         }
     }
 
-    fn look_again(&self, keys: &[JobKey], pause: impl Fn(&JobKey) -> Duration) {
+    fn look_again(&self, keys: &[JobKey], pause: impl Fn() -> Duration) {
         let now = Instant::now();
         let mut held = self.lock();
         for key in keys {
             if let Some(held) = held.get_mut(key) {
-                held.look_at = now + pause(key).min(jittered(LONGEST_LOOK));
+                held.look_at = now + pause().min(jittered(LONGEST_LOOK));
             }
         }
     }

@@ -17,7 +17,7 @@ use super::intake::Intake;
 use super::key_turns::{FETCHED_BEFORE, Turn};
 use crate::config::{AckTiming, WithoutDedupeKey};
 use crate::failpoint::{self, Step};
-use crate::job::{AckTerms, Can, Claim, ClaimRequest, Fence, JobKey, Limits, Taken};
+use crate::job::{AckTerms, Acquired, Can, Claim, ClaimRequest, Fence, JobKey, Limits, Taken};
 use crate::message::{Message, Request};
 use crate::outcome::{DeadReason, Ending};
 use crate::pubsub::{Delivery, Receipt};
@@ -56,6 +56,22 @@ struct Wish {
     key: JobKey,
     /// None if this worker does not know the task.
     task: Option<Arc<ConfiguredTask>>,
+}
+
+/// A delivery whose job the guard has answered for.
+struct Claimed {
+    intake: Arc<Intake>,
+    message: Message,
+    delivery: Receipt,
+    wish: Wish,
+    space: Space,
+}
+
+impl Claimed {
+    /// Whether its claim asked for no run although this worker knows the task.
+    fn only_records(&self) -> bool {
+        self.wish.task.is_some() && matches!(self.space, Space::Place(_))
+    }
 }
 
 impl Processor {
@@ -154,7 +170,6 @@ impl Processor {
             }
         };
         let request = self.claim_request(&intake, &wish, message.clone(), &space);
-        let can = request.can;
         let claim = match self.context.guard.claim(request).await {
             Ok(claim) => claim,
             Err(error) => {
@@ -167,76 +182,98 @@ impl Processor {
             }
         };
         drop(load);
-        if matches!(claim, Claim::Acquired(_)) {
-            failpoint::reach(Step::AfterClaim);
-        }
         if let Some(turn) = turn {
             turn.recorded();
         }
-        let id: Arc<str> = message.id.as_str().into();
-        let events = &self.context.events;
-        match (claim, wish.task, space) {
-            (Claim::Acquired(acquired), Some(task), Space::Room(room)) => {
-                let job = Assignment {
-                    intake,
-                    task,
-                    message_id: id,
-                    is_ordered: !message.ordering_key.is_empty(),
-                    payload: wish.request.payload,
-                    data: message.data,
-                };
-                let attempt = Attempt::new(&self.context, job, acquired, Some(delivery), room);
-                attempt.run().await;
-            }
+        let claimed = Claimed {
+            intake,
+            message,
+            delivery,
+            wish,
+            space,
+        };
+        match claim {
+            Claim::Acquired(acquired) => self.run_claimed(claimed, acquired).await,
+            other => self.settle_or_hold(claimed, other),
+        }
+    }
+
+    async fn run_claimed(&self, claimed: Claimed, acquired: Acquired) {
+        failpoint::reach(Step::AfterClaim);
+        let Claimed {
+            intake,
+            message,
+            delivery,
+            wish,
+            space,
+        } = claimed;
+        let (Some(task), Space::Room(room)) = (wish.task, space) else {
             // Only a delivery with room asks to run.
-            (Claim::Acquired(acquired), _, _) => self.give_back(&acquired.fence).await,
-            (Claim::AlreadyFinished(state), _, _) => {
+            return self.give_back(&acquired.fence).await;
+        };
+        let job = Assignment {
+            intake,
+            task,
+            message_id: message.id.as_str().into(),
+            is_ordered: !message.ordering_key.is_empty(),
+            payload: wish.request.payload,
+            data: message.data,
+        };
+        let attempt = Attempt::new(&self.context, job, acquired, Some(delivery), room);
+        attempt.run().await;
+    }
+
+    /// Acks a delivery that is not needed any more; holds one whose job could still be
+    /// lost, since an ack of any delivery settles the message.
+    fn settle_or_hold(&self, claimed: Claimed, claim: Claim) {
+        let id: Arc<str> = claimed.message.id.as_str().into();
+        let tell = |kind| self.context.events.tell(&id, kind);
+        match claim {
+            // A claim that was acquired is run.
+            Claim::Acquired(_) => {}
+            Claim::AlreadyFinished(state) => {
                 info!(state = state.as_str(), "duplicate of a finished message");
-                events.tell(&id, EventKind::Suppressed);
-                delivery.ack();
+                tell(EventKind::Suppressed);
+                claimed.delivery.ack();
             }
-            (Claim::HeldUntil { acked: true, .. }, _, _) => {
+            Claim::HeldUntil { until, acked } => {
                 info!("duplicate of a message that is running");
-                events.tell(&id, EventKind::Suppressed);
-                // The queue brings the job back, so no delivery is needed.
-                delivery.ack();
+                tell(EventKind::Suppressed);
+                match acked {
+                    // The queue brings the job back, so no delivery is needed.
+                    true => claimed.delivery.ack(),
+                    false => self.hold(claimed, until, None),
+                }
             }
-            (Claim::HeldUntil { until, .. }, _, space) => {
-                info!("duplicate of a message that is running");
-                events.tell(&id, EventKind::Suppressed);
-                // An ack of any delivery settles the message while its job can still be
-                // lost.
-                let holding = Holding {
-                    key: wish.key,
-                    place: space.into_place(&self.context, &intake),
-                    until,
-                    unknown: None,
-                };
-                self.context.held.hold(delivery, holding);
-            }
-            (Claim::Waiting { acked: true, .. }, _, _) => {
+            Claim::Waiting { acked: true, .. } => {
                 info!("duplicate of a message whose job waits in the queue");
-                delivery.ack();
+                claimed.delivery.ack();
             }
-            (Claim::Waiting { until, .. }, task, space) => {
+            Claim::Waiting { until, .. } => {
                 info!("its job waits in the queue");
-                events.tell(&id, EventKind::Queued);
-                let unknown = task.is_none().then(|| Unknown {
-                    error: self.unknown_task(&wish.request.task),
-                    dead_letter_topic: intake.dead_letter_topic.clone(),
+                tell(EventKind::Queued);
+                let unknown = claimed.wish.task.is_none().then(|| Unknown {
+                    error: self.unknown_task(&claimed.wish.request.task),
+                    dead_letter_topic: claimed.intake.dead_letter_topic.clone(),
                 });
-                let holding = Holding {
-                    key: wish.key,
-                    place: space.into_place(&self.context, &intake),
-                    until,
-                    unknown,
-                };
-                self.context.held.hold(delivery, holding);
-                if can == Can::Record {
+                let recorded_only = claimed.only_records();
+                let intake = Arc::clone(&claimed.intake);
+                self.hold(claimed, until, unknown);
+                if recorded_only {
                     self.context.admission.queued(&intake.name);
                 }
             }
         }
+    }
+
+    fn hold(&self, claimed: Claimed, until: Instant, unknown: Option<Unknown>) {
+        let holding = Holding {
+            key: claimed.wish.key,
+            place: claimed.space.into_place(&self.context, &claimed.intake),
+            until,
+            unknown,
+        };
+        self.context.held.hold(claimed.delivery, holding);
     }
 
     /// What a message asks for, or why it will never run.

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use sqlx::{PgPool, Row};
 use uuid::Uuid;
 
-use super::claims::{attempts, fence_tokens, key_columns};
+use super::columns::{attempts, fence_tokens, key_columns};
 use crate::job::JobKey;
 use crate::outcome::DeadReason;
 use crate::store::values::{MAX_DUPLICATES_IN_LEDGER, json_text, storable};

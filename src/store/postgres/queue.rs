@@ -8,9 +8,11 @@ use sqlx::{PgPool, Row};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::claims::{Taker, Won, key_columns, take_over};
+use super::columns::key_columns;
+use super::takeover::{Won, take_over};
 use crate::job::{DueJob, JobKey, Pick, Taken};
 use crate::outcome::DeadReason;
+use crate::store::taker::Taker;
 use crate::store::values::{final_state, storable};
 use crate::store::{ClaimTerms, GivenUp, Reach, Standing, StoreError};
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use super::claims::{attempts, fence_tokens, key_columns};
+use super::columns::{attempts, fence_tokens, key_columns};
 use crate::job::{Fence, Renewal};
 use crate::store::StoreError;
 use crate::store::values::storable;

@@ -38,14 +38,14 @@ pub(super) async fn migrate(
     loop {
         let mut connection = PgConnection::connect_with(&options).await?;
         let migrated = migrate_alone(&migrator, &mut connection).await;
-        // Closing also releases the locks.
-        connection.close().await?;
+        // Closing also releases the locks. If it fails, the connection is gone.
+        let _ = connection.close().await;
         match migrated? {
             Migrated::UpToDate => {
                 return Ok(outstanding.unwrap_or_else(|| migrator.iter().count()));
             }
             Migrated::LockedOut(error) if Instant::now() > give_up => return Err(error.into()),
-            Migrated::LockedOut(_) => {}
+            Migrated::LockedOut(_) | Migrated::Elsewhere => {}
         }
         waiting(&holders(pool).await?);
         sleep(backoff.next_ceiling()).await;
@@ -54,6 +54,8 @@ pub(super) async fn migrate(
 
 enum Migrated {
     UpToDate,
+    /// Another session migrates. It may take long: an index is built over all jobs.
+    Elsewhere,
     /// Another session has a lock. What was applied before stays.
     LockedOut(MigrateError),
 }
@@ -70,8 +72,7 @@ async fn migrate_alone(
         .fetch_one(&mut *connection)
         .await?;
     if !alone {
-        let busy = "another session is migrating".into();
-        return Ok(Migrated::LockedOut(MigrateError::Source(busy)));
+        return Ok(Migrated::Elsewhere);
     }
     match apply(migrator, connection).await {
         Ok(()) => Ok(Migrated::UpToDate),

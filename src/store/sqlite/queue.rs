@@ -6,8 +6,8 @@ use sqlx::sqlite::{SqlitePool, SqliteRow};
 use sqlx::{Connection, Row, SqliteConnection};
 use tokio::time::Instant;
 
-use super::claims::{Taker, take_over};
 use super::entry::{Entry, add_to_ledger};
+use super::takeover::take_over;
 use super::{BEGIN, milliseconds};
 use crate::job::{Acquired, DueJob, JobKey, Pick, Taken};
 use crate::outcome::DeadReason;
@@ -74,7 +74,7 @@ pub(super) async fn take(
     let mut transaction = connection.begin_with(BEGIN).await?;
     let mut taken = Vec::with_capacity(picks.len());
     for pick in picks {
-        let won = take_over(&mut transaction, &Taker::from(pick), terms).await?;
+        let won = take_over(&mut transaction, &pick.into(), terms).await?;
         if let Some(won) = won {
             let acquired = won.acquired(pick.key.clone(), claimed_at);
             taken.push(with_message(&mut transaction, acquired).await?);

@@ -1,17 +1,23 @@
 //! The bookkeeping behind admission: pure, and the time is an argument.
 //!
 //! A job fits if a slot is free, its subscription and its task may use one more,
-//! and enough GPUs are free. What fits is begun, oldest first. The oldest job
-//! that lacks slots or GPUs has what comes free reserved for it once it has
-//! waited for `reserve_after`. From then on a younger job passes it only if it
-//! takes nothing that is reserved, or is over before that is needed
+//! and enough GPUs are free. Jobs that fit begin, oldest first. When the oldest
+//! job that lacks only slots or GPUs has waited for `reserve_after`, slots and GPUs
+//! that come free are reserved for it. From then on a younger job passes it only
+//! if it takes nothing that is reserved, or should be over before that is needed
 //! (backfilling, as batch schedulers do it:
 //! <https://slurm.schedmd.com/sched_config.html>).
 //!
-//! No job waits for ever: by when whatever passes is over, is set when the
-//! reservation is made, and a reservation stands until its job begins or is
-//! gone. GPUs stand idle for reservations during at most a fifth of the time:
-//! after each there is none for a while.
+//! A reservation bounds the wait of its job. It stands until the job begins, is
+//! gone, or cannot get its GPUs any more. The time by which jobs that pass must be
+//! over is set when the reservation is made. There is one reservation at a time. After
+//! it there is none for a while, so that GPUs stand idle for reservations during
+//! at most a fifth of the time.
+//!
+//! A reservation covers slots and GPUs. It is made only while the limits of the job's
+//! subscription and task leave it a share. The last share of its subscription is kept
+//! for its task, unless the task is at its limit. So a job that both limits keep
+//! waiting may be passed again and again.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -32,17 +38,17 @@ pub(super) struct Rooms {
     run_times: BTreeMap<String, RunTime>,
     /// Deliveries that are held, by subscription.
     held: BTreeMap<String, usize>,
-    /// Subscriptions and tasks of which a job waits in the queue for room, and
-    /// whether that is so since the last look into it.
+    /// Subscriptions and tasks with a job that waits in the queue for room. True if
+    /// it was put there after the last look into the queue began.
     waiting: BTreeMap<(String, String), bool>,
-    /// Subscriptions of which a job has waited for long, and its task. The last
-    /// that their limit allows is for this one.
+    /// Subscriptions with a job that has waited for `reserve_after`, and the task of
+    /// that job. The last share that the subscription's limit allows is for this task.
     kept: BTreeMap<String, String>,
     reserved: Option<Reserved>,
-    /// Nothing is reserved before.
+    /// No reservation is made before this time.
     rests_until: Option<Instant>,
     sweep_is_due: bool,
-    /// It has been asked for since the last look into the queue.
+    /// The sweep was requested after the last look into the queue began.
     sweep_is_new: bool,
 }
 
@@ -54,21 +60,21 @@ struct Running {
     since: Option<Instant>,
 }
 
-/// What comes free is for this job.
+/// The job for which slots and GPUs that come free are reserved.
 #[derive(Debug)]
 struct Reserved {
     key: JobKey,
     task: String,
     since: Instant,
-    /// By when what passes it is over.
+    /// Jobs that pass it must be over by then.
     by: Instant,
 }
 
-/// If it is not known when a job can begin, what passes it is over within this
-/// part of `reserve_after`.
+/// If it is not known when the reserved job can begin, jobs that pass it must be
+/// over within `reserve_after` divided by this.
 const SHORT: u32 = 10;
-/// After GPUs stood idle for a reservation, there is none for so many times as
-/// long.
+/// After a reservation there is none for this many times as long as it kept the GPUs
+/// idle.
 const REST: u32 = 4;
 
 impl Rooms {
@@ -97,8 +103,8 @@ impl Rooms {
         self.running.len()
     }
 
-    /// Room for a job that has arrived: the id that gives it back. None where it
-    /// does not fit or may delay an older one.
+    /// Gives room to a job that has arrived, and returns the id with which to give
+    /// it back. None if the job does not fit or may delay an older one.
     pub(super) fn admit(
         &mut self,
         key: &JobKey,
@@ -112,8 +118,8 @@ impl Rooms {
         self.give(key, task, free_gpus, now)
     }
 
-    /// Admits what fits of the jobs in the queue, which are sorted by age, and
-    /// reserves room for the oldest that does not. Returns their indices and ids.
+    /// Admits the jobs in the queue that fit; `due` is sorted by age. May reserve room
+    /// for one that does not fit. Returns the indices and ids of the admitted jobs.
     pub(super) fn admit_due(
         &mut self,
         due: &[DueJob],
@@ -145,7 +151,7 @@ impl Rooms {
         let of = (subscription.clone(), task.clone());
         self.waiting.entry(of).or_default();
         let is_old = job.waited >= self.capacity.reserve_after;
-        // While its task is at its limit, others go on.
+        // If its task is at its limit, nothing is kept for it, and other jobs go on.
         if !is_old || self.free_share_for(&task) == 0 {
             return;
         }
@@ -157,8 +163,8 @@ impl Rooms {
         }
     }
 
-    /// Where the job is that room is reserved for. None also if what it needs
-    /// cannot come free any more.
+    /// The index of the job that room is reserved for. None if it is not in `due`, or
+    /// if the GPUs that it needs cannot come free any more.
     fn reserved_in(&self, due: &[DueJob], free_gpus: usize) -> Option<usize> {
         let reserved = self.reserved.as_ref()?;
         let nth = due.iter().position(|job| job.key == reserved.key)?;
@@ -200,8 +206,9 @@ impl Rooms {
     /// The job has ended, or will not run.
     pub(super) fn leave(&mut self, id: u64, free_gpus: usize, now: Instant) {
         let ended = self.running.remove(&id);
-        // What has not run tells nothing; and where taking jobs from the queue
-        // fails, it is not tried again at once.
+        // A job that has not run tells nothing about run times. It requests no sweep
+        // either: taking jobs from the queue may have failed, and a sweep would try
+        // again at once.
         if let Some(Running { task, since, .. }) = ended
             && let Some(since) = since
         {
@@ -240,8 +247,8 @@ impl Rooms {
         }
     }
 
-    /// A job of the subscription was put in the queue for want of room, which may
-    /// have come free meanwhile.
+    /// A job of the subscription was put in the queue because it had no room. Room
+    /// may have come free meanwhile.
     pub(super) fn queued(&mut self, subscription: &str, free_gpus: usize, now: Instant) {
         let tasks = self.capacity.tasks.keys();
         let of_any_task = tasks.map(|task| ((subscription.to_owned(), task.clone()), true));
@@ -273,14 +280,15 @@ impl Rooms {
         self.sweep_is_due
     }
 
-    /// What has been asked for since the last look is not done.
+    /// Ends a sweep. If another was requested after the last look began, that one is
+    /// still due.
     pub(super) fn swept(&mut self) {
         self.sweep_is_due = self.sweep_is_new;
     }
 
-    /// A look into the queue begins: of everything within reach, what could ever
-    /// have room, and how many jobs to look for. At least one, for which room may
-    /// be reserved.
+    /// Begins a look into the queue. Returns the part of `reach` that could ever have
+    /// room here, and how many jobs to look for: at least one, since room may be
+    /// reserved for it.
     pub(super) fn within(&mut self, reach: &Reach) -> (Reach, usize) {
         self.sweep_is_new = false;
         self.waiting.values_mut().for_each(|is_new| *is_new = false);
@@ -303,8 +311,8 @@ impl Rooms {
             .min(self.by_gpus(task, free_gpus))
     }
 
-    /// The same for jobs that leave alone what is for an older one, or give it
-    /// back in time.
+    /// How many jobs fit without delaying an older one: they take nothing that is
+    /// reserved or kept for it, or should be over in time.
     fn fit_beside(&self, subscription: &str, task: &str, free_gpus: usize, now: Instant) -> usize {
         let mut fit = self.fit(subscription, task, free_gpus);
         if self.kept.get(subscription).is_some_and(|kept| kept != task) {
@@ -346,8 +354,8 @@ impl Rooms {
         })
     }
 
-    /// Whether room may be reserved for a job that does not fit: only slots or
-    /// GPUs are lacking, which will come free.
+    /// Whether room may be reserved for a job that does not fit: it lacks only slots
+    /// or GPUs, and these will come free.
     fn may_reserve(&self, job: &DueJob, free_gpus: usize, now: Instant) -> bool {
         self.reserved.is_none()
             && self.rests_until.is_none_or(|until| until <= now)
@@ -355,8 +363,8 @@ impl Rooms {
             && self.can_come_free(&job.task, free_gpus)
     }
 
-    /// Whether the GPUs that a job of the task needs are free or will be. Those
-    /// that a run kept when it left may not.
+    /// Whether the GPUs that a job of the task needs are free or will be. A run that
+    /// cannot be ended keeps its GPUs when its room is freed; these do not count.
     fn can_come_free(&self, task: &str, free_gpus: usize) -> bool {
         let running = self.running.values();
         let taken: usize = running.map(|r| self.gpus_of(&r.task)).sum();
@@ -381,7 +389,7 @@ impl Rooms {
         }
     }
 
-    /// Whether a job of the task is over before what it takes is needed.
+    /// Whether a job of the task should be over before the reserved job can begin.
     fn is_over_in_time(
         &self,
         task: &str,
@@ -397,8 +405,9 @@ impl Rooms {
         now + takes <= reserved.by && begins_in.is_none_or(|begins_in| takes <= begins_in)
     }
 
-    /// When a job that needs a slot and so many GPUs can begin, if the running
-    /// ones take as long as their like did. None where too little is known.
+    /// How long until a job that needs a slot and `needed` GPUs can begin, if the
+    /// running jobs take as long as earlier ones of their tasks. None if too little is
+    /// known.
     fn begins_in(&self, needed: usize, free_gpus: usize, now: Instant) -> Option<Duration> {
         let mut ends: Vec<(Duration, usize)> = self
             .running

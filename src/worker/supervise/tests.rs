@@ -3,6 +3,7 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use serde_json::{Value, json};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -18,12 +19,14 @@ use crate::worker::lease_keeper::LeaseKeeper;
 
 const LEASE: Duration = Duration::from_secs(100);
 const STOP_GRACE: Duration = Duration::from_secs(10);
+const TOKEN: Uuid = Uuid::nil();
 
-/// A store that only renews, by a script; when that is used up, it is away.
-#[derive(Default)]
+/// A store that renews by a script, and is away when that is used up. It also knows whose
+/// job is to be cancelled.
 struct Renewing {
     /// None: no answer.
     script: Mutex<VecDeque<Option<Renewal>>>,
+    cancelled: Vec<Uuid>,
 }
 
 #[async_trait]
@@ -41,7 +44,7 @@ impl Claims for Renewing {
         unreachable!()
     }
     async fn cancelled_runs(&self, _: &str) -> Result<Vec<Uuid>, StoreError> {
-        unreachable!()
+        Ok(self.cancelled.clone())
     }
     async fn save_checkpoint(&self, _: &Fence, _: &str, _: bool) -> Result<bool, StoreError> {
         unreachable!()
@@ -84,6 +87,7 @@ struct Scene {
     stops_within: Duration,
     timeout: Option<Duration>,
     renewals: Vec<Option<Renewal>>,
+    is_cancelled: bool,
     stopping: CancellationToken,
 }
 
@@ -94,6 +98,7 @@ impl Default for Scene {
             stops_within: Duration::ZERO,
             timeout: None,
             renewals: Vec::new(),
+            is_cancelled: false,
             stopping: CancellationToken::new(),
         }
     }
@@ -103,6 +108,7 @@ impl Default for Scene {
 async fn play(scene: Scene) -> (Outcome, Duration) {
     let store = Arc::new(Renewing {
         script: Mutex::new(scene.renewals.into()),
+        cancelled: scene.is_cancelled.then_some(TOKEN).into_iter().collect(),
     });
     let terms = ClaimTerms {
         worker: "w".into(),
@@ -113,7 +119,7 @@ async fn play(scene: Scene) -> (Outcome, Duration) {
     let fence = Fence {
         key: JobKey::new("s", "k"),
         attempt: 1,
-        token: Uuid::nil(),
+        token: TOKEN,
     };
     let mut lease = keeper.begin(&Acquired {
         fence,
@@ -123,7 +129,9 @@ async fn play(scene: Scene) -> (Outcome, Duration) {
         checkpoint: None,
         cancel_requested: false,
     });
-    let keeping = tokio::spawn(keeper.run());
+    let mut keeping = JoinSet::new();
+    keeping.spawn(keeper.clone().watch_for_cancels());
+    keeping.spawn(keeper.run());
     let task = ConfiguredTask {
         name: "t".to_owned(),
         settings: config::Task {
@@ -138,7 +146,6 @@ async fn play(scene: Scene) -> (Outcome, Duration) {
     let attempt = Attempt::of(json!({}));
     let began = Instant::now();
     let outcome = supervise(&task, attempt, &mut lease, &scene.stopping, STOP_GRACE).await;
-    keeping.abort();
     (outcome, began.elapsed())
 }
 
@@ -236,24 +243,57 @@ async fn a_run_over_its_timeout_is_stopped_and_timed_out() {
     assert_eq!(took.as_secs(), 20 + STOP_GRACE.as_secs());
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_run_that_succeeds_within_the_stop_grace_has_succeeded() {
-    let scene = Scene {
-        stops_within: STOP_GRACE / 2,
+/// Scenes in which a timeout, a person or the shutdown asks the run to stop.
+fn asked_to_stop(stops_within: Duration) -> [(Outcome, Scene); 3] {
+    let stopping = CancellationToken::new();
+    stopping.cancel();
+    let scene = || Scene {
+        stops_within,
         ..Scene::default()
     };
-    scene.stopping.cancel();
-    assert_eq!(play(scene).await.0, done());
+    let timed_out = Scene {
+        timeout: Some(Duration::from_secs(20)),
+        ..scene()
+    };
+    let cancelled = Scene {
+        is_cancelled: true,
+        ..scene()
+    };
+    let interrupted = Scene {
+        stopping,
+        ..scene()
+    };
+    [
+        (Outcome::TimedOut, timed_out),
+        (Outcome::Cancelled, cancelled),
+        (Outcome::Interrupted, interrupted),
+    ]
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_run_that_succeeds_within_the_stop_grace_has_succeeded() {
+    for (early, scene) in asked_to_stop(STOP_GRACE / 2) {
+        let (outcome, took) = play(scene).await;
+        assert_eq!(outcome, done(), "{early:?}");
+        assert!(took < HOURS, "{early:?}: it was asked to stop");
+    }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_run_that_ignores_the_stop_is_abandoned_after_the_grace() {
+    for (early, scene) in asked_to_stop(HOURS) {
+        let (outcome, took) = play(scene).await;
+        assert_eq!(outcome, early);
+        assert!(took >= STOP_GRACE && took < LEASE, "{early:?}: {took:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_success_after_the_lease_was_lost_does_not_count() {
     let scene = Scene {
-        stops_within: HOURS,
+        renewals: vec![Some(Renewal::Lost)],
+        stops_within: STOP_GRACE / 2,
         ..Scene::default()
     };
-    scene.stopping.cancel();
-    let (outcome, took) = play(scene).await;
-    assert_eq!(outcome, Outcome::Interrupted);
-    assert_eq!(took.as_secs(), STOP_GRACE.as_secs());
+    assert_eq!(play(scene).await.0, Outcome::LeaseLost);
 }

@@ -10,7 +10,7 @@ const RESERVE_AFTER: Duration = Duration::from_secs(30);
 const LONG: u64 = 30;
 
 /// Rooms with GPUs and a clock. A task's name ends with how many GPUs it needs.
-/// Of subscription `few` two jobs may run side by side, of task `one-1` one.
+/// At most two jobs of subscription `few` and one of task `one-1` run side by side.
 struct Bench {
     rooms: Rooms,
     now: Instant,
@@ -54,7 +54,7 @@ impl Bench {
         self.now += Duration::from_secs(seconds);
     }
 
-    /// Whether a job that has arrived begins.
+    /// A job arrives. Returns whether it begins.
     fn arrives(&mut self, job: &str, task: &str) -> bool {
         let id = self.rooms.admit(&key(job), task, self.free_gpus, self.now);
         if let Some(id) = id {
@@ -75,8 +75,8 @@ impl Bench {
         self.rooms.leave(id, self.free_gpus, self.now);
     }
 
-    /// What one look into the queue finds is jobs, their tasks, and for how many
-    /// seconds they have waited. Returns which begin.
+    /// Sweeps with one look into the queue. `due` has jobs, their tasks, and for how
+    /// many seconds they have waited. Returns the jobs that begin.
     fn sweep<'a>(&mut self, due: &[(&'a str, &str, u64)]) -> Vec<&'a str> {
         self.look();
         let begun = self.find(due);
@@ -120,7 +120,7 @@ impl Bench {
             .could_begin(subscription, self.free_gpus, self.now)
     }
 
-    /// From now on it is known how long the task's jobs take.
+    /// Runs enough jobs of the task that its run time is known from now on.
     fn learn(&mut self, task: &str, seconds: u64) {
         for _ in 0..3 {
             assert!(self.arrives("seen before", task));
@@ -130,7 +130,7 @@ impl Bench {
     }
 }
 
-/// The subscription goes before the slash; otherwise it is `jobs`.
+/// The subscription is before the slash; without a slash it is `jobs`.
 fn key(job: &str) -> JobKey {
     let (subscription, key) = job.split_once('/').unwrap_or(("jobs", job));
     JobKey::new(subscription, key)
@@ -210,7 +210,7 @@ fn what_could_begin_counts_tasks_together() {
     let mut bench = Bench::with(8, 4);
     let tasks = &mut bench.rooms.capacity.tasks;
     tasks.retain(|name, _| name == "one-1" || name == "a-2");
-    // One job of the one, or two of the other.
+    // One job of `one-1`, and two of `a-2`.
     assert_eq!(bench.could_begin("jobs"), 3);
     assert_eq!(bench.could_begin("few"), 2);
 }

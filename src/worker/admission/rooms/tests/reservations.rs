@@ -1,9 +1,9 @@
-//! What is reserved, for whom, and what passes.
+//! For which jobs room is reserved, and which jobs pass them.
 
 use super::*;
 
 /// Two GPUs, a job on one of them, and `pair`, which needs both and has waited
-/// for so long.
+/// for this many seconds.
 fn where_a_pair_has_waited(slots: usize, seconds: u64) -> Bench {
     let mut bench = Bench::with(slots, 2);
     assert!(bench.arrives("first", "a-1"));
@@ -61,7 +61,7 @@ fn the_next_reservation_is_for_the_oldest() {
 fn a_younger_job_that_takes_nothing_of_it_passes_a_reservation() {
     let mut bench = where_a_pair_has_waited(4, LONG);
     assert!(bench.arrives("without a GPU", "cpu-0"));
-    // With the last slot it would.
+    // The last slot is reserved, too.
     assert!(bench.arrives("another", "cpu-0"));
     assert!(!bench.arrives("one too many", "cpu-0"));
 }
@@ -71,7 +71,7 @@ fn a_younger_job_may_have_the_gpus_that_are_left() {
     let mut bench = Bench::with(2, 4);
     assert!(bench.arrives("first", "a-1"));
     assert!(bench.arrives("second", "cpu-0"));
-    // A slot is all that it lacks.
+    // It lacks only a slot.
     assert!(bench.sweep(&[("single", "a-1", LONG)]).is_empty());
     bench.rooms.capacity.slots = 4;
     assert!(bench.arrives("younger", "b-1"));
@@ -106,7 +106,7 @@ fn nothing_passes_once_the_job_should_have_begun() {
     assert!(bench.sweep(&[("pair", "a-2", LONG)]).is_empty());
     bench.pass(99);
     bench.ends("first");
-    // What is left looks longer than when the reservation was made.
+    // The rest of the runs seems longer than when the reservation was made.
     let mut longer = RunTime::default();
     (0..3).for_each(|_| longer.add(Duration::from_secs(1000)));
     bench.rooms.run_times.insert("a-1".to_owned(), longer);
@@ -145,12 +145,12 @@ fn nothing_is_reserved_for_a_job_that_needs_more_gpus_than_there_are() {
 #[test]
 fn nothing_is_reserved_while_gpus_are_lost_to_a_run_that_has_left() {
     let mut bench = where_a_pair_has_waited(4, LONG);
-    // It cannot be ended, and keeps its GPU.
+    // Its run cannot be ended, and keeps its GPU.
     let (id, _) = bench.running["first"];
     bench.rooms.leave(id, bench.free_gpus, bench.now);
     assert!(bench.sweep(&[("pair", "a-2", LONG)]).is_empty());
     assert!(bench.arrives("younger", "a-1"));
-    // It has ended after all.
+    // Now its run has ended.
     bench.free_gpus += 1;
     assert!(bench.sweep(&[("pair", "a-2", LONG)]).is_empty());
     bench.pass(1);

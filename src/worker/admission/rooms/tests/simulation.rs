@@ -19,18 +19,18 @@ fn seeded() -> fastrand::Rng {
     fastrand::Rng::with_seed(seed)
 }
 
-/// The longest that a reservation can stand. What passes is over, as far as
-/// known, when the job could begin, which no mean of run times puts off beyond
-/// the longest run; after that nothing passes, and whatever runs ends.
+/// The longest that a reservation can stand. Jobs that pass should be over when its
+/// job can begin. No mean of run times expects that later than after the longest
+/// run. From then on no job passes, and those that run end.
 fn longest_reservation(mix: &Mix) -> Duration {
     mix.longest_run().max(mix.reserve_after / SHORT) + mix.longest_run()
 }
 
 /// The longest that the oldest job can wait once it has waited for
-/// `reserve_after`: the rest after the reservation before its own, until the next
-/// sweep sees that it is over, and its own. If its subscription has a limit, it
-/// may first wait until a job of that ends, and others have reservations
-/// meanwhile; from then on its share is kept for it.
+/// `reserve_after`. It waits for the rest after the reservation before its own, for
+/// the sweep that sees the end of this rest, and during its own reservation. If its
+/// subscription has a limit, it may first wait until a job of the subscription ends,
+/// while other jobs have reservations. From then on its share is kept for it.
 fn longest_wait(mix: &Mix) -> Duration {
     let once = longest_reservation(mix) * (REST + 1) + PAUSE;
     match mix.limit {
@@ -63,27 +63,42 @@ fn the_oldest_job_begins_within_a_bound() {
     );
 }
 
-/// Against first-fit without reservations, and where no limit keeps GPUs idle.
-/// In a single mix, chance may weigh more: which job happens to be the last.
+/// Random mixes in which no limit keeps GPUs idle.
+fn unlimited_mixes(mut random: fastrand::Rng) -> impl Iterator<Item = Mix> {
+    std::iter::repeat_with(move || Mix {
+        limit: None,
+        ..Mix::random(&mut random)
+    })
+    .take(MIXES)
+}
+
 #[test]
-fn reservations_cost_little_of_the_gpus_time() {
-    let mut random = seeded();
-    let mut ratios: Vec<f64> = Vec::new();
-    for _ in 0..MIXES {
-        let mut mix = Mix::random(&mut random);
-        mix.limit = None;
+fn gpus_are_kept_idle_for_a_bounded_time() {
+    for mix in unlimited_mixes(seeded()) {
         let mut worker = Worker::new(&mix, mix.reserve_after);
         worker.run();
-        let mut first_fit = Worker::new(&mix, Duration::MAX);
-        first_fit.run();
-        // REST times as long as that they are not kept idle, but after the last.
+        // Each reservation but the last is followed by REST times as long without one.
         let most = worker.took().as_secs_f64() / f64::from(REST + 1)
             + worker.longest_reservation.as_secs_f64();
         let idle = worker.gpus_kept_idle / mix.gpus as f64;
         assert!(idle <= most, "{idle} s of {:?}: {mix:?}", worker.took());
-        // Both do the same work.
-        ratios.push(first_fit.took().div_duration_f64(worker.took()));
     }
+}
+
+/// Compares with first-fit without reservations. In a single mix chance may matter more:
+/// which job is the last one. So the mixes are always the same, and a few may be worse.
+#[test]
+fn reservations_cost_little_of_the_gpus_time() {
+    let mixes = unlimited_mixes(fastrand::Rng::with_seed(1));
+    let ratios = mixes.map(|mix| {
+        let mut worker = Worker::new(&mix, mix.reserve_after);
+        worker.run();
+        let mut first_fit = Worker::new(&mix, Duration::MAX);
+        first_fit.run();
+        // Both workers do the same work.
+        first_fit.took().div_duration_f64(worker.took())
+    });
+    let mut ratios: Vec<f64> = ratios.collect();
     ratios.sort_by(f64::total_cmp);
     let (min, median) = (ratios[0], ratios[MIXES / 2]);
     println!("utilisation, relative to first-fit: min {min:.3}, median {median:.3}");
@@ -107,6 +122,6 @@ fn a_pair_among_sixteen(reserve_after: Duration) -> usize {
 #[test]
 fn a_job_for_both_gpus_does_not_begin_after_all_that_need_one() {
     assert_eq!(a_pair_among_sixteen(Duration::MAX), 16, "the fault");
-    // Four have begun before it has waited for long enough.
+    // Four jobs begin before it has waited for `reserve_after`.
     assert_eq!(a_pair_among_sixteen(Duration::from_secs(30)), 4);
 }

@@ -1,4 +1,4 @@
-//! When the queue is swept before anything more is asked for.
+//! When a sweep must come before the next pull.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! What a worker has, and the jobs that come.
+//! The resources of a worker, and the jobs that come.
 
 use std::fmt;
 use std::time::Duration;
@@ -6,16 +6,16 @@ use std::time::Duration;
 use crate::job::JobKey;
 use crate::worker::admission::{Capacity, SubscriptionCapacity, TaskCapacity};
 
-/// Of the second one's jobs only so many may run side by side, if it is limited.
+/// Only the second one may have a limit.
 pub(super) const SUBSCRIPTIONS: [&str; 2] = ["first", "second"];
 
-/// Jobs of a random mix.
+/// How many jobs a random mix has.
 const JOBS: usize = 200;
 
 pub(super) struct Mix {
     pub(super) slots: usize,
     pub(super) gpus: usize,
-    /// Of the second subscription.
+    /// How many jobs of the second subscription may run side by side.
     pub(super) limit: Option<usize>,
     pub(super) reserve_after: Duration,
     /// Whenever a sweep is due, messages arrive before it.
@@ -28,11 +28,11 @@ pub(super) struct Mix {
 pub(super) struct Task {
     pub(super) name: String,
     pub(super) gpus: usize,
-    /// Of how long its jobs take, in seconds.
+    /// The mean run time of its jobs, in seconds.
     mean: f64,
-    /// Otherwise the times are exponential.
+    /// If false, the run times are exponentially distributed.
     take_the_same: bool,
-    /// How many of the jobs are its.
+    /// Its share of the jobs, compared with the weights of the other tasks.
     weight: f64,
 }
 
@@ -42,7 +42,7 @@ pub(super) struct Job {
     pub(super) task: usize,
     pub(super) comes_after: Duration,
     pub(super) takes: Duration,
-    /// Otherwise somebody else puts it in the queue.
+    /// If false, another worker puts it in the queue.
     pub(super) is_pulled: bool,
 }
 
@@ -59,7 +59,7 @@ impl Mix {
         }
     }
 
-    /// With a load of half to one and a half of what the worker can do.
+    /// Loads the worker with 0.5 to 1.5 times the work that it can do.
     pub(super) fn random(random: &mut fastrand::Rng) -> Self {
         let gpus = random.usize(2..=8);
         let slots = random.usize(gpus / 2 + 1..=2 * gpus);
@@ -83,7 +83,7 @@ impl Mix {
         mix
     }
 
-    /// For how many seconds one takes all of the worker, on average.
+    /// The mean work of a job, in seconds of the whole worker.
     fn work_of_a_job(&self) -> f64 {
         let weights: f64 = self.tasks.iter().map(|task| task.weight).sum();
         let parts = self.tasks.iter().map(|task| {
@@ -144,7 +144,7 @@ impl Task {
         }
     }
 
-    /// The first needs a GPU, the second several.
+    /// The first task needs one GPU, the second several.
     fn random(random: &mut fastrand::Rng, nth: usize, gpus: usize) -> Self {
         let gpus = match nth {
             0 => 1,
@@ -168,7 +168,7 @@ impl Task {
 }
 
 impl Job {
-    /// One that is there from the start, and pulled.
+    /// A job that is there from the start, and is pulled.
     pub(super) fn pulled(number: usize, task: usize, seconds: u64) -> Self {
         Self {
             takes: Duration::from_secs(seconds),
@@ -192,7 +192,7 @@ fn exponential(random: &mut fastrand::Rng, mean: f64) -> f64 {
     -mean * (1.0 - random.f64()).ln()
 }
 
-/// Without its jobs.
+/// Leaves out the jobs.
 impl fmt::Debug for Mix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Mix")

@@ -1,4 +1,4 @@
-//! What the sweeper and the pullers do, event by event.
+//! Plays the sweeper and the pullers, event by event.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::job::DueJob;
 use crate::store::{Reach, TaskTerms};
 use crate::worker::admission::rooms::Rooms;
 
-/// Between sweeps, at most.
+/// The longest time between sweeps.
 pub(super) const PAUSE: Duration = Duration::from_secs(3);
 
 pub(super) struct Worker<'a> {
@@ -24,11 +24,11 @@ pub(super) struct Worker<'a> {
     to_come: VecDeque<&'a Job>,
     /// Messages that nobody has pulled, by subscription.
     backlogs: [VecDeque<&'a Job>; SUBSCRIPTIONS.len()],
-    /// By age.
+    /// Oldest first.
     queue: Vec<Waiting<'a>>,
     running: Vec<Running<'a>>,
-    /// The oldest job that waits, and since when it is that and has waited for
-    /// long enough.
+    /// The oldest job that waits, and the time since which it has been the oldest and
+    /// has waited for `reserve_after`.
     oldest: Option<(&'a Job, Instant)>,
     pub(super) begun: Vec<&'a Job>,
     pub(super) longest_wait: Duration,
@@ -80,17 +80,17 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// From the first job on.
+    /// The time since the start.
     pub(super) fn took(&self) -> Duration {
         self.now - self.start
     }
 
-    /// Until all jobs have ended.
+    /// Runs until all jobs have ended.
     pub(super) fn run(&mut self) {
         while self.begun.len() < self.mix.jobs.len() || !self.running.is_empty() {
             let comes = self.to_come.front().map(|job| self.start + job.comes_after);
             let ends = self.running.iter().map(|running| running.ends).min();
-            // Otherwise it finds nothing.
+            // A sweep of an empty queue would find nothing.
             let sweeps = (!self.queue.is_empty()).then_some(self.next_sweep.max(self.now));
             let next = [comes, ends, sweeps].into_iter().flatten().min().unwrap();
             self.pass_time_until(next);
@@ -221,7 +221,7 @@ impl<'a> Worker<'a> {
         !admitted.is_empty()
     }
 
-    /// So many jobs of each subscription and task, by age.
+    /// At most `limit` jobs of each subscription and task, oldest first.
     fn due(&self, reach: &Reach, limit: usize) -> Vec<DueJob> {
         let mut found = vec![[0; SUBSCRIPTIONS.len()]; self.mix.tasks.len()];
         let mut due = Vec::new();
