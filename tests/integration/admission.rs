@@ -2,17 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
-use std::sync::Arc;
 
 use serde_json::json;
-use trainyard::record::{Job, JobFilter, JobState};
-use trainyard::store::Store;
+use trainyard::record::{Job, JobState};
 
-use crate::support::broker::Broker;
-use crate::support::database::Database;
-use crate::support::runs::{RunEvent, RunsLog};
+use crate::support::five_subscriptions::{FiveSubscriptions, SUBSCRIPTIONS};
+use crate::support::runs::RunEvent;
 use crate::support::scene::{CALM, Scene, Settings};
-use crate::support::worker::Yard;
 use crate::support::{eventually, once_still};
 
 /// Holding a delivery for long does not fail it, however slow the machine is.
@@ -21,68 +17,6 @@ const PATIENT: Settings = Settings {
     ..CALM
 };
 
-const SUBSCRIPTIONS: [&str; 5] = ["one", "two", "three", "four", "five"];
-
-/// A broker, a database and workers with five subscriptions.
-struct FiveSubscriptions {
-    broker: Broker,
-    store: Arc<dyn Store>,
-    yard: Yard,
-    runs: RunsLog,
-}
-
-impl FiveSubscriptions {
-    /// None without Postgres. The last subscription has no dead-letter policy.
-    async fn on_postgres(slots: usize) -> Option<Self> {
-        let database = Database::postgres().await?;
-        let broker = Broker::builtin().await?;
-        let policy = broker.dead_letter_policy().await;
-        for name in &SUBSCRIPTIONS[..4] {
-            let wanted = broker.wanted(name, name).await;
-            let wanted = wanted.set_dead_letter_policy(policy.clone());
-            broker.make(wanted).await;
-        }
-        broker.subscribe(SUBSCRIPTIONS[4]).await;
-        let sections =
-            SUBSCRIPTIONS.map(|name| format!("[subscriptions.{name}]\nack_deadline = \"60s\"\n"));
-        let sections = format!(
-            "[worker]\nslots = {slots}\nlease = \"60s\"\n{}[tasks.rehearsal]\nbuiltin = \"rehearsal\"\n",
-            sections.concat()
-        );
-        let yard = Yard::new(&broker, &database, &sections);
-        Some(Self {
-            store: database.open_migrated().await,
-            runs: RunsLog::in_folder(yard.folder.path()),
-            broker,
-            yard,
-        })
-    }
-
-    /// Publishes this many runs to each subscription.
-    async fn publish(&self, each: usize, seconds: f64) {
-        for name in SUBSCRIPTIONS {
-            let requests = (0..each).map(|_| self.runs.request(seconds));
-            self.broker.publish_all(name, requests.collect()).await;
-        }
-    }
-
-    async fn nothing_is_left_to_deliver(&self) {
-        eventually("no message is left", async || {
-            let mut backlogs = SUBSCRIPTIONS.iter().map(|name| self.broker.backlog(name));
-            backlogs.all(|backlog| backlog == 0).then_some(())
-        })
-        .await;
-    }
-
-    async fn jobs(&self) -> Vec<Job> {
-        let filter = JobFilter {
-            limit: 1000,
-            ..JobFilter::default()
-        };
-        self.store.jobs(&filter).await.unwrap()
-    }
-}
-
 /// Without admission, a message that arrives while the only slot runs a message of
 /// another subscription would be handed back, by each worker in turn.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -90,7 +24,7 @@ async fn busy_workers_with_many_subscriptions_hand_no_message_back() {
     const EACH: usize = 4;
     // Longer than a worker would keep a message that it has no slot for.
     const SECONDS: f64 = 1.2;
-    let Some(scene) = FiveSubscriptions::on_postgres(1).await else {
+    let Some(scene) = FiveSubscriptions::on_postgres(1, "60s", "60s").await else {
         return;
     };
     let workers = ["first", "second"].map(|name| scene.yard.start_worker(name));
@@ -115,7 +49,7 @@ async fn busy_workers_with_many_subscriptions_hand_no_message_back() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_idle_worker_has_few_connections_to_pubsub() {
-    let Some(scene) = FiveSubscriptions::on_postgres(4).await else {
+    let Some(scene) = FiveSubscriptions::on_postgres(4, "60s", "60s").await else {
         return;
     };
     let worker = scene.yard.start_worker("worker");
@@ -132,6 +66,8 @@ async fn an_idle_worker_has_few_connections_to_pubsub() {
 const MAX_WAITING: usize = 500;
 /// More than `MAX_WAITING`, and more than are kept for a while.
 const MANY: usize = 720;
+
+const MESSAGES: usize = 60;
 
 /// The only task has no room for another job.
 const FULL: Settings = Settings {
@@ -153,6 +89,39 @@ async fn nothing_is_asked_for_while_no_task_has_room_with_before_run() {
         ..FULL
     };
     a_worker_takes(0..=FULL.slots, 60, &settings).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_asked_for_while_the_subscription_has_no_room() {
+    let settings = Settings {
+        slots: 2,
+        ack: "before_run",
+        subscription: "concurrency = 1",
+        ..PATIENT
+    };
+    let Some(scene) = Scene::on_postgres(&settings).await else {
+        return;
+    };
+    let first = scene.yard.start_worker("first");
+    let requests = (0..MESSAGES).map(|_| scene.runs.waiting("all", json!({})));
+    scene.publish_all(requests.collect()).await;
+    scene.runs_have_started(1).await;
+    let taken = once_still(|| scene.taken(MESSAGES)).await;
+    assert!(taken <= settings.slots, "{taken} messages were taken");
+
+    // The others are for another worker.
+    let second = scene.yard.start_worker("second");
+    let running = scene.runs_have_started(2).await;
+    assert_ne!(running[0].pid, running[1].pid);
+    let taken = once_still(|| scene.taken(MESSAGES)).await;
+    assert!(taken <= 2 * settings.slots, "{taken} messages were taken");
+    scene.runs.release("all");
+    let jobs = scene.all_succeed(MESSAGES).await;
+    assert!(jobs.iter().all(|job| job.attempts == 1), "{jobs:#?}");
+    assert_eq!(scene.failed_deliveries(), 0);
+    for worker in [first, second] {
+        assert!(worker.stop().await.success());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -2,6 +2,7 @@
 
 pub mod broker;
 pub mod database;
+pub mod five_subscriptions;
 pub mod jobs;
 pub mod private_postgres;
 pub mod proxy;
@@ -15,9 +16,9 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 /// A guard against hanging, not a measure: nothing that works takes this long. Google's
-/// emulator keeps a closed stream as a receiver until that has swallowed a batch, which
-/// is redelivered after the ack deadline of 10 s.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+/// emulator keeps a closed stream as a receiver, and what it gives to that is redelivered
+/// after the ack deadline of 10 s: under load, several times over.
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Unchanged for this long counts as still.
 const STILL: Duration = Duration::from_secs(3);

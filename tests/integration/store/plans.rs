@@ -1,4 +1,4 @@
-//! That no hot statement on Postgres reads a whole table.
+//! Checks that no hot statement on Postgres reads a whole table.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -240,7 +240,7 @@ async fn running(store: &Arc<dyn Store>, request: ClaimRequest) -> Acquired {
     acquired(send(store, &request, &terms(LONG)).await)
 }
 
-/// Of ended and of unfinished jobs.
+/// The keys of ended and of unfinished jobs, half of each.
 fn keys(count: usize) -> Vec<JobKey> {
     let keys = (0..count).map(|n| match n % 2 {
         0 => format!("old-{}", fastrand::u32(1..=100_000)),
