@@ -1,5 +1,6 @@
 //! The rules of the source tree, checked in its `use` lines.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 const EMULATOR: &str = "crates/emulator";
@@ -183,7 +184,73 @@ fn both_databases_have_the_same_functions_in_the_same_order() {
         "requests.rs",
         "running.rs",
         "schema.rs",
+        "takeover.rs",
     ] {
         assert_eq!(statements("postgres", file), statements("sqlite", file));
     }
+}
+
+/// (module, its sibling): the first names the second in its own or its children's code.
+fn uses_of_siblings() -> BTreeSet<(String, String)> {
+    let mut uses = BTreeSet::new();
+    for Source { path, text, .. } in sources() {
+        let Ok(inside) = path.strip_prefix("src") else {
+            continue;
+        };
+        let inside = inside.with_extension("");
+        let module: Vec<&str> = inside.iter().map(|name| name.to_str().unwrap()).collect();
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        for named in named_modules(code, &module) {
+            let shared = module.iter().zip(&named).take_while(|(a, b)| *a == *b);
+            let shared = shared.count();
+            if shared < module.len() && shared < named.len() {
+                let sibling = |of: &[&str]| of[..=shared].join("::");
+                uses.insert((sibling(&module), sibling(&named)));
+            }
+        }
+    }
+    uses
+}
+
+/// The absolute paths that the code of a module names, with `crate::` or `super::`.
+fn named_modules<'a>(code: &'a str, module: &[&'a str]) -> Vec<Vec<&'a str>> {
+    let mut named = Vec::new();
+    let lines = code.lines().map(str::trim_start);
+    for line in lines.filter(|line| !line.starts_with("//")) {
+        let words = line.split(|c: char| !(c.is_alphanumeric() || c == '_' || c == ':'));
+        for word in words {
+            let mut segments = word.split("::").peekable();
+            let mut path = match segments.peek() {
+                Some(&"crate") => Vec::new(),
+                Some(&"super") => module.to_vec(),
+                _ => continue,
+            };
+            for segment in segments.filter(|segment| !segment.is_empty()) {
+                match segment {
+                    "crate" => {}
+                    "super" => drop(path.pop()),
+                    name => path.push(name),
+                }
+            }
+            named.push(path);
+        }
+    }
+    named
+}
+
+#[test]
+fn siblings_do_not_use_each_other_in_a_circle() {
+    let mut uses = uses_of_siblings();
+    assert!(uses.len() > 100, "the uses were not found");
+    // Whoever uses nothing, or is used by nobody, is in no circle.
+    loop {
+        let users: BTreeSet<String> = uses.iter().map(|(user, _)| user.clone()).collect();
+        let used: BTreeSet<String> = uses.iter().map(|(_, used)| used.clone()).collect();
+        let before = uses.len();
+        uses.retain(|(user, of)| users.contains(of) && used.contains(user));
+        if uses.len() == before {
+            break;
+        }
+    }
+    assert!(uses.is_empty(), "circles: {uses:#?}");
 }

@@ -26,3 +26,4 @@ mod shutdown;
 mod store;
 mod store_model;
 mod support;
+mod unreadable;

@@ -8,12 +8,14 @@ use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tokio::process::Child;
 use tokio::time::timeout;
-use trainyard::job::{Fence, JobKey};
+use trainyard::job::{Can, Claim, ClaimRequest, Fence, JobKey};
 use trainyard::store::{Finish, Finished, PostgresStore, Queue};
 use uuid::Uuid;
 
 use crate::support::database::Database;
-use crate::support::jobs::{LONG, acquire, succeeded};
+use crate::support::jobs::{
+    LONG, acquire, assert_waits, reap, reaped_keys, request, send, succeeded, terms,
+};
 use crate::support::private_postgres::PrivatePostgres;
 use crate::support::proxy::LossyProxy;
 use crate::support::runs::RunEvent;
@@ -293,6 +295,37 @@ async fn a_job_that_somebody_has_locked_holds_up_no_other_ending() {
         let answers = store.finish(&finishes).await.unwrap();
         assert_eq!(answers, [Finished::Ended, Finished::Ended], "{table}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_waiting_job_that_somebody_has_locked_delays_no_other() {
+    let Some(database) = Database::postgres().await else {
+        return;
+    };
+    let store = database.open_migrated().await;
+    for key in ["locked", "other"] {
+        let recorded = ClaimRequest {
+            can: Can::Record,
+            ..request(key)
+        };
+        assert_waits(&send(&store, &recorded, &terms(LONG)).await);
+    }
+    let mut somebody = PgConnection::connect(&database.url).await.unwrap();
+    let mut transaction = somebody.begin().await.unwrap();
+    sqlx::query("SELECT FROM leases WHERE key = 'locked' FOR UPDATE")
+        .execute(&mut *transaction)
+        .await
+        .unwrap();
+
+    // Its message comes again, together with a new one.
+    let both = [request("locked"), request("new")];
+    let claims = store.claim(&both, &terms(LONG)).await.unwrap();
+    assert_waits(&claims[0]);
+    assert!(matches!(claims[1], Claim::Acquired(_)), "{claims:?}");
+    assert_eq!(reaped_keys(&reap(&store, 10).await), ["other"]);
+
+    transaction.rollback().await.unwrap();
+    assert_eq!(reaped_keys(&reap(&store, 10).await), ["locked"]);
 }
 
 fn ending_of(fence: Fence) -> Finish {

@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use trainyard::job::{Acquired, Can, Claim, ClaimRequest, Fence, JobKey, Pick};
-use trainyard::record::JobFilter;
-use trainyard::store::{Reach, Store};
+use trainyard::record::{JobFilter, JobState, Retrying};
+use trainyard::store::{GivenUp, Reach, Store};
 use uuid::Uuid;
 
 use crate::support::database::{Database, Tables};
 use crate::support::eventually;
 use crate::support::jobs::{
-    LONG, acquired, due, failed, finish, ordered, reach, request, send, succeeded, terms,
+    LONG, acquired, due, failed, finish, ordered, reach, refusal, request, send, succeeded, terms,
 };
 use crate::support::private_postgres::PrivatePostgres;
 
@@ -77,7 +77,9 @@ async fn no_hot_statement_reads_a_whole_table() {
     watch_claims(&watch).await;
     watch_runs(&watch).await;
     watch_queue(&watch).await;
+    watch_unknown_tasks(&watch).await;
     watch_rest(&watch).await;
+    watch_people(&watch).await;
 }
 
 async fn watch_claims(watch: &Watch) {
@@ -225,6 +227,86 @@ async fn watch_rest(watch: &Watch) {
             assert_eq!(store.jobs(&filter).await.unwrap().len(), 50);
         })
         .await;
+}
+
+async fn watch_unknown_tasks(watch: &Watch) {
+    let unknown = || ClaimRequest {
+        can: Can::RecordUnknown,
+        ..fresh()
+    };
+    watch
+        .calls("know, with messages of unknown tasks", async |store| {
+            send(store, &unknown(), &terms(LONG)).await;
+            store.know(&reach()).await.unwrap();
+        })
+        .await;
+    watch
+        .calls("giving messages of unknown tasks up", async |store| {
+            let requests: Vec<_> = (0..BATCH).map(|_| unknown()).collect();
+            store.claim(&requests, &terms(LONG)).await.unwrap();
+            let given_up: Vec<GivenUp> = requests
+                .into_iter()
+                .map(|request| GivenUp {
+                    key: request.key,
+                    error: "unknown".to_owned(),
+                    worker: "w1".into(),
+                    dead_letter_topic: None,
+                })
+                .collect();
+            let gone = store.give_up_unknown(&given_up, Duration::ZERO).await;
+            assert_eq!(gone.unwrap().len(), BATCH);
+        })
+        .await;
+    watch
+        .calls("a refusal", async |store| {
+            let key = Uuid::new_v4().to_string();
+            store.refuse(&refusal(&key)).await.unwrap();
+        })
+        .await;
+    watch
+        .calls("a claim that is given back unanswered", async |store| {
+            let request = fresh();
+            running(store, request.clone()).await;
+            let claims = [(request.key, request.token)];
+            store.disown(&claims).await.unwrap();
+        })
+        .await;
+}
+
+async fn watch_people(watch: &Watch) {
+    watch
+        .calls("a retry of an ended job", async |store| {
+            let job = running(store, fresh()).await;
+            assert!(finish(store, &job.fence, succeeded()).await);
+            let retrying = store.retry(job.job_id, "a person").await.unwrap();
+            assert_eq!(retrying, Some(Retrying::Queued));
+            store.cancel(job.job_id, "a person").await.unwrap();
+        })
+        .await;
+    watch
+        .calls("an explanation", async |store| {
+            for message in ["7", "new-7"] {
+                assert_eq!(store.stories(message).await.unwrap().len(), 1);
+            }
+        })
+        .await;
+    watch
+        .calls("ids by their end", async |store| {
+            store.job_ids_ending_with("deadbeef", 10).await.unwrap();
+        })
+        .await;
+    for state in [JobState::Running, JobState::Dead] {
+        watch
+            .calls(&format!("a list of {state} jobs"), async |store| {
+                let filter = JobFilter {
+                    state: Some(state),
+                    limit: 50,
+                    ..JobFilter::default()
+                };
+                assert_eq!(store.jobs(&filter).await.unwrap().len(), 50);
+            })
+            .await;
+    }
 }
 
 /// A request that no other has the key of.
