@@ -1,135 +1,108 @@
 //! When a message is acked, and who brings an interrupted job back.
 
+use nix::sys::signal::Signal;
 use serde_json::json;
-use trainyard::record::{Job, JobFilter, JobState};
-use trainyard::store::Store;
+use trainyard::record::JobState;
 
 use crate::on_both_databases;
-use crate::support::broker::Broker;
 use crate::support::database::Database;
 use crate::support::eventually;
-use crate::support::worker::Yard;
+use crate::support::training::{Scene, Sections, TRAINING};
 
 on_both_databases!(
     before_run_acks_while_the_job_runs,
-    after_run_acks_once_the_outcome_is_written,
-    an_interrupted_run_moves_to_another_worker_and_costs_no_attempt,
+    after_run_acks_the_messages_of_ended_jobs_only,
+    an_interrupted_run_moves_at_no_cost_if_its_message_is_acked,
+    an_interrupted_run_moves_at_no_cost_with_its_message,
     a_draining_worker_pulls_no_more,
 );
+
+const BEFORE_RUN: &str = "ack = \"before_run\"";
+const AFTER_RUN: &str = "ack = \"after_run\"";
 
 /// Longer than any test waits.
 const FOR_EVER: f64 = 3600.0;
 
-fn sections(ack: &str, slots: usize) -> String {
-    format!(
-        "[worker]\nslots = {slots}\nlease = \"6s\"\nstop_grace = \"1s\"\nshutdown_grace = \"1s\"\n\
-         [subscriptions.training]\nack_deadline = \"10s\"\n\
-         [tasks.rehearsal]\nbuiltin = \"rehearsal\"\nack = \"{ack}\"\n"
-    )
-}
-
-fn rehearsal(seconds: f64) -> String {
-    json!({"name": "rehearsal", "seconds": seconds}).to_string()
-}
-
-async fn the_job(store: &dyn Store, state: JobState) -> Job {
-    let filter = JobFilter {
-        limit: 10,
-        ..JobFilter::default()
+async fn scene(database: &Database, ack: &'static str, slots: usize) -> Scene {
+    let sections = Sections {
+        slots,
+        task: ack,
+        ..Sections::default()
     };
-    eventually(&format!("the job is {state}"), async || {
-        let jobs = store.jobs(&filter).await.unwrap();
-        jobs.into_iter().find(|job| job.state == state)
-    })
-    .await
+    Scene::new(database, &sections).await
 }
 
-/// How many messages the broker still has, including running ones.
-fn unacked(broker: &Broker) -> usize {
-    let subscription = broker.connection.subscription_path("training");
-    let inside = broker.builtin.as_ref().unwrap();
-    inside.backlog_len(&subscription).unwrap()
-}
-
-async fn broker() -> Broker {
-    let broker = Broker::builtin().await.unwrap();
-    broker.subscribe("training").await;
-    broker
-}
-
-async fn nothing_is_left(broker: &Broker) {
-    eventually("the message is acked", async || {
-        (unacked(broker) == 0).then_some(())
-    })
-    .await;
+async fn publish(scene: &Scene, seconds: f64) -> String {
+    scene.publish(json!({"seconds": seconds})).await
 }
 
 async fn before_run_acks_while_the_job_runs(database: Database) {
-    let (broker, store) = (broker().await, database.open_migrated().await);
-    let yard = Yard::new(&broker, &database, &sections("before_run", 1));
-    let worker = yard.start_worker("w1");
-    broker.publish("training", rehearsal(FOR_EVER)).await;
-    the_job(&*store, JobState::Running).await;
-    nothing_is_left(&broker).await;
-    assert_eq!(
-        the_job(&*store, JobState::Running).await.state,
-        JobState::Running
-    );
+    let scene = scene(&database, BEFORE_RUN, 1).await;
+    let worker = scene.start_worker("w1");
+    let id = publish(&scene, FOR_EVER).await;
+    scene.nothing_is_left_to_deliver().await;
+    scene.job(&id, JobState::Running).await;
     assert_eq!(worker.stop().await.code(), Some(0));
 }
 
-async fn after_run_acks_once_the_outcome_is_written(database: Database) {
-    let (broker, store) = (broker().await, database.open_migrated().await);
-    let yard = Yard::new(&broker, &database, &sections("after_run", 2));
-    let worker = yard.start_worker("w1");
-    broker.publish("training", rehearsal(FOR_EVER)).await;
-    the_job(&*store, JobState::Running).await;
-    // The second message starts and ends while the first one runs.
-    broker.publish("training", rehearsal(0.0)).await;
-    the_job(&*store, JobState::Succeeded).await;
+async fn after_run_acks_the_messages_of_ended_jobs_only(database: Database) {
+    let scene = scene(&database, AFTER_RUN, 2).await;
+    let worker = scene.start_worker("w1");
+    let long = publish(&scene, FOR_EVER).await;
+    scene.job(&long, JobState::Running).await;
+    // This one starts and ends while the first one runs.
+    let short = publish(&scene, 0.0).await;
+    scene.job(&short, JobState::Succeeded).await;
     eventually("only the running job's message is left", async || {
-        (unacked(&broker) == 1).then_some(())
+        (scene.broker.backlog(TRAINING) == 1).then_some(())
     })
     .await;
     assert_eq!(worker.stop().await.code(), Some(0));
-    assert_eq!(unacked(&broker), 1);
+    assert_eq!(scene.broker.backlog(TRAINING), 1);
 }
 
-async fn an_interrupted_run_moves_to_another_worker_and_costs_no_attempt(database: Database) {
-    for ack in ["before_run", "after_run"] {
-        let (broker, store) = (broker().await, database.open_migrated().await);
-        let yard = Yard::new(&broker, &database, &sections(ack, 1));
-        let first = yard.start_worker("first");
-        broker.publish("training", rehearsal(FOR_EVER)).await;
-        let interrupted = the_job(&*store, JobState::Running).await;
-        let second = yard.start_worker("second");
-        assert_eq!(first.stop().await.code(), Some(0));
-        let moved = eventually("the second worker runs it", async || {
-            let job = store.job(interrupted.id).await.unwrap().unwrap();
-            (job.state == JobState::Running && job.worker != interrupted.worker).then_some(job)
-        })
-        .await;
-        assert_eq!(moved.attempts, 1, "{ack}");
-        assert_eq!(second.stop().await.code(), Some(0));
-    }
+async fn an_interrupted_run_moves_at_no_cost_if_its_message_is_acked(database: Database) {
+    let scene = scene(&database, BEFORE_RUN, 1).await;
+    an_interrupted_run_moves_at_no_cost(&scene, 0).await;
+}
+
+async fn an_interrupted_run_moves_at_no_cost_with_its_message(database: Database) {
+    let scene = scene(&database, AFTER_RUN, 1).await;
+    an_interrupted_run_moves_at_no_cost(&scene, 1).await;
+}
+
+/// `unacked`: how many messages the broker has while the job runs.
+async fn an_interrupted_run_moves_at_no_cost(scene: &Scene, unacked: usize) {
+    let first = scene.start_worker("first");
+    let id = publish(scene, FOR_EVER).await;
+    let interrupted = scene.job(&id, JobState::Running).await;
+    eventually("the message is acked as early as it can be", async || {
+        (scene.broker.backlog(TRAINING) == unacked).then_some(())
+    })
+    .await;
+    let second = scene.start_worker("second");
+    assert_eq!(first.stop().await.code(), Some(0));
+    let moved = eventually("the second worker runs it", async || {
+        let job = scene.store.job(interrupted.id).await.unwrap().unwrap();
+        (job.state == JobState::Running && job.worker != interrupted.worker).then_some(job)
+    })
+    .await;
+    assert_eq!(moved.attempts, 1);
+    assert_eq!(scene.broker.backlog(TRAINING), unacked);
+    assert_eq!(second.stop().await.code(), Some(0));
 }
 
 async fn a_draining_worker_pulls_no_more(database: Database) {
-    let (broker, store) = (broker().await, database.open_migrated().await);
-    let patient =
-        sections("after_run", 2).replace("shutdown_grace = \"1s\"", "shutdown_grace = \"1h\"");
-    let yard = Yard::new(&broker, &database, &patient);
-    let draining = yard.start_worker("draining");
-    broker.publish("training", rehearsal(FOR_EVER)).await;
-    let long = the_job(&*store, JobState::Running).await;
-    draining.signal(nix::sys::signal::Signal::SIGTERM);
-    eventually("it says that it stops", async || {
-        draining.log().contains("pulling has stopped").then_some(())
-    })
-    .await;
-    let other = yard.start_worker("other");
-    broker.publish("training", rehearsal(0.0)).await;
-    let short = the_job(&*store, JobState::Succeeded).await;
+    let scene = scene(&database, AFTER_RUN, 2).await;
+    let patient = [("TRAINYARD__WORKER__SHUTDOWN_GRACE", "1h")];
+    let draining = scene.yard.start_worker_with("draining", &patient);
+    let long = publish(&scene, FOR_EVER).await;
+    let long = scene.job(&long, JobState::Running).await;
+    draining.signal(Signal::SIGTERM);
+    draining.says("pulling has stopped").await;
+    let other = scene.start_worker("other");
+    let short = publish(&scene, 0.0).await;
+    let short = scene.job(&short, JobState::Succeeded).await;
     assert_ne!(short.worker, long.worker);
     assert_eq!(other.stop().await.code(), Some(0));
 }

@@ -26,11 +26,14 @@ async fn a_running_job_is_cancelled_on_whichever_worker_it_runs(database: Databa
         let scene = Scene::new(&database, &sections).await;
         let _workers = [scene.start_worker("w1"), scene.start_worker("w2")];
         let mut ids = Vec::new();
+        let mut jobs = Vec::new();
         for _ in 0..2 {
-            ids.push(scene.publish(json!({"seconds": 3600})).await);
+            let id = scene.publish(json!({"seconds": 3600})).await;
+            jobs.push(scene.job(&id, JobState::Running).await);
+            ids.push(id);
         }
-        for id in &ids {
-            let job = scene.job(id, JobState::Running).await;
+        assert_ne!(jobs[0].worker, jobs[1].worker);
+        for job in &jobs {
             let told = scene
                 .command(&["jobs", "cancel", &job.id.to_string()])
                 .await;
@@ -71,9 +74,7 @@ async fn a_waiting_job_is_cancelled_at_once(database: Database) {
 async fn an_ended_job_runs_again_as_a_new_attempt(database: Database) {
     let scene = Scene::new(&database, &Sections::default()).await;
     let _worker = scene.start_worker("w1");
-    let gate = scene.folder().join("gate");
-    let fields = json!({"fail": "permanent", "fail_attempts": 1, "until": gate});
-    std::fs::write(&gate, "").unwrap();
+    let fields = json!({"fail": "permanent", "fail_attempts": 1});
     let id = scene.publish(fields).await;
     let dead = scene.job(&id, JobState::Dead).await;
     for attempt in 2..=3 {

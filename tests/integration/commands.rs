@@ -160,9 +160,12 @@ async fn a_published_request_can_be_followed_to_its_end() {
     let table = yard.output(&["jobs", "list", "--task", "train-classifier"]);
     assert!(table.await.stdout.contains(end));
     let message = job["message_id"].as_str().unwrap();
-    let story = yard.output(&["explain", message]).await.stdout;
-    let told = ["claimed", "finished", "acked"].map(|kind| story.find(kind));
-    assert!(told.iter().all(Option::is_some), "{story}");
+    eventually("its story is told, also that it is acked", async || {
+        let story = yard.output(&["explain", message]).await.stdout;
+        let mut told = ["claimed", "finished", "acked"].into_iter();
+        told.all(|kind| story.contains(kind)).then_some(())
+    })
+    .await;
     let nothing = yard.output(&["jobs", "list", "--state", "dead"]).await;
     assert_eq!(nothing.stdout, "no jobs\n");
     assert_eq!(worker.stop().await.code(), Some(0));

@@ -168,12 +168,11 @@ async fn order_outlives_a_killed_worker(database: Database) {
     for task in ACK_TIMINGS {
         let sections = Sections {
             slots: 3,
-            worker: "",
             task,
             ..Sections::default()
         };
         let scene = scene(&database, &sections).await;
-        let mut first = scene.start_worker("first");
+        let mut first = scene.start_doomed_worker("first");
         let gate = scene.folder().join("gate");
         publish(&scene, "a", 0, json!({"until": gate})).await;
         for number in 1..4 {

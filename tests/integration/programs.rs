@@ -1,6 +1,7 @@
 //! Tasks that are separate programs, run by worker processes.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -14,6 +15,7 @@ use crate::support::{eventually, not_tested};
 on_both_databases!(
     a_killed_workers_program_goes_on_elsewhere_from_its_checkpoint,
     a_stopped_workers_program_goes_on_elsewhere_at_no_cost,
+    of_many_checkpoints_one_a_second_is_written_and_the_last_is_kept,
     a_failing_programs_last_words_are_kept,
     a_cancelled_program_is_stopped,
     programs_that_run_side_by_side_have_gpus_of_their_own,
@@ -60,6 +62,11 @@ async fn add_env(scene: &Scene) {
     std::fs::write(&scene.yard.config, format!("{config}{}\n", here(scene))).unwrap();
 }
 
+/// Makes the file that the programs wait for.
+fn open_gate(scene: &Scene) {
+    std::fs::write(scene.folder().join("gate"), "").unwrap();
+}
+
 /// The processes that run a job, whoever their parents are.
 fn processes_of(job: &Job) -> Vec<u32> {
     let mark = format!("TRAINYARD_JOB_ID={}", job.id);
@@ -95,7 +102,7 @@ fn digits_example() -> Option<PathBuf> {
 }
 
 fn digits_request() -> Value {
-    json!({"epochs": 4, "hidden": 16, "seconds_per_epoch": 0.5})
+    json!({"epochs": 3, "hidden": 16})
 }
 
 /// The result of the training without interruptions.
@@ -124,13 +131,32 @@ fn undisturbed(program: &Path) -> Value {
     result.unwrap()
 }
 
+/// Runs the program so that after its first checkpoint it waits for the file `gate`, or
+/// for the request to stop.
+const UP_TO_A_CHECKPOINT: &str = r#"
+import os, sys, time
+sys.dont_write_bytecode = True
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import train_digits
+
+gate = os.path.join(os.environ["CHECKPOINT_DIR"], "gate")
+
+def sleep_until(stop, due):
+    checkpoint = train_digits.checkpoint_path()
+    while checkpoint.exists() and not stop.requested and not os.path.exists(gate):
+        time.sleep(0.05)
+
+train_digits.Stop.sleep_until = sleep_until
+sys.exit(train_digits.main())
+"#;
+
 async fn digits_scene(database: &Database, program: &Path) -> Scene {
-    let command = ["python3", program.to_str().unwrap()];
+    let program = program.to_str().unwrap();
+    let command = ["python3", "-c", UP_TO_A_CHECKPOINT, program];
     let scene = scene(database, &command, "ack = \"after_checkpoint\"").await;
-    let checkpoints = scene.folder().join("checkpoints");
-    std::fs::create_dir(&checkpoints).unwrap();
     let config = std::fs::read_to_string(&scene.yard.config).unwrap();
-    let config = format!("{config}env = {{ CHECKPOINT_DIR = {checkpoints:?} }}\n");
+    let folder = scene.folder();
+    let config = format!("{config}env = {{ CHECKPOINT_DIR = {folder:?} }}\n");
     std::fs::write(&scene.yard.config, config).unwrap();
     scene
 }
@@ -152,20 +178,13 @@ async fn a_killed_workers_program_goes_on_elsewhere_from_its_checkpoint(database
         return;
     };
     let scene = digits_scene(&database, &program).await;
-    let mut first = scene.start_worker("first");
+    let mut first = scene.start_doomed_worker("first");
     let id = publish(&scene, digits_request()).await;
     let job = first_checkpoint(&scene, &id).await;
     first.kill().await;
     nothing_runs(&job).await;
-    let _second = scene.start_worker("second");
-    let job = scene.job(&id, JobState::Succeeded).await;
+    let job = it_goes_on_at_a_second_worker(&scene, &id, &program).await;
     assert_eq!(job.attempts, 2);
-    assert_eq!(job.result, Some(undisturbed(&program)));
-    let shown = scene
-        .command(&["jobs", "show", &job.id.to_string()])
-        .await
-        .stdout;
-    assert!(shown.contains("going on from"), "{shown}");
 }
 
 async fn a_stopped_workers_program_goes_on_elsewhere_at_no_cost(database: Database) {
@@ -178,10 +197,50 @@ async fn a_stopped_workers_program_goes_on_elsewhere_at_no_cost(database: Databa
     let job = first_checkpoint(&scene, &id).await;
     assert_eq!(first.stop().await.code(), Some(0));
     nothing_runs(&job).await;
-    let _second = scene.start_worker("second");
-    let job = scene.job(&id, JobState::Succeeded).await;
+    let job = it_goes_on_at_a_second_worker(&scene, &id, &program).await;
     assert_eq!(job.attempts, 1);
-    assert_eq!(job.result, Some(undisturbed(&program)));
+    let story = ["claimed", "checkpointed", "released", "claimed", "finished"];
+    scene.is_explained_by(&id, &story).await;
+}
+
+async fn it_goes_on_at_a_second_worker(scene: &Scene, id: &str, program: &Path) -> Job {
+    open_gate(scene);
+    let _second = scene.start_worker("second");
+    let job = scene.job(id, JobState::Succeeded).await;
+    assert_eq!(job.result, Some(undisturbed(program)));
+    let shown = scene.command(&["jobs", "show", &job.id.to_string()]).await;
+    assert!(shown.stdout.contains("going on from"), "{}", shown.stdout);
+    job
+}
+
+/// The newest comes to the database while the program runs, and the last one with its end.
+async fn of_many_checkpoints_one_a_second_is_written_and_the_last_is_kept(database: Database) {
+    let text = script(
+        r#"i=0
+           while [ $i -lt 40 ]; do
+             i=$((i + 1)); echo "@trainyard {\"checkpoint\":\"$i\"}"; sleep 0.05
+           done
+           while [ ! -e gate ]; do sleep 0.05; done
+           echo '@trainyard {"checkpoint":"last"}'
+           echo '@trainyard {"result":{}}'"#,
+    );
+    let scene = scene(&database, &["sh", "-c", &text], "").await;
+    add_env(&scene).await;
+    let began = Instant::now();
+    let worker = scene.start_worker("w1");
+    let id = publish(&scene, json!({})).await;
+    let job = scene.job(&id, JobState::Running).await;
+    eventually("the newest is on record", async || {
+        let job = scene.store.job(job.id).await.unwrap().unwrap();
+        (job.checkpoint.as_deref() == Some("40")).then_some(())
+    })
+    .await;
+    let written = worker.log().matches("a checkpoint is stored").count();
+    let most = usize::try_from(began.elapsed().as_secs()).unwrap() + 1;
+    assert!((1..=most).contains(&written), "{written}, at most {most}");
+    open_gate(&scene);
+    let job = scene.job(&id, JobState::Succeeded).await;
+    assert_eq!(job.checkpoint.as_deref(), Some("last"));
 }
 
 /// On Postgres only: a frozen process may hold the lock of a SQLite file.
@@ -207,7 +266,7 @@ async fn a_stale_program_speaks(database: Database) {
     let command = ["sh", "-c", &text];
     let scene = scene(&database, &command, "ack = \"after_checkpoint\"").await;
     add_env(&scene).await;
-    let frozen = scene.start_worker("frozen");
+    let frozen = scene.start_doomed_worker("frozen");
     let id = publish(&scene, json!({})).await;
     let job = first_checkpoint(&scene, &id).await;
     frozen.signal(Signal::SIGSTOP);
@@ -250,8 +309,11 @@ async fn a_failing_programs_last_words_are_kept(database: Database) {
     })
     .await;
     assert!(shown.contains("| no such column: y"), "{shown}");
-    let work = std::fs::read_dir(scene.folder().join("work")).unwrap();
-    assert_eq!(work.count(), 0, "its directory is removed");
+    eventually("its directory is removed", async || {
+        let mut work = std::fs::read_dir(scene.folder().join("work")).unwrap();
+        work.next().is_none().then_some(())
+    })
+    .await;
 }
 
 async fn a_cancelled_program_is_stopped(database: Database) {
@@ -303,7 +365,7 @@ async fn programs_that_run_side_by_side_have_gpus_of_their_own(database: Databas
         (jobs.len() == 3 && waits && began() == ["4", "7"]).then_some(())
     })
     .await;
-    std::fs::write(scene.folder().join("gate"), "").unwrap();
+    open_gate(&scene);
     let jobs = scene.all_succeed(3).await;
     let gpu = |job: &Job| job.result.as_ref().map(|result| result["gpu"].clone());
     assert!(

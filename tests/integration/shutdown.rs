@@ -4,14 +4,15 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use trainyard::record::JobState;
 
 use crate::support::eventually;
 use crate::support::runs::{RunEvent, RunLine, micros_now};
 use crate::support::scene::{CALM, SUBSCRIPTION, Scene, Settings};
 
-/// Far longer than the two seconds that an idle machine takes; each test prints how long
-/// it took.
-const BOUND: Duration = Duration::from_secs(10);
+/// Far longer than the two seconds that an idle machine takes, and far shorter than the
+/// lease. Each test prints how long it took.
+const BOUND: Duration = Duration::from_secs(30);
 
 /// Runs are interrupted at the first signal.
 const IMPATIENT: Settings = Settings {
@@ -111,6 +112,37 @@ async fn a_second_signal_interrupts_what_the_first_one_lets_run() {
     scene.runs.release("job");
     assert_eq!(scene.all_succeed(1).await[0].attempts, 1);
     assert!(second.stop().await.success());
+}
+
+/// A program that ignores the request to stop, once it says so.
+const STUBBORN: Settings = Settings {
+    shutdown_grace: "1h",
+    task: r#"
+[tasks.stubborn]
+command = ["sh", "-c", "trap '' TERM; echo '@trainyard {\"checkpoint\":\"begun\"}'; while :; do sleep 0.1; done"]
+stop_grace = "20s""#,
+    ..CALM
+};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_third_signal_ends_a_worker_whose_run_does_not_stop_with_code_1() {
+    let Some(scene) = Scene::on_postgres(&STUBBORN).await else {
+        return;
+    };
+    let worker = scene.ready_worker("worker").await;
+    scene.publish(json!({"name": "stubborn"}).to_string()).await;
+    eventually("the program has begun", async || {
+        let jobs = scene.jobs().await;
+        jobs.first()?.checkpoint.as_ref().map(drop)
+    })
+    .await;
+    worker.signal(Signal::SIGTERM);
+    worker.says("pulling has stopped").await;
+    worker.signal(Signal::SIGINT);
+    worker.says("second signal:").await;
+    assert_eq!(worker.stop().await.code(), Some(1));
+    let jobs = scene.jobs().await;
+    assert_eq!(jobs[0].state, JobState::Running, "nothing is written");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -127,14 +127,19 @@ impl<'a> Case<'a> {
     /// Whether a claim may take the job: it is due, and its turn has come.
     fn is_free(&self, key: usize) -> bool {
         let known = &self.known[&key];
+        known.state.is_none() && known.is_due && !self.has_to_wait(key)
+    }
+
+    /// Whether an earlier job of its ordering key has not ended.
+    fn has_to_wait(&self, key: usize) -> bool {
+        let known = &self.known[&key];
         let is_earlier = |(other, earlier): (&usize, &Known)| {
             earlier.state.is_none()
                 && KEYS[*other].1 == KEYS[key].1
                 && earlier.position < known.position
         };
         let is_ordered = !KEYS[key].1.is_empty();
-        let has_to_wait = is_ordered && self.known.iter().any(is_earlier);
-        known.state.is_none() && known.is_due && !has_to_wait
+        is_ordered && self.known.iter().any(is_earlier)
     }
 
     async fn take(&mut self, step: &Step) {
@@ -370,7 +375,7 @@ impl<'a> Case<'a> {
         assert_eq!(rows.len(), self.known.len());
         for (key, known) in &self.known {
             let row = rows.iter().find(|row| row.key == KEYS[*key].0).unwrap();
-            assert_eq!(*row, Row::expected(*key, known));
+            assert_eq!(*row, Row::expected(*key, known, self.has_to_wait(*key)));
             let mut job = self.store.job(known.job_id).await.unwrap().unwrap();
             assert_eq!(job.attempts, known.counted_attempts());
             assert_eq!(job.checkpoint, known.checkpoint);

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::num::NonZero;
 use std::panic::AssertUnwindSafe;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -15,7 +17,7 @@ use trainyard::record::Job;
 use uuid::Uuid;
 
 use super::checker::violations;
-use super::{FAST, Scene, Settings};
+use super::{FAST, Scene, Settings, start_heir};
 use crate::support::broker::Broker;
 use crate::support::database::Database;
 use crate::support::runs::RunEvent;
@@ -28,9 +30,14 @@ const MESSAGES: usize = 6;
 const CHECKPOINTED: usize = 3;
 /// A step's first hit, and other hits drawn at random.
 const ROUNDS: usize = 3;
-/// Scenes mostly wait for leases and ack deadlines to end, but each takes a few
-/// connections of the one server.
-static SCENES_AT_A_TIME: Semaphore = Semaphore::const_new(40);
+/// Scenes mostly wait for leases and ack deadlines to end, but a slow machine cannot start
+/// the workers of all at once.
+static SCENES_AT_A_TIME: LazyLock<Semaphore> = LazyLock::new(|| {
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    Semaphore::new((10 * cores).min(40))
+});
+/// Shorter than the ack deadline. A slow worker can renew it too, until it dies.
+const LEASE: &str = "6s";
 const SIGABRT: i32 = 6;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -208,6 +215,7 @@ async fn play(plan: Plan, broker: Broker, database: &Database) {
     let settings = Settings {
         slots: plan.slots,
         ack: plan.ack,
+        lease: LEASE,
         ..FAST
     };
     let scene = Scene::set(broker, &subscription, database, database, &settings).await;
@@ -251,7 +259,7 @@ async fn dies_and_is_replaced(
     assert_eq!(signal, Some(SIGABRT), "{status}");
     (0..MESSAGES).for_each(|number| scene.runs.release(&number.to_string()));
 
-    let heir = scene.yard.start_worker("heir");
+    let heir = start_heir(scene, "heir");
     let jobs = all_succeed(scene).await;
     if scene.broker.builtin.is_some() {
         scene.nothing_is_left_to_deliver().await;

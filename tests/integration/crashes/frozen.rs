@@ -1,18 +1,17 @@
 //! A worker that freezes for longer than its lease, and then goes on.
 
 use nix::sys::signal::Signal;
+use serde_json::json;
 use trainyard::record::JobState;
 
-use super::{FAST, Scene, Settings};
+use super::{FAST, Scene, Settings, start_heir};
 use crate::support::eventually;
 use crate::support::runs::RunEvent;
 use crate::support::worker::WorkerProcess;
 
-/// Longer than a lease and a sweep, so that the frozen run is not over when the other
-/// worker's begins.
-const SECONDS: f64 = 8.0;
-
 const SETTINGS: Settings = Settings {
+    // One that a slow worker can renew too, until it is frozen.
+    lease: "6s",
     ack: "before_run",
     ..FAST
 };
@@ -25,7 +24,7 @@ async fn a_worker_thawed_during_another_ones_run_stops_its_own() {
     let (frozen, heir) = freeze_until_taken_over(&scene).await;
     frozen.signal(Signal::SIGCONT);
     it_says_that_it_changed_nothing(&frozen).await;
-    assert_eq!(scene.runs.of(RunEvent::End), []);
+    scene.runs.release("job");
     only_the_heirs_ending_counts(&scene, &frozen, &heir).await;
     // Its run was stopped: only the heir's run ended.
     assert_eq!(scene.runs.of(RunEvent::End).len(), 1);
@@ -37,6 +36,7 @@ async fn a_worker_thawed_after_another_ones_run_changes_nothing() {
         return;
     };
     let (frozen, heir) = freeze_until_taken_over(&scene).await;
+    scene.runs.release("job");
     scene.only_job_ends(JobState::Succeeded).await;
     frozen.signal(Signal::SIGCONT);
     it_says_that_it_changed_nothing(&frozen).await;
@@ -45,12 +45,12 @@ async fn a_worker_thawed_after_another_ones_run_changes_nothing() {
 
 async fn freeze_until_taken_over(scene: &Scene) -> (WorkerProcess, WorkerProcess) {
     let frozen = scene.yard.start_worker("frozen");
-    scene.publish_run(SECONDS).await;
+    scene.publish(scene.runs.waiting("job", json!({}))).await;
     scene.runs_have_started(1).await;
     // The early ack must have arrived, or the broker redelivers too.
     scene.nothing_is_left_to_deliver().await;
     frozen.signal(Signal::SIGSTOP);
-    let heir = scene.yard.start_worker("heir");
+    let heir = start_heir(scene, "heir");
     scene.runs_have_started(2).await;
     (frozen, heir)
 }

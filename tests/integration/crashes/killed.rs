@@ -1,13 +1,16 @@
 //! Workers killed in the middle of a run.
 
+use serde_json::json;
 use trainyard::record::JobState;
 
-use super::{FAST, Scene, Settings};
+use super::{FAST, Scene, Settings, start_heir};
 use crate::support::runs::RunEvent;
 
-/// Long enough to be killed in, short enough to wait for.
-const SECONDS: f64 = 2.0;
-const UNTIL_KILLED: f64 = 600.0;
+/// A lease that a slow worker can renew too, until it is killed.
+const SETTINGS: Settings = Settings {
+    lease: "6s",
+    ..FAST
+};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_workers_job_runs_again_where_the_message_was_acked_early() {
@@ -22,17 +25,17 @@ async fn a_killed_workers_job_runs_again_where_the_message_is_acked_late() {
 }
 
 async fn a_killed_workers_job_runs_again(ack: &'static str, first: &[&str], whole: &[&str]) {
-    let Some(scene) = Scene::on_postgres(&Settings { ack, ..FAST }).await else {
+    let Some(scene) = Scene::on_postgres(&Settings { ack, ..SETTINGS }).await else {
         return;
     };
     let mut killed = scene.yard.start_worker("killed");
-    let id = scene.publish_run(SECONDS).await;
+    let id = scene.publish(scene.runs.waiting("job", json!({}))).await;
     scene.runs_have_started(1).await;
     scene.is_explained_by(&id, first).await;
     let death = killed.kill().await;
-    assert_eq!(scene.runs.of(RunEvent::End), [], "it was killed too late");
+    scene.runs.release("job");
 
-    let _heir = scene.yard.start_worker("heir");
+    let _heir = start_heir(&scene, "heir");
     let job = scene.only_job_ends(JobState::Succeeded).await;
     assert_eq!(job.attempts, 2);
     let ends = scene.runs.of(RunEvent::End);
@@ -47,17 +50,15 @@ async fn a_job_that_kills_its_workers_is_parked() {
     let settings = Settings {
         max_crashes: 2,
         ack: "before_run",
-        ..FAST
+        ..SETTINGS
     };
     let Some(scene) = Scene::on_postgres(&settings).await else {
         return;
     };
-    let id = scene.publish_run(UNTIL_KILLED).await;
-    let mut victims = Vec::new();
-    for name in ["first", "second"] {
+    let id = scene.publish(scene.runs.waiting("job", json!({}))).await;
+    for (name, runs) in [("first", 1), ("second", 2)] {
         let mut victim = scene.yard.start_worker(name);
-        victims.push(name);
-        scene.runs_have_started(victims.len()).await;
+        scene.runs_have_started(runs).await;
         victim.kill().await;
     }
     let third = scene.yard.start_worker("third");

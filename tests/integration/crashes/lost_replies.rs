@@ -3,7 +3,7 @@
 use serde_json::json;
 use trainyard::record::JobState;
 
-use super::{FAST, Scene, Settings};
+use super::{Scene, Settings};
 use crate::support::database::Database;
 use crate::support::eventually;
 use crate::support::proxy::{Loss, LossyProxy};
@@ -79,11 +79,11 @@ async fn the_job_runs_once_though_a_reply_is_lost(loss: Loss) {
     };
     let proxy = LossyProxy::in_front_of(&database.url).await;
     let behind = Database::at(proxy.url.clone());
-    let scene = Scene::new(&database, &behind, &FAST).await;
-    // Two workers, so that one could take over a job that looks abandoned.
+    let scene = Scene::new(&database, &behind, &CALM).await;
+    // Two workers, so that one could run a job that the other gave back.
     let workers = ["one", "other"].map(|name| scene.yard.start_worker(name));
     proxy.arm(loss);
-    let id = scene.publish_run(0.5).await;
+    let id = scene.publish_run(0.0).await;
     eventually("the reply is lost", async || {
         (proxy.happened() == 1).then_some(())
     })

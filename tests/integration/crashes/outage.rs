@@ -15,11 +15,14 @@ use crate::support::worker::WorkerProcess;
 
 const SETTINGS: Settings = Settings {
     slots: 10,
-    lease: "6s",
+    // Long enough for the pause in which a worker can renew after the outage, before another
+    // one takes over.
+    lease: "20s",
     ack: "before_run",
     ..FAST
 };
-const LEASE: Duration = Duration::from_secs(6);
+/// Longer than a pause between two sweeps.
+const A_SWEEP: Duration = Duration::from_secs(2);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn jobs_that_end_during_an_outage_are_not_run_again() {
@@ -55,7 +58,7 @@ async fn jobs_that_end_during_an_outage_have_succeeded(workers: &[&str], setting
     proxy.take_away();
     scene.runs.release("all");
     scene.runs_have_come_to(RunEvent::End, how_many).await;
-    every_lease_has_ended(&database, LEASE).await;
+    every_lease_has_ended(&database, A_SWEEP).await;
     proxy.bring_back();
 
     let jobs = scene.all_end(how_many).await;

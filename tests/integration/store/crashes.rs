@@ -19,7 +19,6 @@ on_both_databases!(
     a_reaper_parks_a_job_and_does_not_get_it,
     the_run_that_lost_the_last_lease_did_not_end_the_job,
     an_interruption_is_no_crash_and_costs_no_attempt,
-    a_claim_that_ends_in_time_is_no_crash,
     a_claim_that_was_never_answered_is_given_back_and_costs_no_attempt,
 );
 
@@ -98,16 +97,6 @@ async fn an_interruption_is_no_crash_and_costs_no_attempt(database: Database) {
     let acquired = crash(&store, "1", 3).await;
     assert_eq!(acquired.fence.attempt, 8);
     assert_eq!(job_of(&store, &acquired).await.attempts, 3);
-}
-
-async fn a_claim_that_ends_in_time_is_no_crash(database: Database) {
-    let store = database.open_migrated().await;
-    let acquired = crash(&store, "1", 2).await;
-    store.release(&interrupted(&acquired.fence)).await.unwrap();
-    let again = acquire(&store, "1", LONG).await;
-    assert!(finish(&store, &again.fence, succeeded()).await);
-    let job = job_of(&store, &again).await;
-    assert_eq!((job.state, job.attempts), (JobState::Succeeded, 2));
 }
 
 async fn a_claim_that_was_never_answered_is_given_back_and_costs_no_attempt(database: Database) {

@@ -121,15 +121,17 @@ impl Row {
         format!(
             "SELECT m.key, m.job_id, m.state, m.duplicates, m.finished_by,
                     l.key IS NOT NULL AS leased, l.attempt, l.interruptions, l.crashes, l.token,
-                    coalesce(l.lease_until <= {now}, false) AS is_due, l.checkpoint,
+                    coalesce(CASE WHEN l.token IS NULL THEN l.run_after ELSE l.lease_until END
+                             <= {now}, false) AS is_due, l.checkpoint,
                     coalesce(l.cancel_requested, false) AS cancel_requested
              FROM processed_messages m LEFT JOIN leases l USING (subscription, key)
              WHERE subscription = '{subscription}'"
         )
     }
 
-    /// The state is open exactly while there is a lease row.
-    pub fn expected(key: usize, known: &Known) -> Self {
+    /// The state is open exactly while there is a lease row. A waiting job is not due before
+    /// its turn.
+    pub fn expected(key: usize, known: &Known, has_to_wait: bool) -> Self {
         let open = known.state.is_none();
         let live = |number: u32| open.then_some(number.cast_signed());
         Self {
@@ -143,7 +145,7 @@ impl Row {
             interruptions: live(known.interruptions),
             crashes: live(known.crashes),
             token: known.holder.as_ref().map(|fence| fence.token),
-            is_due: open && known.is_due,
+            is_due: open && known.is_due && !(known.waits() && has_to_wait),
             checkpoint: known.checkpoint.clone().filter(|_| open),
             cancel_requested: open && known.cancel_requested,
         }

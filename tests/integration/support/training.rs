@@ -28,7 +28,14 @@ pub struct Scene {
     others: BTreeSet<Uuid>,
 }
 
-/// The configuration of workers with the shortest possible waits.
+/// Settings of a worker whose jobs can soon be taken over.
+const SHORT_LEASE: [(&str, &str); 2] = [
+    ("TRAINYARD__WORKER__LEASE", "6s"),
+    ("TRAINYARD__WORKER__STOP_GRACE", "1s"),
+];
+
+/// The configuration of workers whose jobs are retried at once. Their leases are so long
+/// that none expires, however slow the machine is.
 #[derive(Clone)]
 pub struct Sections {
     pub slots: usize,
@@ -60,7 +67,7 @@ impl Sections {
             task,
         } = self;
         format!(
-            "[worker]\nslots = {slots}\nlease = \"6s\"\nstop_grace = \"1s\"\nshutdown_grace = \"1s\"\n{worker}\n\
+            "[worker]\nslots = {slots}\nlease = \"60s\"\nstop_grace = \"10s\"\nshutdown_grace = \"10s\"\n{worker}\n\
              [subscriptions.{TRAINING}]\nack_deadline = \"10s\"\n{subscription}\n\
              [tasks.rehearsal]\nbuiltin = \"rehearsal\"\nbackoff = {{ initial = \"10ms\", max = \"50ms\" }}\n{task}\n"
         )
@@ -98,6 +105,11 @@ impl Scene {
 
     pub fn start_worker(&self, name: &str) -> WorkerProcess {
         self.yard.start_worker(name)
+    }
+
+    /// A worker that will be killed or frozen.
+    pub fn start_doomed_worker(&self, name: &str) -> WorkerProcess {
+        self.yard.start_worker_with(name, &SHORT_LEASE)
     }
 
     /// A rehearsal with these fields that writes to the scene's log.
@@ -173,7 +185,7 @@ impl Scene {
     }
 }
 
-pub fn appear_in_order(text: &str, parts: &[&str]) -> bool {
+fn appear_in_order(text: &str, parts: &[&str]) -> bool {
     let mut rest = text;
     parts.iter().all(|part| {
         let found = rest.find(part);
