@@ -204,7 +204,7 @@ pub enum Claim {
     /// Another run holds the job. Its lease expires at `until`, by this process's clock,
     /// unless it is renewed. `acked`: the queue, not Pub/Sub, brings the job back, so its
     /// deliveries are not needed any more.
-    HeldUntil { until: Instant, acked: bool },
+    RunningUntil { until: Instant, acked: bool },
     /// The job is on record and nobody runs it: it may not run before `until`, or its
     /// ordering key or this worker does not allow it yet. `acked` as above.
     Waiting { until: Instant, acked: bool },

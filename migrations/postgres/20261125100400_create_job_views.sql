@@ -29,13 +29,13 @@ SELECT m.job_id, m.subscription, m.key, m.message_id, m.task, m.duplicates, m.re
 FROM processed_messages m LEFT JOIN leases USING (subscription, key);
 
 -- The unfinished ones, found without the jobs that have ended. The condition of a
--- running job does not tell that its token is set, so `is_held` lets a statement say
+-- running job does not tell that its token is set, so `is_claimed` lets a statement say
 -- it, and read the index of those.
 CREATE VIEW unfinished_jobs AS
 SELECT job_id, task,
        CASE WHEN token IS NOT NULL AND lease_until >= now() THEN 'running'
             ELSE 'waiting' END AS state,
-       token IS NOT NULL AS is_held
+       token IS NOT NULL AS is_claimed
 FROM leases;
 
 CREATE VIEW job_ledger AS

@@ -28,7 +28,7 @@ SELECT m.job_id, m.subscription, m.key, m.message_id, m.task, m.duplicates, m.re
             ELSE 'room' END AS waits_for
 FROM processed_messages m LEFT JOIN leases USING (subscription, key);
 
--- The unfinished ones, found without the jobs that have ended. `is_held` is for
+-- The unfinished ones, found without the jobs that have ended. `is_claimed` is for
 -- Postgres, which finds the running ones by it.
 CREATE VIEW unfinished_jobs AS
 SELECT job_id, task,
@@ -36,7 +36,7 @@ SELECT job_id, task,
                  AND lease_until >= CAST(unixepoch('subsec') * 1000 AS INTEGER)
             THEN 'running'
             ELSE 'waiting' END AS state,
-       token IS NOT NULL AS is_held
+       token IS NOT NULL AS is_claimed
 FROM leases;
 
 CREATE VIEW job_ledger AS

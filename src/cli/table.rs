@@ -5,7 +5,7 @@ use comfy_table::presets::NOTHING;
 use comfy_table::{ContentArrangement, Table};
 use serde_json::Value;
 
-use crate::record::{AttemptRecord, Job, Story};
+use crate::record::{AttemptRecord, Job, JobState, Story};
 use crate::report::Progress;
 
 /// The width of a table without a terminal.
@@ -221,11 +221,16 @@ fn figures(result: &Value) -> String {
     fields.join(" ")
 }
 
+/// How long the last attempt took, or runs already. A waiting job's attempt has no end
+/// on record.
 fn duration(job: &Job) -> String {
-    let Some(started) = job.started_at else {
+    let end = match job.state {
+        JobState::Running => Some(Utc::now()),
+        _ => job.finished_at,
+    };
+    let Some((started, end)) = job.started_at.zip(end) else {
         return "-".to_owned();
     };
-    let end = job.finished_at.unwrap_or_else(Utc::now);
     let seconds = (end - started).as_seconds_f64().max(0.0);
     match seconds {
         short if short < 60.0 => format!("{short:.1}s"),

@@ -77,7 +77,7 @@ WHERE ($1 = '' OR task = $1) AND stored_state = $3 ORDER BY job_id DESC LIMIT $2
 const NEWEST_UNFINISHED: &str = "
 SELECT * FROM jobs
 WHERE job_id IN (SELECT job_id FROM unfinished_jobs
-                 WHERE ($1 = '' OR task = $1) AND state = $3 AND (is_held OR $3 = 'waiting')
+                 WHERE ($1 = '' OR task = $1) AND state = $3 AND (is_claimed OR $3 = 'waiting')
                  ORDER BY job_id DESC LIMIT $2)
 ORDER BY job_id DESC";
 

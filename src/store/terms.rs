@@ -174,7 +174,7 @@ pub enum Standing {
     Finished(FinalState),
     /// Some run holds the job for this much longer, unless it renews. `acked`: the queue
     /// brings the job back if that run is lost.
-    Held {
+    Running {
         remaining: Duration,
         acked: bool,
     },

@@ -223,12 +223,12 @@ impl HeldDeliveries {
         let mut lost = Vec::new();
         for (key, standing) in keys.iter().zip(standings) {
             match standing {
-                Standing::Finished(_) | Standing::Held { acked: true, .. } => {
+                Standing::Finished(_) | Standing::Running { acked: true, .. } => {
                     debug!(job = %key, ?standing, "held deliveries are acked");
                     self.settle(key, Receipt::ack);
                 }
                 Standing::Missing => self.settle(key, Receipt::nack),
-                Standing::Held { remaining, .. } => {
+                Standing::Running { remaining, .. } => {
                     self.look_again(std::slice::from_ref(key), || {
                         *remaining + jittered(AFTER_LEASE)
                     });

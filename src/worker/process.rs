@@ -236,7 +236,7 @@ impl Processor {
                 tell(EventKind::Suppressed);
                 claimed.delivery.ack();
             }
-            Claim::HeldUntil { until, acked } => {
+            Claim::RunningUntil { until, acked } => {
                 info!("duplicate of a message that is running");
                 tell(EventKind::Suppressed);
                 match acked {

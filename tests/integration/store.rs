@@ -85,7 +85,7 @@ async fn a_second_claim_is_held_while_the_first_runs(database: Database) {
     let store = database.open_migrated().await;
     let acquired = acquire(&store, "1", LONG).await;
     let second = claim(&store, "1", LONG).await;
-    let Claim::HeldUntil { until, .. } = second else {
+    let Claim::RunningUntil { until, .. } = second else {
         panic!("not held: {second:?}");
     };
     let remaining = until - tokio::time::Instant::now();
@@ -126,7 +126,7 @@ async fn of_64_concurrent_claims_of_one_key_one_wins(database: Database) {
         .into_iter()
         .filter_map(|claim| match claim.unwrap() {
             Claim::Acquired(acquired) => Some(acquired),
-            Claim::HeldUntil { .. } => None,
+            Claim::RunningUntil { .. } => None,
             other => panic!("neither acquired nor held: {other:?}"),
         })
         .collect();
@@ -152,7 +152,7 @@ async fn a_batch_is_answered_in_its_order(database: Database) {
     let batch = ["new", "held", "finished", "also new"].map(request);
     let claims = store.claim(&batch, &terms(LONG)).await.unwrap();
     assert!(matches!(&claims[0], Claim::Acquired(a) if &*a.fence.key.key == "new"));
-    assert!(matches!(claims[1], Claim::HeldUntil { .. }));
+    assert!(matches!(claims[1], Claim::RunningUntil { .. }));
     assert_eq!(claims[2], Claim::AlreadyFinished(FinalState::Succeeded));
     assert!(matches!(&claims[3], Claim::Acquired(a) if &*a.fence.key.key == "also new"));
 }
@@ -172,7 +172,7 @@ async fn a_held_lease_is_not_taken_over(database: Database) {
     acquire(&store, "1", LONG).await;
     assert!(matches!(
         claim(&store, "1", LONG).await,
-        Claim::HeldUntil { .. }
+        Claim::RunningUntil { .. }
     ));
 }
 
@@ -184,7 +184,7 @@ async fn a_renewed_lease_lasts_from_the_renewal(database: Database) {
     assert_eq!(renewed, [Renewal::Renewed]);
     assert!(matches!(
         claim(&store, "1", LONG).await,
-        Claim::HeldUntil { .. }
+        Claim::RunningUntil { .. }
     ));
 }
 
@@ -269,7 +269,7 @@ async fn looking_changes_nothing(database: Database) {
     let before = job_of(&store, &acquired).await;
     assert!(matches!(
         look(&store, &key).await,
-        Standing::Held { remaining, .. } if remaining > LONG / 2
+        Standing::Running { remaining, .. } if remaining > LONG / 2
     ));
     assert_eq!(job_of(&store, &acquired).await, before);
     store.release(&interrupted(&acquired.fence)).await.unwrap();

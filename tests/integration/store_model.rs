@@ -203,7 +203,7 @@ impl<'a> Case<'a> {
         match known.state {
             Some(state) => assert_eq!(answer, Claim::AlreadyFinished(state)),
             None if known.waits() => assert!(matches!(answer, Claim::Waiting { .. }), "{answer:?}"),
-            None => assert!(matches!(answer, Claim::HeldUntil { .. }), "{answer:?}"),
+            None => assert!(matches!(answer, Claim::RunningUntil { .. }), "{answer:?}"),
         }
     }
 

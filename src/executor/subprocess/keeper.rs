@@ -31,7 +31,9 @@ use std::thread;
 use rustix::process::{Pid, Resource, Rlimit, Signal, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
-use super::lifeline::{self, ExitStatus, KEEPER_VARIABLE, LAUNCHER_VARIABLE, Notice, Spec};
+use super::lifeline::{
+    self, ExitStatus, KEEPER_VARIABLE, LAUNCHER_VARIABLE, Notice, PROCESSES_LEFT, Spec,
+};
 use process_tree::ProcessGroup;
 
 /// If this process was started as a keeper, runs it and does not return.
@@ -48,7 +50,7 @@ pub fn run_as_keeper_if_asked() {
         }
     } else if std::env::var_os(KEEPER_VARIABLE).is_some() {
         match run() {
-            Ok(()) => 0,
+            Ok(code) => code,
             Err(error) => failed("keeper", &error),
         }
     } else {
@@ -62,7 +64,8 @@ fn failed(who: &str, error: &io::Error) -> i32 {
     1
 }
 
-fn run() -> io::Result<()> {
+/// Returns the exit code.
+fn run() -> io::Result<i32> {
     ignore_signals()?;
     process_tree::become_subreaper()?;
     // The core dump of a training process could fill the disk.
@@ -74,11 +77,14 @@ fn run() -> io::Result<()> {
     let mut lifeline = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let mut orders = BufReader::new(lifeline.try_clone()?);
     let Some((spec, payload)) = read_spec(&mut orders)? else {
-        return Ok(());
+        return Ok(0);
     };
     let (child, stdin) = match launch::launch(&spec) {
         Ok(started) => started,
-        Err(failure) => return notify(&mut lifeline, &failure.into_notice()),
+        Err(failure) => {
+            notify(&mut lifeline, &failure.into_notice())?;
+            return Ok(0);
+        }
     };
     let leader = Pid::from_child(&child);
     let group = Arc::new(ProcessGroup::new(leader));
@@ -98,11 +104,10 @@ fn run() -> io::Result<()> {
         &mut lifeline,
         &Notice::Ended(ExitStatus { expired, ..exit }),
     );
-    match left.is_empty() {
-        true => Ok(()),
-        // When a keeper fails, the daemon goes on killing its processes.
-        false => Err(io::Error::other("processes are left")),
-    }
+    Ok(match left.is_empty() {
+        true => 0,
+        false => PROCESSES_LEFT,
+    })
 }
 
 /// A service manager may signal every process of the service, and a terminal

@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::warn;
 
-use super::lifeline::{self, KEEPER_VARIABLE, Notice, Order, Spec};
+use super::lifeline::{self, KEEPER_VARIABLE, Notice, Order, PROCESSES_LEFT, Spec};
 use crate::devices::DeviceSet;
 
 /// Generous, for a program on a slow disk.
@@ -204,7 +204,10 @@ async fn clean_up(mut keeper: Child, hurry: CancellationToken, group: Group, fen
     if let Some(status) = status {
         warn!(%status, "a keeper failed; its job's processes are killed");
     }
-    group.kill();
+    // A keeper that leaves processes has reaped their leader, which it may not have told.
+    if status.and_then(|status| status.code()) != Some(PROCESSES_LEFT) {
+        group.kill();
+    }
     if status.is_none() {
         leftovers::kill_once(&fence).await;
         // The keeper sees its lifeline closed, and also kills processes that

@@ -9,6 +9,9 @@ use std::time::Duration;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
+/// The exit code of a keeper that could not kill all processes of its job.
+pub(super) const PROCESSES_LEFT: i32 = 3;
+
 /// Set in the environment of a keeper.
 pub(super) const KEEPER_VARIABLE: &str = "TRAINYARD_KEEPER";
 

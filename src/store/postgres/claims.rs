@@ -306,6 +306,6 @@ fn not_acquired(row: &PgRow) -> Result<Claim, StoreError> {
     let acked = row.try_get::<Option<bool>, _>("acked")? == Some(true);
     Ok(match row.try_get("waiting")? {
         true => Claim::Waiting { until, acked },
-        false => Claim::HeldUntil { until, acked },
+        false => Claim::RunningUntil { until, acked },
     })
 }

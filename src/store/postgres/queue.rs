@@ -110,14 +110,14 @@ SELECT m.state, leases.token IS NULL AS waits, leases.lease_until >= now() AS ho
             WHEN leases.run_after < 'infinity'
             THEN greatest(extract(epoch FROM leases.run_after - now()), 0)
             ELSE 0 END::float8 AS remaining
-FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS held (subscription, key, nth)
+FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS asked (subscription, key, nth)
 LEFT JOIN LATERAL (
     SELECT * FROM leases
-    WHERE leases.subscription = held.subscription AND leases.key = held.key
+    WHERE leases.subscription = asked.subscription AND leases.key = asked.key
     LIMIT 1) AS leases ON true
 LEFT JOIN LATERAL (
     SELECT state FROM processed_messages m
-    WHERE m.subscription = held.subscription AND m.key = held.key
+    WHERE m.subscription = asked.subscription AND m.key = asked.key
     LIMIT 1) AS m ON true
 ORDER BY nth";
 
@@ -145,7 +145,7 @@ fn read_standing(row: &PgRow) -> Result<Standing, StoreError> {
     }
     if row.try_get::<Option<bool>, _>("holds")? == Some(true) {
         let acked = row.try_get::<Option<bool>, _>("acked")? == Some(true);
-        return Ok(Standing::Held { remaining, acked });
+        return Ok(Standing::Running { remaining, acked });
     }
     Ok(Standing::Lost)
 }

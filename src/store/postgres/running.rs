@@ -12,12 +12,12 @@ use crate::store::StoreError;
 use crate::store::values::storable;
 
 /// Skips a row that another transaction has locked, so that no renewal waits for
-/// another's row. The answer is then Unknown: the fence held before, and may still.
+/// another's row. The answer is then Unknown.
 const RENEW: &str = "
 WITH fence AS (
     SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::uuid[])
       AS fence (subscription, key, attempt, token)
-), held AS (
+), locked AS (
     SELECT leases.subscription, leases.key
     FROM leases JOIN fence USING (subscription, key, attempt, token)
     ORDER BY leases.subscription, leases.key
@@ -25,8 +25,8 @@ WITH fence AS (
 ), renewed AS (
     UPDATE leases
     SET lease_until = now() + make_interval(secs => $5)
-    FROM held
-    WHERE leases.subscription = held.subscription AND leases.key = held.key
+    FROM locked
+    WHERE leases.subscription = locked.subscription AND leases.key = locked.key
     RETURNING leases.token
 )
 SELECT token, renewed.token IS NOT NULL AS renewed
@@ -39,7 +39,7 @@ pub(super) async fn renew(
     lease: Duration,
 ) -> Result<Vec<Renewal>, StoreError> {
     let (subscriptions, keys) = key_columns(fences.iter().map(|fence| &fence.key));
-    let held: Vec<(Uuid, bool)> = sqlx::query_as(RENEW)
+    let rows: Vec<(Uuid, bool)> = sqlx::query_as(RENEW)
         .bind(subscriptions)
         .bind(keys)
         .bind(attempts(fences.iter()))
@@ -47,10 +47,10 @@ pub(super) async fn renew(
         .bind(lease.as_secs_f64())
         .fetch_all(pool)
         .await?;
-    let held: HashMap<Uuid, bool> = held.into_iter().collect();
+    let renewed: HashMap<Uuid, bool> = rows.into_iter().collect();
     Ok(fences
         .iter()
-        .map(|fence| match held.get(&fence.token) {
+        .map(|fence| match renewed.get(&fence.token) {
             Some(true) => Renewal::Renewed,
             Some(false) => Renewal::Unknown,
             None => Renewal::Lost,

@@ -231,7 +231,7 @@ async fn count_duplicate(
     }
     let remaining: Option<u64> = row.try_get("remaining")?;
     let remaining = Duration::from_millis(remaining.unwrap_or(0));
-    Ok(Claim::HeldUntil {
+    Ok(Claim::RunningUntil {
         until: Instant::now() + remaining,
         acked: row.try_get::<Option<bool>, _>("acked")? == Some(true),
     })

@@ -146,7 +146,7 @@ fn read_standing(row: &SqliteRow) -> Result<Standing, StoreError> {
     }
     if row.try_get::<Option<bool>, _>("holds")? == Some(true) {
         let acked = row.try_get::<Option<bool>, _>("acked")? == Some(true);
-        return Ok(Standing::Held { remaining, acked });
+        return Ok(Standing::Running { remaining, acked });
     }
     Ok(Standing::Lost)
 }

@@ -35,7 +35,7 @@ async fn of_32_claims_at_a_leases_end_one_wins(database: Database) {
     for claim in claims {
         match claim.unwrap() {
             Claim::Acquired(acquired) => winners.push(acquired),
-            Claim::HeldUntil { .. } => {}
+            Claim::RunningUntil { .. } => {}
             other => panic!("neither acquired nor held: {other:?}"),
         }
     }
@@ -91,11 +91,11 @@ async fn a_claim_sent_again_beside_another_delivery_is_confirmed(database: Datab
     let send = async |batch: &[ClaimRequest]| store.claim(batch, &terms(LONG)).await.unwrap();
     send(std::slice::from_ref(&mine)).await;
     let before = send(&[request("1"), mine.clone()]).await;
-    assert!(matches!(before[0], Claim::HeldUntil { .. }));
+    assert!(matches!(before[0], Claim::RunningUntil { .. }));
     assert!(matches!(before[1], Claim::Acquired(_)), "{before:?}");
     let after = send(&[mine, request("1")]).await;
     assert!(matches!(after[0], Claim::Acquired(_)), "{after:?}");
-    assert!(matches!(after[1], Claim::HeldUntil { .. }));
+    assert!(matches!(after[1], Claim::RunningUntil { .. }));
 }
 
 async fn a_batch_of_finishes_is_answered_in_its_order(database: Database) {

@@ -246,12 +246,12 @@ async fn a_checkpoint_that_acks_leaves_the_job_to_the_table(database: Database) 
         let saved = store.save_checkpoint(&run.fence, checkpoint, acked).await;
         assert!(saved.unwrap());
         let expected = checkpoint != "1";
-        let Standing::Held { acked, .. } = look(&store, key).await else {
+        let Standing::Running { acked, .. } = look(&store, key).await else {
             panic!("not held");
         };
         assert_eq!(acked, expected, "at checkpoint {checkpoint}");
         let held = claim(&store, "1", LONG).await;
-        assert!(matches!(held, Claim::HeldUntil { acked, .. } if acked == expected));
+        assert!(matches!(held, Claim::RunningUntil { acked, .. } if acked == expected));
         tables.end_lease(key, Duration::from_secs(1)).await;
         if !expected {
             assert_none_to_reap(&store).await;

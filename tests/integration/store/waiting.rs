@@ -237,7 +237,7 @@ async fn a_recorded_job_runs_where_there_is_room(database: Database) {
     assert_eq!(run.job_id, recorded.job_id);
     assert_eq!((run.fence.attempt, run.counted_attempts), (1, 1));
     let held = send(&store, &recorded, &terms(LONG)).await;
-    assert!(matches!(held, Claim::HeldUntil { .. }));
+    assert!(matches!(held, Claim::RunningUntil { .. }));
     assert!(finish(&store, &run.fence, succeeded()).await);
     let job = job_of(&store, &run).await;
     assert_eq!((job.state, job.attempts), (JobState::Succeeded, 1));
@@ -263,7 +263,7 @@ async fn a_worker_without_room_takes_nothing_over(database: Database) {
     let lost = acquire(&store, "1", ENDED).await;
     pass_the_lease().await;
     let held = send(&store, &without_room("1"), &terms(LONG)).await;
-    assert!(matches!(held, Claim::HeldUntil { .. }), "{held:?}");
+    assert!(matches!(held, Claim::RunningUntil { .. }), "{held:?}");
     let renewals = store.renew(&[lost.fence], LONG).await.unwrap();
     assert_eq!(renewals, [Renewal::Renewed]);
 }
@@ -310,7 +310,7 @@ async fn of_many_who_want_a_waiting_job_one_gets_it(database: Database) {
             }
             match claim(&store, "1", LONG).await {
                 Claim::Acquired(acquired) => Some(acquired),
-                Claim::HeldUntil { .. } | Claim::Waiting { .. } => None,
+                Claim::RunningUntil { .. } | Claim::Waiting { .. } => None,
                 other => panic!("neither acquired nor held: {other:?}"),
             }
         })

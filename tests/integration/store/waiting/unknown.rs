@@ -85,7 +85,7 @@ async fn a_worker_that_knows_the_task_runs_it(database: Database) {
     assert_eq!(run.job_id, recorded.job_id);
     assert_eq!((run.fence.attempt, run.counted_attempts), (1, 1));
     let held = send(&store, &unknown("1"), &terms(LONG)).await;
-    assert!(matches!(held, Claim::HeldUntil { .. }));
+    assert!(matches!(held, Claim::RunningUntil { .. }));
     assert!(finish(&store, &run.fence, succeeded()).await);
     let ended = send(&store, &unknown("1"), &terms(LONG)).await;
     assert_eq!(ended, Claim::AlreadyFinished(FinalState::Succeeded));
