@@ -15,7 +15,7 @@
 //! at most a fifth of the time.
 //!
 //! A reservation covers slots and GPUs. It is made only while the limits of the job's
-//! subscription and task leave it a share. The last share of its subscription is kept
+//! subscription and task leave it a share. The last share of its subscription is reserved
 //! for its task, unless the task is at its limit. So a job that both limits keep
 //! waiting may be passed again and again.
 
@@ -43,7 +43,7 @@ pub(super) struct Rooms {
     waiting: BTreeMap<(String, String), bool>,
     /// Subscriptions with a job that has waited for `reserve_after`, and the task of
     /// that job. The last share that the subscription's limit allows is for this task.
-    kept: BTreeMap<String, String>,
+    last_shares: BTreeMap<String, String>,
     reserved: Option<Reserved>,
     /// No reservation is made before this time.
     rests_until: Option<Instant>,
@@ -73,7 +73,7 @@ struct Reserved {
 /// If it is not known when the reserved job can begin, jobs that pass it must be
 /// over within `reserve_after` divided by this.
 const SHORT: u32 = 10;
-/// After a reservation there is none for this many times as long as it kept the GPUs
+/// After a reservation there is none for this many times as long as it reserved the GPUs
 /// idle.
 const REST: u32 = 4;
 
@@ -87,7 +87,7 @@ impl Rooms {
             run_times: BTreeMap::new(),
             held: BTreeMap::new(),
             waiting: BTreeMap::new(),
-            kept: BTreeMap::new(),
+            last_shares: BTreeMap::new(),
             reserved: None,
             rests_until: None,
             sweep_is_due: false,
@@ -130,7 +130,7 @@ impl Rooms {
         if of_reserved.is_none() {
             self.end_reservation(now);
         }
-        self.kept.clear();
+        self.last_shares.clear();
         self.waiting.retain(|_, is_new| *is_new);
         let mut admitted = Vec::new();
         let by_age = (0..due.len()).filter(|nth| Some(*nth) != of_reserved);
@@ -151,15 +151,15 @@ impl Rooms {
         let of = (subscription.clone(), task.clone());
         self.waiting.entry(of).or_default();
         let is_old = job.waited >= self.capacity.reserve_after;
-        // If its task is at its limit, nothing is kept for it, and other jobs go on.
+        // If its task is at its limit, nothing is reserved for it, and other jobs go on.
         if !is_old || self.free_share_for(&task) == 0 {
             return;
         }
         if self.may_reserve(job, free_gpus, now) {
             self.reserve(job, free_gpus, now);
-            self.kept.insert(subscription, task);
+            self.last_shares.insert(subscription, task);
         } else {
-            self.kept.entry(subscription).or_insert(task);
+            self.last_shares.entry(subscription).or_insert(task);
         }
     }
 
@@ -312,10 +312,14 @@ impl Rooms {
     }
 
     /// How many jobs fit without delaying an older one: they take nothing that is
-    /// reserved or kept for it, or should be over in time.
+    /// reserved for it, or should be over in time.
     fn fit_beside(&self, subscription: &str, task: &str, free_gpus: usize, now: Instant) -> usize {
         let mut fit = self.fit(subscription, task, free_gpus);
-        if self.kept.get(subscription).is_some_and(|kept| kept != task) {
+        if self
+            .last_shares
+            .get(subscription)
+            .is_some_and(|of| of != task)
+        {
             fit = fit.min(self.free_share_of(subscription).saturating_sub(1));
         }
         let Some(reserved) = &self.reserved else {

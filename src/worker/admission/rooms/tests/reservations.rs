@@ -190,7 +190,7 @@ fn a_slot_is_reserved_where_all_are_taken() {
 }
 
 #[test]
-fn a_jobs_share_of_its_subscription_is_kept_for_it() {
+fn a_jobs_share_of_its_subscription_is_reserved_for_it() {
     let mut bench = Bench::with(8, 2);
     assert!(bench.arrives("first", "a-1"));
     assert!(bench.sweep(&[("few/pair", "a-2", LONG)]).is_empty());
@@ -202,7 +202,7 @@ fn a_jobs_share_of_its_subscription_is_kept_for_it() {
 }
 
 #[test]
-fn a_share_is_kept_also_while_the_reservation_is_another_jobs() {
+fn a_share_is_reserved_also_while_the_reservation_is_another_jobs() {
     let mut bench = where_a_pair_has_waited(8, LONG);
     let due = [("pair", "a-2", LONG), ("few/pair", "a-2", LONG)];
     assert!(bench.sweep(&due).is_empty());
@@ -211,7 +211,7 @@ fn a_share_is_kept_also_while_the_reservation_is_another_jobs() {
 }
 
 #[test]
-fn nothing_is_kept_for_a_job_whose_task_is_at_its_limit() {
+fn nothing_is_reserved_for_a_job_whose_task_is_at_its_limit() {
     let mut bench = Bench::with(8, 2);
     assert!(bench.arrives("few/first", "one-1"));
     assert!(bench.sweep(&[("few/second", "one-1", LONG)]).is_empty());

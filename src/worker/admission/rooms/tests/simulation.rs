@@ -30,7 +30,7 @@ fn longest_reservation(mix: &Mix) -> Duration {
 /// `reserve_after`. It waits for the rest after the reservation before its own, for
 /// the sweep that sees the end of this rest, and during its own reservation. If its
 /// subscription has a limit, it may first wait until a job of the subscription ends,
-/// while other jobs have reservations. From then on its share is kept for it.
+/// while other jobs have reservations. From then on its share is reserved for it.
 fn longest_wait(mix: &Mix) -> Duration {
     let once = longest_reservation(mix) * (REST + 1) + PAUSE;
     match mix.limit {
