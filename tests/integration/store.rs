@@ -8,7 +8,6 @@ mod crashes;
 mod dead_letters;
 mod ledger;
 mod limits;
-mod locking;
 mod ordering;
 mod orphans;
 mod plans;
