@@ -50,8 +50,9 @@ impl Counters {
     }
 
     /// Counts a delivery for which its stream had no room. Only an emulator that sends one
-    /// right after another ignores limits: when the client resumes a stream that broke, any
-    /// server sends a message more, since it counts from zero.
+    /// right after another counts as ignoring limits: when the client resumes a stream that
+    /// broke, any server sends a message more, since it counts from zero. An emulator whose
+    /// stream breaks right after a delivery is mistaken for one, which does little harm.
     pub(super) fn add_surplus(&self, right_after_another: bool) {
         self.surplus.add_one();
         if self.is_emulator && right_after_another {

@@ -44,7 +44,7 @@ pub(super) struct Origin {
     unsettled: AtomicUsize,
     /// The unsettled ones that are held for long.
     held: AtomicUsize,
-    last: Mutex<Last>,
+    times: Mutex<Times>,
     /// The generation of the client that opened it.
     pub(super) generation: u64,
     pub(super) counters: Arc<Counters>,
@@ -54,9 +54,10 @@ pub(super) struct Origin {
 
 /// When something last happened on a stream.
 #[derive(Debug)]
-struct Last {
+struct Times {
     delivered: Option<Instant>,
-    settled: Instant,
+    /// When room for another delivery appeared.
+    got_room: Instant,
 }
 
 impl Origin {
@@ -72,9 +73,9 @@ impl Origin {
             capacity,
             unsettled: AtomicUsize::new(0),
             held: AtomicUsize::new(0),
-            last: Mutex::new(Last {
+            times: Mutex::new(Times {
                 delivered: None,
-                settled: Instant::now(),
+                got_room: Instant::now(),
             }),
             generation,
             counters,
@@ -94,17 +95,17 @@ impl Origin {
 
     /// Since when the broker may send a message on it; None while it has no room.
     pub(super) fn room_since(&self) -> Option<Instant> {
-        self.has_room().then(|| self.last().settled)
+        self.has_room().then(|| self.times().got_room)
     }
 
     /// Notes a delivery. Returns whether it came right after another one.
     fn delivers(&self) -> bool {
-        let before = self.last().delivered.replace(Instant::now());
+        let before = self.times().delivered.replace(Instant::now());
         before.is_some_and(|before| before.elapsed() < BURST)
     }
 
-    fn last(&self) -> MutexGuard<'_, Last> {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    fn times(&self) -> MutexGuard<'_, Times> {
+        self.times.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether held deliveries take up much of the stream's capacity, so that it is worth
@@ -159,7 +160,9 @@ struct Unsettled {
 
 impl Drop for Unsettled {
     fn drop(&mut self) {
-        self.origin.last().settled = Instant::now();
+        if !self.origin.has_room() {
+            self.origin.times().got_room = Instant::now();
+        }
         self.origin.unsettled.fetch_sub(1, Ordering::AcqRel);
         if self.is_held {
             self.origin.held.fetch_sub(1, Ordering::AcqRel);

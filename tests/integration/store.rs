@@ -8,6 +8,7 @@ mod crashes;
 mod dead_letters;
 mod ledger;
 mod limits;
+mod locking;
 mod ordering;
 mod orphans;
 mod plans;

@@ -14,9 +14,9 @@ use crate::store::{Finish, Finished, Refusal, Refused, Release, StoreError};
 /// One statement, so that the lease is deleted and the job ends, or neither. A second call
 /// with the same token finds the ending that the first one wrote.
 ///
-/// Skips a job of which another session has locked a row, so that it delays no other ending.
-/// Waits only for the short lock that a claim holds on the last job of its ordering key, and
-/// for the row of the next job of an ordering key.
+/// Skips a job of which another session has locked a row, be it only a claim that holds the
+/// last job of its ordering key for a moment. So it delays no other ending, and as it holds
+/// locks it waits for nobody but, in the trigger, for the next job of an ordering key.
 const FINISH: &str = "
 WITH input AS (
     SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::uuid[], $5::text[], $6::text[],
@@ -31,7 +31,7 @@ WITH input AS (
     FROM leases JOIN input USING (subscription, key, attempt, token)
     JOIN processed_messages USING (subscription, key)
     ORDER BY leases.subscription, leases.key
-    FOR NO KEY UPDATE OF leases, processed_messages SKIP LOCKED
+    FOR UPDATE OF leases SKIP LOCKED FOR NO KEY UPDATE OF processed_messages SKIP LOCKED
 ), ended AS (
     DELETE FROM leases USING locked
     WHERE leases.subscription = locked.subscription AND leases.key = locked.key

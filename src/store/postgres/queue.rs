@@ -207,7 +207,7 @@ WITH unknown AS (
     WHERE leases.token IS NULL AND leases.attempt = 0
       AND leases.unknown_since <= now() - make_interval(secs => $6)
     ORDER BY leases.subscription, leases.key
-    FOR NO KEY UPDATE OF leases, processed_messages SKIP LOCKED
+    FOR UPDATE OF leases SKIP LOCKED FOR NO KEY UPDATE OF processed_messages SKIP LOCKED
 ), given_up AS (
     DELETE FROM leases USING locked
     WHERE leases.subscription = locked.subscription AND leases.key = locked.key

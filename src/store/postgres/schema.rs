@@ -33,7 +33,7 @@ pub(super) async fn migrate(
     let outstanding = outstanding(pool, &migrator).await?;
     // Without the limits of the workers' connections.
     let options = PgConnectOptions::from_str(url)?.application_name("trainyard migrate");
-    let give_up = Instant::now() + PATIENCE;
+    let mut give_up = Instant::now() + PATIENCE;
     let mut backoff = Backoff::new(PAUSE.0, PAUSE.1);
     loop {
         let mut connection = PgConnection::connect_with(&options).await?;
@@ -45,7 +45,8 @@ pub(super) async fn migrate(
                 return Ok(outstanding.unwrap_or_else(|| migrator.iter().count()));
             }
             Migrated::LockedOut(error) if Instant::now() > give_up => return Err(error.into()),
-            Migrated::LockedOut(_) | Migrated::Elsewhere => {}
+            Migrated::LockedOut(_) => {}
+            Migrated::Elsewhere => give_up = Instant::now() + PATIENCE,
         }
         waiting(&holders(pool).await?);
         sleep(backoff.next_ceiling()).await;

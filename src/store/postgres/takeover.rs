@@ -119,6 +119,9 @@ WITH input AS (
     FROM parked
     WHERE processed_messages.subscription = parked.subscription
       AND processed_messages.key = parked.key
+      -- All leases are deleted before the first job's row is locked, as a deletion may wait
+      -- for a claim that waits for such a row.
+      AND (SELECT count(*) FROM parked) > 0
 ), told AS (
     INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
     SELECT subscription, key, $10, 'parked', attempt, reason FROM parked
