@@ -28,6 +28,8 @@ const AFTER_LEASE: Duration = Duration::from_millis(500);
 const LONGEST_LOOK: Duration = Duration::from_secs(10);
 /// Pause after a look that found nothing particular to wait for.
 const PAUSE: Duration = Duration::from_secs(2);
+/// A look also takes the jobs whose time comes this soon: one statement instead of many.
+const SOON: Duration = Duration::from_secs(1);
 /// Maximum keys in one look.
 const MOST_AT_ONCE: usize = 500;
 /// At most this many deliveries wait to be handed back while the database is away. More
@@ -196,11 +198,11 @@ impl HeldDeliveries {
     }
 
     async fn look(&self) {
-        let now = Instant::now();
+        let soon = Instant::now() + SOON;
         let due: Vec<(JobKey, Option<Unknown>)> = self
             .lock()
             .iter()
-            .filter(|(_, held)| held.look_at <= now)
+            .filter(|(_, held)| held.look_at <= soon)
             .take(MOST_AT_ONCE)
             .map(|(key, held)| (key.clone(), held.unknown.clone()))
             .collect();

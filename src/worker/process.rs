@@ -1,5 +1,7 @@
 //! The life of one delivery: decode → admit → claim → run or hold.
 
+mod decode;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,14 +17,15 @@ use super::events::EventKind;
 use super::hold::{Holding, Unknown};
 use super::intake::Intake;
 use super::key_turns::{FETCHED_BEFORE, Turn};
-use crate::config::{AckTiming, WithoutDedupeKey};
+use crate::config::AckTiming;
 use crate::failpoint::{self, Step};
-use crate::job::{AckTerms, Acquired, Can, Claim, ClaimRequest, Fence, JobKey, Limits, Taken};
+use crate::job::{AckTerms, Acquired, Can, Claim, ClaimRequest, Fence, Limits, Taken};
 use crate::message::{Message, Request};
 use crate::outcome::{DeadReason, Ending};
 use crate::pubsub::{Delivery, Receipt};
-use crate::registry::{ConfiguredTask, ConfiguredTasks};
+use crate::registry::ConfiguredTasks;
 use crate::store::{Finish, Refusal, Refused, Release, Released};
+use decode::Wish;
 
 /// Takes deliveries, and jobs from the queue, through their lives.
 pub(super) struct Processor {
@@ -48,14 +51,6 @@ struct Arrival {
 enum Space {
     Room(Room),
     Place(Place),
-}
-
-/// What is needed to claim a job.
-struct Wish {
-    request: Request,
-    key: JobKey,
-    /// None if this worker does not know the task.
-    task: Option<Arc<ConfiguredTask>>,
 }
 
 /// A delivery whose job the guard has answered for.
@@ -276,55 +271,6 @@ impl Processor {
         self.context.held.hold(claimed.delivery, holding);
     }
 
-    /// What a message asks for, or why it will never run.
-    fn wish(&self, intake: &Intake, message: &Message) -> Result<Wish, Box<Refusal>> {
-        let refusal = |reason, task, error| self.refusal(intake, message, reason, task, error);
-        let request = Request::decode(&message.data)
-            .map_err(|error| refusal(DeadReason::Malformed, None, error.to_string()))?;
-        let settings = &intake.settings;
-        let key = match settings
-            .dedupe_key
-            .of(&intake.name, message, &request.payload)
-        {
-            Ok(key) => key,
-            Err(missing) => match settings.without_dedupe_key {
-                WithoutDedupeKey::MessageId => JobKey::of_message_id(&intake.name, message),
-                WithoutDedupeKey::DeadLetter => {
-                    let task = Some(request.task);
-                    return Err(refusal(DeadReason::NoDedupeKey, task, missing.to_string()));
-                }
-            },
-        };
-        let task = self.tasks.get(&request.task).cloned();
-        if task.is_none() && self.unknown_task_patience.is_zero() {
-            let error = self.unknown_task(&request.task);
-            let task = Some(request.task);
-            return Err(refusal(DeadReason::UnknownTask, task, error));
-        }
-        Ok(Wish { request, key, task })
-    }
-
-    fn refusal(
-        &self,
-        intake: &Intake,
-        message: &Message,
-        reason: DeadReason,
-        task: Option<String>,
-        error: String,
-    ) -> Box<Refusal> {
-        Box::new(Refusal {
-            // Keyed by message id: a corrected request may use the same key.
-            key: JobKey::of_message_id(&intake.name, message),
-            job_id: Uuid::now_v7(),
-            task,
-            message: message.clone(),
-            reason,
-            error,
-            worker: Arc::clone(&self.context.guard.terms().worker),
-            dead_letter_topic: intake.dead_letter_topic.clone(),
-        })
-    }
-
     fn claim_request(
         &self,
         intake: &Intake,
@@ -357,12 +303,6 @@ impl Processor {
                 dead_letter_topic: intake.dead_letter_topic.clone(),
             },
         }
-    }
-
-    fn unknown_task(&self, name: &str) -> String {
-        let known: Vec<&str> = self.tasks.names().collect();
-        let known = known.join(", ");
-        format!("no task `{name}` is known here; known: {known}")
     }
 
     /// Records a message that will never run; only then acks it. False if it could not be

@@ -6,7 +6,9 @@ use std::ops::RangeInclusive;
 use serde_json::json;
 use trainyard::record::{Job, JobState};
 
+use crate::support::database::Database;
 use crate::support::five_subscriptions::{FiveSubscriptions, SUBSCRIPTIONS};
+use crate::support::proxy::LossyProxy;
 use crate::support::runs::RunEvent;
 use crate::support::scene::{CALM, Scene, Settings};
 use crate::support::{eventually, once_still};
@@ -152,6 +154,46 @@ async fn max_waiting_bounds_what_waits_at_a_worker() {
     };
     // It does ask for more than it can run.
     a_worker_takes(FULL.slots + 1..=20 + FULL.slots, 100, &settings).await;
+}
+
+/// Parts of the statements.
+const A_SWEEP: &str = "AS due\nORDER BY waited";
+const A_LOOK: &str = "AS asked (subscription";
+
+/// With a look for each of them, they would be many.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn deliveries_that_are_held_are_looked_at_together() {
+    const HELD: usize = 100;
+    const SWEEPS: usize = 6;
+    let Some(database) = Database::postgres().await else {
+        return;
+    };
+    let proxy = LossyProxy::in_front_of(&database.url).await;
+    let behind = Database::at(proxy.url.clone());
+    let scene = Scene::new(&database, &behind, &ONE_FULL).await;
+    let worker = scene.yard.start_worker("worker");
+    let published = HELD + 8;
+    let requests = (0..published).map(|_| scene.runs.waiting("all", json!({})));
+    scene.publish_all(requests.collect()).await;
+    eventually("all are taken", async || {
+        (scene.taken(published) == published).then_some(())
+    })
+    .await;
+    // A worker sweeps and looks about as often.
+    let counts = || (proxy.executed(A_SWEEP), proxy.executed(A_LOOK));
+    let (sweeps, looks) = counts();
+    eventually("some sweeps", async || {
+        (counts().0 >= sweeps + SWEEPS).then_some(())
+    })
+    .await;
+    let looks = counts().1 - looks;
+    assert!(
+        (1..=4 * SWEEPS).contains(&looks),
+        "{looks} looks beside {SWEEPS} sweeps"
+    );
+    scene.runs.release("all");
+    scene.all_succeed(published).await;
+    assert!(worker.stop().await.success());
 }
 
 /// While jobs run for as long as they like, a worker takes `expected` of the messages.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use sqlx::{Connection, PgConnection};
 use tokio::time::timeout;
-use trainyard::job::{Fence, JobKey, Renewal};
+use trainyard::job::Renewal;
 use trainyard::record::JobState;
 
 use self::version_before::VersionBefore;
@@ -190,12 +190,4 @@ async fn invalid_indexes(connection: &mut PgConnection) -> i64 {
         .fetch_one(connection)
         .await
         .unwrap()
-}
-
-fn fence(key: &str, attempt: u32, token: uuid::Uuid) -> Fence {
-    Fence {
-        key: JobKey::new("s", key),
-        attempt,
-        token,
-    }
 }

@@ -5,10 +5,9 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use trainyard::job::Fence;
+use trainyard::job::{Fence, JobKey};
 use uuid::Uuid;
 
-use super::fence;
 use crate::support::database::{Database, Tables};
 
 /// Its last migration.
@@ -203,5 +202,13 @@ impl VersionBefore {
 
     fn now(&self) -> String {
         self.tables.ago(Duration::ZERO)
+    }
+}
+
+fn fence(key: &str, attempt: u32, token: Uuid) -> Fence {
+    Fence {
+        key: JobKey::new("s", key),
+        attempt,
+        token,
     }
 }

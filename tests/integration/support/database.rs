@@ -77,22 +77,20 @@ pub enum Tables {
 impl Tables {
     /// The database's clock, this long ago, as these tables store times.
     pub fn ago(&self, duration: Duration) -> String {
-        let milliseconds = duration.as_millis();
-        match self {
-            Self::Postgres(_) => format!("(now() - interval '{milliseconds} milliseconds')"),
-            Self::Sqlite(_) => {
-                format!("(CAST(unixepoch('subsec') * 1000 AS INTEGER) - {milliseconds})")
-            }
-        }
+        self.clock('-', duration)
     }
 
     /// The database's clock, this far ahead.
     pub fn ahead(&self, duration: Duration) -> String {
+        self.clock('+', duration)
+    }
+
+    fn clock(&self, sign: char, duration: Duration) -> String {
         let milliseconds = duration.as_millis();
         match self {
-            Self::Postgres(_) => format!("(now() + interval '{milliseconds} milliseconds')"),
+            Self::Postgres(_) => format!("(now() {sign} interval '{milliseconds} milliseconds')"),
             Self::Sqlite(_) => {
-                format!("(CAST(unixepoch('subsec') * 1000 AS INTEGER) + {milliseconds})")
+                format!("(CAST(unixepoch('subsec') * 1000 AS INTEGER) {sign} {milliseconds})")
             }
         }
     }

@@ -37,6 +37,8 @@ struct Losses {
     /// The server goes away with the lost reply.
     takes_away: AtomicBool,
     happened: AtomicUsize,
+    /// How often each statement was executed.
+    executed: Mutex<HashMap<String, usize>>,
     away: watch::Sender<bool>,
 }
 
@@ -88,6 +90,13 @@ impl LossyProxy {
     /// server that vanished. They stay open. New connections work.
     pub fn silence_connections(&self) {
         self.silenced.send_replace(());
+    }
+
+    /// How many statements were executed whose text contains this.
+    pub fn executed(&self, part: &str) -> usize {
+        let executed = self.losses.executed.lock().unwrap();
+        let matching = executed.iter().filter(|(text, _)| text.contains(part));
+        matching.map(|(_, times)| times).sum()
     }
 
     /// How many replies were lost.
@@ -161,6 +170,10 @@ async fn requests(
         let kind = client.read_u8().await?;
         let body = read_body(&mut client).await?;
         reader.read(kind, &body[4..]);
+        if let Some(text) = &reader.now {
+            let mut executed = losses.executed.lock().unwrap();
+            *executed.entry(text.clone()).or_default() += 1;
+        }
         if matches!(kind, b'Q' | b'S') {
             flow.asked.fetch_add(1, Ordering::SeqCst);
         }
