@@ -40,6 +40,17 @@ fn each_impossible_value_is_named_by_its_key() {
         ("[worker]\nlease = '20s'", "worker.lease"),
         ("[worker]\nlease = '100years'", "worker.lease"),
         ("[worker]\nlease = 120", "worker.lease"),
+        (
+            "[worker]\nreserve_after = '11years'",
+            "worker.reserve_after",
+        ),
+        ("[guard]\nretention = '11years'", "guard.retention"),
+        ("[tasks.t]\ntimeout = '11years'", "tasks.t.timeout"),
+        ("[tasks.t]\nbackoff.max = '11years'", "tasks.t.backoff.max"),
+        (
+            "[subscriptions.s]\nquiet_limit = '11years'",
+            "subscriptions.s.quiet_limit",
+        ),
         ("[tasks.t]\ntimeout = '0s'", "tasks.t.timeout"),
         ("[tasks.t]\nack = 'afterrun'", "tasks.t.ack"),
         ("[tasks.t]\nmax_attempts = 0", "tasks.t.max_attempts"),

@@ -6,9 +6,7 @@ use std::ops::RangeInclusive;
 use serde_json::json;
 use trainyard::record::{Job, JobState};
 
-use crate::support::database::Database;
 use crate::support::five_subscriptions::{FiveSubscriptions, SUBSCRIPTIONS};
-use crate::support::proxy::LossyProxy;
 use crate::support::runs::RunEvent;
 use crate::support::scene::{CALM, Scene, Settings};
 use crate::support::{eventually, once_still};
@@ -165,12 +163,9 @@ const A_LOOK: &str = "AS asked (subscription";
 async fn deliveries_that_are_held_are_looked_at_together() {
     const HELD: usize = 100;
     const SWEEPS: usize = 6;
-    let Some(database) = Database::postgres().await else {
+    let Some((proxy, scene)) = Scene::behind_a_proxy(&ONE_FULL).await else {
         return;
     };
-    let proxy = LossyProxy::in_front_of(&database.url).await;
-    let behind = Database::at(proxy.url.clone());
-    let scene = Scene::new(&database, &behind, &ONE_FULL).await;
     let worker = scene.yard.start_worker("worker");
     let published = HELD + 8;
     let requests = (0..published).map(|_| scene.runs.waiting("all", json!({})));

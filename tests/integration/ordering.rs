@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use chrono::Utc;
 use serde_json::json;
 use trainyard::pubsub::Outgoing;
 use trainyard::record::JobState;
@@ -18,6 +19,7 @@ on_both_databases!(
     a_blocked_key_does_not_block_the_others,
     a_dead_head_lets_its_key_go_on,
     a_failing_head_keeps_its_place,
+    a_failing_head_is_soon_tried_again,
     order_outlives_a_killed_worker,
 );
 
@@ -161,6 +163,28 @@ async fn a_failing_head_keeps_its_place(database: Database) {
         scene.all_succeed(4).await;
         let expected = ["a0", "a0", "a0", "a1", "a2", "a3"];
         assert_eq!(scene.started(), expected, "{task}");
+    }
+}
+
+/// It blocks its key for seconds at most; any other job waits as its task says.
+async fn a_failing_head_is_soon_tried_again(database: Database) {
+    let scene = scene(&database, &Sections::default()).await;
+    let an_hour = [
+        ("TRAINYARD__TASKS__REHEARSAL__BACKOFF__INITIAL", "1h"),
+        ("TRAINYARD__TASKS__REHEARSAL__BACKOFF__MAX", "1h"),
+    ];
+    let _worker = scene.start_worker_with("w1", &an_hour);
+    let failing = || json!({"fail": "transient", "fail_attempts": 1});
+    let ordered = publish(&scene, "a", 0, failing()).await;
+    let other = scene.publish(failing()).await;
+    for (message, waits) in [(ordered, 0..=10), (other, 600..=7200)] {
+        let job = eventually("it waits for its next attempt", async || {
+            let mut jobs = scene.jobs().await.into_iter();
+            jobs.find(|job| job.message_id == message && job.waits_until.is_some())
+        })
+        .await;
+        let seconds = (job.waits_until.unwrap() - Utc::now()).num_seconds();
+        assert!(waits.contains(&seconds), "{seconds} s, not {waits:?}");
     }
 }
 

@@ -10,6 +10,7 @@ use trainyard_emulator::Faults;
 use super::broker::Broker;
 use super::database::Database;
 use super::eventually;
+use super::proxy::LossyProxy;
 use super::runs::{RunEvent, RunLine, RunsLog};
 use super::worker::{WorkerProcess, Yard};
 
@@ -97,6 +98,15 @@ impl Scene {
         let subscription = subscription.set_dead_letter_policy(policy);
         broker.subscribe_like(SUBSCRIPTION, subscription).await;
         Some(Self::set(broker, SUBSCRIPTION, &database, &database, settings).await)
+    }
+
+    /// Workers reach the database through a proxy. None without Postgres.
+    pub async fn behind_a_proxy(settings: &Settings) -> Option<(LossyProxy, Self)> {
+        let database = Database::postgres().await?;
+        let proxy = LossyProxy::in_front_of(&database.url).await;
+        let behind = Database::at(proxy.url.clone());
+        let scene = Self::new(&database, &behind, settings).await;
+        Some((proxy, scene))
     }
 
     /// The test uses `database` itself; workers reach it as `workers_see`.

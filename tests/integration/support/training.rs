@@ -107,9 +107,13 @@ impl Scene {
         self.yard.start_worker(name)
     }
 
+    pub fn start_worker_with(&self, name: &str, variables: &[(&str, &str)]) -> WorkerProcess {
+        self.yard.start_worker_with(name, variables)
+    }
+
     /// A worker that will be killed or frozen.
     pub fn start_doomed_worker(&self, name: &str) -> WorkerProcess {
-        self.yard.start_worker_with(name, &SHORT_LEASE)
+        self.start_worker_with(name, &SHORT_LEASE)
     }
 
     /// A rehearsal with these fields that writes to the scene's log.
