@@ -129,7 +129,8 @@ impl Worker {
         let watching = guard.clone();
         let watching = async move { watching.watch_over_the_database().await };
         background.spawn(loops.supervised("watch over the database", watching));
-        let purging = purger::purge(guard, parts.retention, shutdown.draining.clone());
+        let record = Arc::clone(guard.store());
+        let purging = purger::purge(record, parts.retention, shutdown.draining.clone());
         background.spawn(loops.supervised("purger", purging));
         let dead_letters = Arc::clone(&parts.dead_letters);
         let publishing = async move { dead_letters.run().await };
@@ -175,14 +176,15 @@ impl Worker {
     /// Creates the loops of the worker, which share its room and its leases.
     fn wire(self, shutdown: &Shutdown, running: &TaskTracker, stop_grace: Duration) -> Parts {
         let admission = Admission::new(self.capacity(), self.devices.clone());
+        let store = Arc::clone(self.guard.store());
         let held = HeldDeliveries::new(
             self.guard.clone(),
+            store.clone(),
             admission.clone(),
             self.settings.unknown_task_patience,
             running.clone(),
             shutdown.draining.clone(),
         );
-        let store = Arc::clone(self.guard.store());
         let keeper = LeaseKeeper::new(
             store.clone(),
             self.guard.health().clone(),

@@ -20,7 +20,7 @@ use crate::guard::Guard;
 use crate::job::JobKey;
 use crate::pubsub::Receipt;
 use crate::retry::jittered;
-use crate::store::{GivenUp, Standing, in_time};
+use crate::store::{GivenUp, Queue, Standing, in_time};
 
 /// How long after a lease expires a holder looks again.
 const AFTER_LEASE: Duration = Duration::from_millis(500);
@@ -44,6 +44,7 @@ pub(super) struct HeldDeliveries {
 
 struct Shared {
     guard: Guard,
+    queue: Arc<dyn Queue>,
     admission: Admission,
     held: Mutex<HashMap<JobKey, Held>>,
     changed: Notify,
@@ -83,6 +84,7 @@ impl HeldDeliveries {
     /// Pauses run on `tasks`, so that a stopping worker waits for them.
     pub(super) fn new(
         guard: Guard,
+        queue: Arc<dyn Queue>,
         admission: Admission,
         unknown_task_patience: Duration,
         tasks: TaskTracker,
@@ -91,6 +93,7 @@ impl HeldDeliveries {
         Self {
             shared: Arc::new(Shared {
                 guard,
+                queue,
                 admission,
                 held: Mutex::default(),
                 changed: Notify::new(),
@@ -211,7 +214,7 @@ impl HeldDeliveries {
         if keys.is_empty() {
             return;
         }
-        match in_time(self.shared.guard.store().look(&keys)).await {
+        match in_time(self.shared.queue.look(&keys)).await {
             Ok(standings) => self.act_on(&keys, &standings).await,
             Err(error) => {
                 warn!(deliveries = keys.len(), %error, "held deliveries could not look at their jobs");
@@ -252,7 +255,7 @@ impl HeldDeliveries {
 
     /// Offers lost jobs to any worker: Pub/Sub has redelivered them.
     async fn offer(&self, lost: &[JobKey]) {
-        match in_time(self.shared.guard.store().offer(lost)).await {
+        match in_time(self.shared.queue.offer(lost)).await {
             Ok(()) => self.shared.admission.sweep_first(),
             Err(error) => debug!(%error, "lost jobs are not offered yet"),
         }
@@ -293,7 +296,7 @@ impl HeldDeliveries {
             return;
         }
         let patience = self.shared.unknown_task_patience;
-        match in_time(guard.store().give_up_unknown(&unknown, patience)).await {
+        match in_time(self.shared.queue.give_up_unknown(&unknown, patience)).await {
             Ok(given_up) => {
                 for key in given_up {
                     warn!(job = %key, "refused: no worker knows its task");

@@ -1,14 +1,14 @@
 //! Deletes old jobs from the record.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::guard::Guard;
 use crate::retry::jittered;
-use crate::store::in_time;
+use crate::store::{Requests, in_time};
 
 /// Many workers purge one table, so each need not look often.
 const EVERY: Duration = Duration::from_secs(60 * 60);
@@ -19,11 +19,15 @@ const BATCH: u32 = 1000;
 const BETWEEN_BATCHES: Duration = Duration::from_millis(200);
 
 /// Purges now and then until `draining`.
-pub(super) async fn purge(guard: Guard, retention: Duration, draining: CancellationToken) {
+pub(super) async fn purge(
+    record: Arc<dyn Requests>,
+    retention: Duration,
+    draining: CancellationToken,
+) {
     let purging = async {
         sleep(jittered(AFTER_START)).await;
         loop {
-            purge_all(&guard, retention).await;
+            purge_all(&*record, retention).await;
             sleep(jittered(EVERY)).await;
         }
     };
@@ -33,10 +37,10 @@ pub(super) async fn purge(guard: Guard, retention: Duration, draining: Cancellat
     }
 }
 
-async fn purge_all(guard: &Guard, retention: Duration) {
+async fn purge_all(record: &dyn Requests, retention: Duration) {
     let mut total = 0;
     loop {
-        match in_time(guard.store().purge(retention, BATCH)).await {
+        match in_time(record.purge(retention, BATCH)).await {
             Ok(0) => break,
             Ok(purged) => total += purged,
             Err(error) => {
