@@ -129,8 +129,8 @@ impl Worker {
         let watching = guard.clone();
         let watching = async move { watching.watch_over_the_database().await };
         background.spawn(loops.supervised("watch over the database", watching));
-        let record = Arc::clone(guard.store());
-        let purging = purger::purge(record, parts.retention, shutdown.draining.clone());
+        let requests = Arc::clone(guard.store());
+        let purging = purger::purge(requests, parts.retention, shutdown.draining.clone());
         background.spawn(loops.supervised("purger", purging));
         let dead_letters = Arc::clone(&parts.dead_letters);
         let publishing = async move { dead_letters.run().await };

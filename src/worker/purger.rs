@@ -20,14 +20,14 @@ const BETWEEN_BATCHES: Duration = Duration::from_millis(200);
 
 /// Purges now and then until `draining`.
 pub(super) async fn purge(
-    record: Arc<dyn Requests>,
+    requests: Arc<dyn Requests>,
     retention: Duration,
     draining: CancellationToken,
 ) {
     let purging = async {
         sleep(jittered(AFTER_START)).await;
         loop {
-            purge_all(&*record, retention).await;
+            purge_all(&*requests, retention).await;
             sleep(jittered(EVERY)).await;
         }
     };
@@ -37,10 +37,10 @@ pub(super) async fn purge(
     }
 }
 
-async fn purge_all(record: &dyn Requests, retention: Duration) {
+async fn purge_all(requests: &dyn Requests, retention: Duration) {
     let mut total = 0;
     loop {
-        match in_time(record.purge(retention, BATCH)).await {
+        match in_time(requests.purge(retention, BATCH)).await {
             Ok(0) => break,
             Ok(purged) => total += purged,
             Err(error) => {
