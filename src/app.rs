@@ -96,7 +96,7 @@ pub async fn open_store(config: &Config, missing: Missing) -> anyhow::Result<Arc
 pub fn connection(config: &Config) -> Result<Connection, ConfigError> {
     let project = config.pubsub.project.as_deref().ok_or_else(|| {
         ConfigError::Invalid(
-            "no Google Cloud project is set: set `project` under [pubsub], or GOOGLE_CLOUD_PROJECT"
+            "no Google Cloud project is set: set `project` under [pubsub], GOOGLE_CLOUD_PROJECT or PUBSUB_PROJECT_ID"
                 .to_owned(),
         )
     })?;

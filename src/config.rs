@@ -1,6 +1,7 @@
 //! The configuration, in typed sections. Each part of the program gets only its
 //! own section.
 
+mod duration;
 mod error;
 mod load;
 mod nearest;
@@ -18,6 +19,7 @@ use crate::dedupe::DedupeKey;
 use crate::devices::Gpus;
 use crate::retry::RetryPolicy;
 
+pub(crate) use duration::in_days;
 pub use error::ConfigError;
 pub use load::load;
 pub use size::Size;
@@ -177,13 +179,27 @@ impl Default for Subscription {
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", try_from = "String")]
 pub enum WithoutDedupeKey {
     /// The message is deduplicated by its message id.
     #[default]
     MessageId,
     /// The message is refused.
     DeadLetter,
+}
+
+impl TryFrom<String> for WithoutDedupeKey {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        match name.as_str() {
+            "message_id" => Ok(Self::MessageId),
+            "dead_letter" => Ok(Self::DeadLetter),
+            _ => Err(format!(
+                "`{name}` is not known: write message_id or dead_letter"
+            )),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -49,14 +49,14 @@ impl Shutdown {
                 if following.draining.is_cancelled() {
                     warn!(
                         signal = name,
-                        "second signal: the runs are asked to stop now"
+                        "second signal: what still runs is asked to stop now"
                     );
                     following.stopping.cancel();
                     continue;
                 }
                 info!(
                     signal = name,
-                    "stopping; a second signal asks the runs to stop now"
+                    "stopping; a second signal does not wait for what still runs"
                 );
                 following.draining.cancel();
             }

@@ -3,10 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use humantime::format_duration;
-
 use super::invalid;
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ConfigError, in_days};
 use crate::pubsub::{Connection, PubsubError, SubscriptionFacts};
 
 /// With fewer, a few crashes or restarts of workers use them up.
@@ -72,8 +70,8 @@ fn concerns_about(facts: &SubscriptionFacts, config: &Config) -> Vec<String> {
     if facts.retention > config.guard.retention {
         concerns.push(format!(
             "Pub/Sub retains messages for {}, longer than [guard] retention = {}: a message that is redelivered later runs a second time",
-            format_duration(facts.retention),
-            format_duration(config.guard.retention)
+            in_days(facts.retention),
+            in_days(config.guard.retention)
         ));
     }
     if let Some(attempts) = facts

@@ -36,8 +36,9 @@ impl ConfigCommand {
             false => remark(&timeline(&config))?,
         }
         let refusals = refusals(&config);
-        let refusals =
-            refusals.map(|why| format!("`trainyard run` refuses this configuration: {why}"));
+        let refusals = refusals
+            .iter()
+            .map(|why| format!("`trainyard run` refuses this configuration: {why}"));
         for warning in refusals.chain(concerns_about_commands(&config)) {
             remark(&format!("warning: {warning}"))?;
         }
@@ -50,22 +51,25 @@ impl ConfigCommand {
 }
 
 /// `run` needs settings that other commands, such as `jobs list`, do not.
-fn refusals(config: &Config) -> impl Iterator<Item = &'static str> {
-    let mut tasks = config.tasks.values();
-    let refused = [
+fn refusals(config: &Config) -> Vec<String> {
+    let missing = [
         (config.pubsub.project.is_none(), "no project is set"),
         (
             config.subscriptions.is_empty(),
             "no subscription is configured",
         ),
         (config.tasks.is_empty(), "no task is configured"),
-        (
-            tasks.any(|task| task.builtin.is_none() && task.command.is_none()),
-            "a task has neither `command` nor `builtin`, and only an embedding program can register it",
-        ),
     ];
-    let refused = refused.into_iter().filter(|(refused, _)| *refused);
-    refused.map(|(_, why)| why)
+    let missing = missing.into_iter().filter(|(is_missing, _)| *is_missing);
+    let missing = missing.map(|(_, why)| why.to_owned());
+    let tasks = config.tasks.iter();
+    let unregistered = tasks.filter(|(_, task)| task.builtin.is_none() && task.command.is_none());
+    let unregistered = unregistered.map(|(name, _)| {
+        format!(
+            "[tasks.{name}] has neither `command` nor `builtin`, and only an embedding program can register it"
+        )
+    });
+    missing.chain(unregistered).collect()
 }
 
 /// Checks this machine, which may not be the worker's.

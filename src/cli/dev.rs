@@ -3,6 +3,7 @@ mod samples;
 mod screen;
 
 use std::collections::HashMap;
+use std::fs::{File, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ use uuid::Uuid;
 
 use super::{Shared, table};
 use crate::app;
-use crate::config::{Config, Subscription, Task};
+use crate::config::{Config, ConfigError, Subscription, Task};
 use crate::pubsub::{Connection, Outgoing};
 use crate::record::Job;
 use crate::registry::Registry;
@@ -54,13 +55,11 @@ pub(super) struct Dev {
 
 impl Dev {
     pub(super) async fn execute(self, shared: &Shared) -> anyhow::Result<ExitCode> {
-        anyhow::ensure!(
-            shared.config.is_none(),
-            "`dev` takes no --config and no TRAINYARD_CONFIG; use `run`, or unset it"
-        );
+        refuse_configuration(shared)?;
         let shutdown = Shutdown::on_signals()?;
         // Programs run in another working directory.
         let dir = std::path::absolute(&self.dir).context("cannot find the working directory")?;
+        let _lock = lock(&dir)?;
         let dataset = samples::write_dataset(&dir)?;
         let emulator = bind(self.port).await?;
         let address = emulator.address();
@@ -120,6 +119,36 @@ impl Dev {
             true => ExitCode::SUCCESS,
             false => ExitCode::FAILURE,
         })
+    }
+}
+
+fn refuse_configuration(shared: &Shared) -> Result<(), ConfigError> {
+    match shared.config {
+        None => Ok(()),
+        Some(_) => Err(ConfigError::Invalid(
+            "`dev` takes no --config and no TRAINYARD_CONFIG; use `run`, or unset it".to_owned(),
+        )),
+    }
+}
+
+/// Makes the directory this process's own until the file is dropped. The worker of
+/// another `dev` would run some of the samples.
+fn lock(dir: &Path) -> anyhow::Result<File> {
+    let cannot = || {
+        format!(
+            "cannot write to {}; --dir sets another directory",
+            dir.display()
+        )
+    };
+    std::fs::create_dir_all(dir).with_context(cannot)?;
+    let file = File::create(dir.join("dev.lock")).with_context(cannot)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => anyhow::bail!(
+            "another `trainyard dev` runs in {}: stop it, or give --dir another directory",
+            dir.display()
+        ),
+        Err(TryLockError::Error(error)) => Err(error).with_context(cannot),
     }
 }
 

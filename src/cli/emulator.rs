@@ -46,7 +46,7 @@ pub(super) struct Emulator {
     ///   silence                 streams stay open but deliver nothing
     #[arg(long, value_name = "FAULTS", verbatim_doc_comment)]
     faults: Option<Faults>,
-    /// The random seed of --faults; without it a random one is printed
+    /// The seed of --faults; if it is not given, a random one is taken and printed
     #[arg(long, value_name = "NUMBER")]
     seed: Option<u64>,
 }

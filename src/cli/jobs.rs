@@ -95,7 +95,10 @@ async fn cancel(store: &dyn Store, id: &str) -> anyhow::Result<()> {
             "job {id} is running; its worker stops it within seconds"
         )),
         Some(Cancelling::AlreadyEnded(state)) => {
-            anyhow::bail!("job {id} has already ended: it is {}", state.as_str())
+            anyhow::bail!(
+                "job {id} has already ended: its state is {}",
+                state.as_str()
+            )
         }
     }
 }
@@ -104,11 +107,11 @@ async fn retry(store: &dyn Store, id: &str) -> anyhow::Result<()> {
     let id = whole_id(store, id).await?;
     match store.retry(id, &requester()).await? {
         None => anyhow::bail!("there is no job {id}"),
-        Some(Retrying::Queued) => {
-            print(&format!("job {id} runs again as soon as a worker has room"))
-        }
+        Some(Retrying::Queued) => print(&format!(
+            "job {id} runs again as soon as a worker that knows its task has room"
+        )),
         Some(Retrying::Hurried) => print(&format!(
-            "job {id} was waiting; its next attempt starts as soon as a worker has room"
+            "job {id} was waiting; its next attempt starts as soon as a worker that knows its task has room"
         )),
         Some(Retrying::Running) => anyhow::bail!("job {id} is running"),
         Some(Retrying::NothingToRun) => anyhow::bail!(

@@ -5,6 +5,7 @@ use comfy_table::presets::NOTHING;
 use comfy_table::{ContentArrangement, Table};
 use serde_json::Value;
 
+use crate::config::in_days;
 use crate::record::{AttemptRecord, Job, JobState, Story};
 use crate::report::Progress;
 
@@ -115,7 +116,7 @@ fn waits_for(job: &Job) -> String {
         Some("turn") => "an earlier job of its ordering key",
         Some("task") => "a worker that knows its task",
         Some("attempt") => "its next attempt",
-        Some("room") => "a worker with room",
+        Some("room") => "a worker that knows its task and has room",
         Some(other) => other,
     };
     text.to_owned()
@@ -234,7 +235,7 @@ fn duration(job: &Job) -> String {
     let seconds = (end - started).as_seconds_f64().max(0.0);
     match seconds {
         short if short < 60.0 => format!("{short:.1}s"),
-        long => humantime::format_duration(std::time::Duration::from_secs(long as u64)).to_string(),
+        long => in_days(std::time::Duration::from_secs(long as u64)),
     }
 }
 

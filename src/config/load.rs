@@ -165,6 +165,10 @@ mod tests {
             ("[worker]\nslots = 'many'", "worker.slots"),
             ("[worker]\nlease = '2 fortnights'", "worker.lease"),
             ("[tasks.t]\nack = 'sometime'", "tasks.t.ack"),
+            (
+                "[subscriptions.s]\nwithout_dedupe_key = 'deadletter'",
+                "subscriptions.s.without_dedupe_key",
+            ),
         ] {
             let error = from_toml(text).unwrap_err().to_string();
             assert!(

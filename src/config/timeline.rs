@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{AckTiming, Config, Task};
+use super::{AckTiming, Config, Task, in_days};
 
 /// Per task: when its message is acked, when its lease expires without renewal,
 /// when it is stopped.
@@ -17,7 +17,7 @@ pub fn timeline(config: &Config) -> String {
 
 fn write_task(text: &mut String, config: &Config, name: &str, task: &Task) {
     let worker = &config.worker;
-    let lease = humantime::format_duration(worker.lease);
+    let lease = in_days(worker.lease);
     let acked = match task.ack {
         AckTiming::BeforeRun => "once the claim has committed, before the run",
         AckTiming::AfterCheckpoint => {
@@ -27,19 +27,14 @@ fn write_task(text: &mut String, config: &Config, name: &str, task: &Task) {
     };
     let limit = task.timeout.map_or_else(
         || "no timeout".to_owned(),
-        |timeout| {
-            format!(
-                "after {} the run is asked to stop",
-                humantime::format_duration(timeout)
-            )
-        },
+        |timeout| format!("after {} the run is asked to stop", in_days(timeout)),
     );
     let attempts = match task.max_attempts {
         1 => "one attempt; a job that fails is dead".to_owned(),
         most => format!(
             "up to {most} attempts; the wait before the next one is up to {}, growing to {}",
-            humantime::format_duration(task.backoff.initial),
-            humantime::format_duration(task.backoff.max)
+            in_days(task.backoff.initial),
+            in_days(task.backoff.max)
         ),
     };
     let lines = [
@@ -54,7 +49,7 @@ fn write_task(text: &mut String, config: &Config, name: &str, task: &Task) {
             "stop",
             format!(
                 "the run has {} to end when it is asked to stop",
-                humantime::format_duration(task.stop_grace.unwrap_or(worker.stop_grace))
+                in_days(task.stop_grace.unwrap_or(worker.stop_grace))
             ),
         ),
     ];
@@ -65,7 +60,7 @@ fn write_task(text: &mut String, config: &Config, name: &str, task: &Task) {
         (None, None) => writeln!(text, "{name} (registered by the embedding program)"),
     };
     let stall = task.stall_timeout.map(|limit| {
-        let limit = humantime::format_duration(limit);
+        let limit = in_days(limit);
         (
             "stall",
             format!("after {limit} without a report the run is stopped as stuck"),

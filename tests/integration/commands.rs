@@ -248,6 +248,34 @@ async fn dev_once_trains_the_samples_and_suppresses_the_duplicate() {
     assert!(folder.path().join(".trainyard/trainyard.db").exists());
 }
 
+/// The worker of another `dev` would run some of the samples.
+#[tokio::test]
+async fn dev_refuses_a_directory_that_another_uses() {
+    let folder = tempfile::tempdir().unwrap();
+    let lock = std::fs::File::create(folder.path().join("dev.lock")).unwrap();
+    lock.lock().unwrap();
+    let mut command = trainyard();
+    command
+        .args(["dev", "--once", "--port", "0", "--dir"])
+        .arg(folder.path());
+    let output = output_of(command).await;
+    assert_eq!(output.code, 1, "{}", output.stderr);
+    assert!(output.stderr.contains("another `trainyard dev` runs in"));
+}
+
+#[tokio::test]
+async fn dev_refuses_a_configuration_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = trainyard();
+    command
+        .args(["dev", "--once", "--config", "mine.toml"])
+        .current_dir(folder.path());
+    let output = output_of(command).await;
+    assert_eq!(output.code, 2, "{}", output.stderr);
+    assert!(output.stderr.contains("takes no --config"));
+    assert!(!folder.path().join(".trainyard").exists());
+}
+
 fn emulator(faults: &str) -> Command {
     let mut command = trainyard();
     command.args(["emulator", "--port", "0", "--faults", faults]);

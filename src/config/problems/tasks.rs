@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use super::super::error::{ConfigError, bad_value};
-use super::super::nearest::nearest;
 use super::super::{Task, Worker};
 use crate::tasks::BUILTIN_NAMES;
 
@@ -31,10 +30,10 @@ pub(super) fn check(name: &str, task: &Task, worker: &Worker) -> Result<(), Conf
     if let Some(builtin) = &task.builtin
         && !BUILTIN_NAMES.contains(&builtin.as_str())
     {
-        let known = nearest(builtin, BUILTIN_NAMES.iter().copied()).unwrap_or_default();
+        let known = BUILTIN_NAMES.join(" and ");
         return bad_value(
             &key("builtin"),
-            &format!("there is no built-in task `{builtin}`; did you mean `{known}`?"),
+            &format!("there is no built-in task `{builtin}`; the built-in tasks are {known}"),
         );
     }
     match &task.command {
