@@ -1,12 +1,15 @@
 //! A run whose daemon or keeper dies leaves no process.
 
-use std::path::Path;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use trainyard::outcome::Outcome;
 
 use crate::support::{
     Other, Place, attempt, begin, failure, freeze, lives, outcome_of, parent_of, report_step,
@@ -145,5 +148,46 @@ async fn a_missing_keeper_program_is_a_transient_failure() {
         let (error, permanent) = failure(run(settings).await);
         assert!(error.contains("keeper"), "{error}");
         assert!(!permanent);
+    }
+}
+
+/// A keeper that reads its command and the payload `{}`, says that `leader` leads the
+/// command's group, and then does as told.
+fn keeper_that(place: &Place, leader: i32, does: &str) -> PathBuf {
+    let script = format!(
+        "#!/bin/sh\nread -r spec\nhead -c 2 >/dev/null\necho '{{\"started\":{leader}}}' >&0\n{does}\n"
+    );
+    let program = place.folder.path().join("keeper");
+    // A file that this process writes itself may be busy: a test beside this one may
+    // start a program meanwhile, which inherits the file until it is executed.
+    let write = "printf '%s' \"$0\" > \"$1\" && chmod +x \"$1\"";
+    let written = Command::new("sh")
+        .args(["-c", write, &script])
+        .arg(&program)
+        .status();
+    assert!(written.unwrap().success());
+    program
+}
+
+/// Once its leader is reaped, the group's id may belong to somebody else.
+#[tokio::test]
+async fn a_group_is_killed_only_while_its_leader_is_not_reaped() {
+    let reaped = r#"echo '{"left":[1]}' >&0
+        echo '{"ended":{"code":0,"signal":null,"expired":false}}' >&0
+        exit 3"#;
+    for (does, survives) in [(reaped, true), ("exit 1", false)] {
+        let place = Place::new();
+        let mut sleeping = Command::new("sleep");
+        sleeping.arg("1000").process_group(0);
+        let somebody = Other(sleeping.spawn().unwrap());
+        let mut settings = place.script("exit 0");
+        settings.keeper_program = Some(keeper_that(&place, somebody.pid(), does));
+        let outcome = outcome_of(settings, attempt(json!({}))).await;
+        let ended = matches!(outcome, Outcome::Succeeded(_));
+        assert_eq!(ended, survives, "{outcome:?}");
+        match survives {
+            true => assert!(lives(somebody.pid())),
+            false => wait_until("it is killed", || !lives(somebody.pid())),
+        }
     }
 }

@@ -180,7 +180,8 @@ pub fn send(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).unwrap();
 }
 
-/// Another process of this test program, which runs one ignored test.
+/// Another process, mostly of this test program, which then runs one ignored test. It is
+/// killed when this is dropped.
 pub struct Other(pub Child);
 
 impl Other {
