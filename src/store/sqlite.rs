@@ -17,10 +17,11 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use sqlx::Sqlite;
 use sqlx::sqlite::{
-    SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
+    SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
+    SqliteSynchronous,
 };
+use sqlx::{Connection, Sqlite};
 use uuid::Uuid;
 
 use super::reading::Pooled;
@@ -68,11 +69,22 @@ impl SqliteStore {
         }
         let pool = SqlitePoolOptions::new()
             .max_connections(CONNECTIONS)
+            .after_release(|connection, _| Box::pin(is_out_of_transactions(connection)))
             .connect_with(options)
             .await
             .map_err(StoreError::Unavailable)?;
         Ok(Self { pool })
     }
+}
+
+/// SQLite ends a transaction by itself if the disk is full or fails, and then the driver's
+/// rollback fails. The driver counts that transaction as open for ever, so such a
+/// connection must not be used again.
+/// <https://www.sqlite.org/lang_transaction.html#response_to_errors_within_a_transaction>
+async fn is_out_of_transactions(connection: &mut SqliteConnection) -> sqlx::Result<bool> {
+    // Answers after the rollback of a dropped transaction.
+    connection.ping().await?;
+    Ok(!connection.is_in_transaction())
 }
 
 fn create_folder(folder: &Path) -> Result<(), StoreError> {

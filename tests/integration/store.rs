@@ -2,6 +2,7 @@
 
 mod attempts;
 mod batches;
+mod broken_transactions;
 mod cancelling;
 mod checkpoints;
 mod crashes;
