@@ -20,8 +20,8 @@ use crate::shutdown::Shutdown;
 use crate::store::{self, ClaimTerms, Missing, Store};
 use crate::worker::{Source, Worker};
 
-/// Loads the configuration and runs a worker with the given tasks until SIGTERM or
-/// SIGINT: the whole `main` of a program that embeds trainyard.
+/// Loads the configuration and runs a worker with the given tasks until a signal stops it:
+/// the whole `main` of a program that embeds trainyard.
 ///
 /// For each job of a task with a `command` the program starts itself again, as the job's
 /// keeper. A `main` that does more than call this must first call
@@ -36,8 +36,8 @@ pub async fn run(config_file: Option<&Path>, registry: Registry) -> anyhow::Resu
     run_worker(config, registry, false).await
 }
 
-/// Runs a worker until SIGTERM or SIGINT; with `migrate`, first brings the database's
-/// schema up to date.
+/// Runs a worker until a signal stops it; with `migrate`, first brings the database's schema
+/// up to date.
 ///
 /// # Errors
 /// As [`run`].

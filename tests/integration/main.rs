@@ -23,6 +23,7 @@ mod pubsub_checks;
 mod pulling;
 mod renewals;
 mod shutdown;
+mod signals;
 mod store;
 mod store_model;
 mod support;
