@@ -15,7 +15,6 @@ use uuid::Uuid;
 
 use crate::devices::DeviceSet;
 use crate::job::Fence;
-use crate::message::Payload;
 use crate::outcome::Outcome;
 use crate::report::{Checkpoint, Reports};
 
@@ -31,8 +30,7 @@ pub struct Attempt {
     pub fence: Fence,
     /// The first message that requested the job.
     pub message_id: Arc<str>,
-    pub payload: Arc<Payload>,
-    /// The payload's bytes as published.
+    /// The request as published, a JSON object.
     pub data: Bytes,
     /// The last checkpoint of an earlier attempt.
     pub checkpoint: Option<Checkpoint>,
@@ -70,7 +68,6 @@ impl Attempt {
             },
             message_id: "1".into(),
             data: payload.to_string().into(),
-            payload: Arc::new(payload.as_object().cloned().unwrap_or_default()),
             checkpoint: None,
             deadline: None,
             devices: None,

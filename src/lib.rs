@@ -19,6 +19,7 @@ pub mod executor;
 pub mod failpoint;
 pub mod guard;
 pub mod job;
+pub mod json;
 pub mod message;
 pub mod nvidia;
 pub mod outcome;

@@ -2,15 +2,14 @@
 
 use std::time::Duration;
 
-use serde_json::Value;
-
 use crate::job::FinalState;
+use crate::json::Json;
 use crate::retry::RetryPolicy;
 
 /// How one attempt ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
-    Succeeded(Value),
+    Succeeded(Json),
     Failed {
         error: String,
         /// It would fail at every attempt.
@@ -46,7 +45,7 @@ pub struct Ending {
     /// Set if the state is dead.
     pub reason: Option<DeadReason>,
     pub error: Option<String>,
-    pub result: Option<Value>,
+    pub result: Option<Json>,
 }
 
 /// Why a job is dead: the `trainyard-reason` attribute of its dead letter.
@@ -91,12 +90,12 @@ impl Ending {
     }
 
     #[must_use]
-    pub fn succeeded(result: Value) -> Self {
+    pub fn succeeded(result: impl Into<Json>) -> Self {
         Self {
             state: FinalState::Succeeded,
             reason: None,
             error: None,
-            result: Some(result),
+            result: Some(result.into()),
         }
     }
 

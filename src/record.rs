@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::job::{FinalState, JobKey};
+use crate::json::Json;
 use crate::report::Progress;
 
 /// The result of asking to cancel a job.
@@ -174,7 +175,7 @@ pub struct Job {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waits_for: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub result: Option<serde_json::Value>,
+    pub result: Option<Json>,
     /// The message's data; only set when one job is read.
     #[serde(skip)]
     pub payload: Option<Bytes>,

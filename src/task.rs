@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
-use crate::message::Payload;
 use crate::report::{Checkpoint, Reports};
 
 pub use crate::report::Progress;
@@ -74,7 +74,7 @@ impl From<std::io::Error> for TaskError {
 pub struct Run {
     job_id: Arc<str>,
     attempt: u32,
-    payload: Arc<Payload>,
+    payload: Bytes,
     checkpoint: Option<Checkpoint>,
     reports: Reports,
     stop: CancellationToken,
@@ -86,14 +86,14 @@ impl Run {
     pub fn new(
         job_id: &str,
         attempt: u32,
-        payload: Arc<Payload>,
+        payload: impl Into<Bytes>,
         reports: Reports,
         stop: CancellationToken,
     ) -> Self {
         Self {
             job_id: job_id.into(),
             attempt,
-            payload,
+            payload: payload.into(),
             checkpoint: None,
             reports,
             stop,
@@ -118,18 +118,19 @@ impl Run {
         self.attempt
     }
 
-    /// The request's whole JSON object, including `name`.
+    /// The request as it was published: a JSON object, including `name`.
     #[must_use]
-    pub fn payload(&self) -> &Payload {
+    pub fn payload(&self) -> &[u8] {
         &self.payload
     }
 
-    /// Deserializes the payload.
+    /// Deserializes the payload. Numbers keep the digits that `T` has room for.
     ///
     /// # Errors
     /// [`TaskError::Permanent`], with the field, if the payload does not match `T`.
     pub fn payload_as<T: DeserializeOwned>(&self) -> Result<T, TaskError> {
-        serde_path_to_error::deserialize(Value::Object((*self.payload).clone())).map_err(|error| {
+        let mut json = serde_json::Deserializer::from_slice(&self.payload);
+        serde_path_to_error::deserialize(&mut json).map_err(|error| {
             let path = error.path().to_string();
             let reason = error.into_inner();
             TaskError::permanent(match path.as_str() {

@@ -1,6 +1,9 @@
+use std::borrow::Cow;
+
 use anyhow::Context;
 use clap::{Args, Subcommand};
-use serde_json::Value;
+use serde::Serialize;
+use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::table::SHORT_ID;
@@ -164,11 +167,35 @@ fn print_job(job: &Job, attempts: &[AttemptRecord], json: bool) -> anyhow::Resul
         let text = table::of_one_job(job) + &table::of_attempts(attempts);
         return print(text.trim_end());
     }
-    let mut value = serde_json::to_value(job)?;
-    value["attempts_told"] = serde_json::to_value(attempts)?;
-    // Data that is not JSON is shown as text.
-    value["payload"] = job.payload.as_ref().map_or(Value::Null, |payload| {
-        serde_json::from_slice(payload).unwrap_or_else(|_| String::from_utf8_lossy(payload).into())
-    });
-    print(&serde_json::to_string_pretty(&value)?)
+    let payload = job.payload.as_deref().map(Payload::of);
+    print(&serde_json::to_string_pretty(&WholeJob {
+        job,
+        attempts_told: attempts,
+        payload,
+    })?)
+}
+
+#[derive(Serialize)]
+struct WholeJob<'a> {
+    #[serde(flatten)]
+    job: &'a Job,
+    attempts_told: &'a [AttemptRecord],
+    payload: Option<Payload<'a>>,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Payload<'a> {
+    /// As it was published, digit by digit.
+    Json(&'a RawValue),
+    NotJson(Cow<'a, str>),
+}
+
+impl<'a> Payload<'a> {
+    fn of(data: &'a [u8]) -> Self {
+        match serde_json::from_slice(data) {
+            Ok(json) => Self::Json(json),
+            Err(_) => Self::NotJson(String::from_utf8_lossy(data)),
+        }
+    }
 }

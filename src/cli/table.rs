@@ -6,6 +6,7 @@ use comfy_table::{ContentArrangement, Table};
 use serde_json::Value;
 
 use crate::config::in_days;
+use crate::json::{Fields, Json};
 use crate::record::{AttemptRecord, Job, JobState, Story};
 use crate::report::Progress;
 
@@ -204,22 +205,26 @@ fn outcome(job: &Job) -> String {
     }
 }
 
-/// An object's fields as `name=value`, with rounded numbers.
-fn figures(result: &Value) -> String {
-    let Value::Object(fields) = result else {
-        return result.to_string();
+/// An object's fields as `name=value`, with rounded fractions.
+fn figures(result: &Json) -> String {
+    let Ok(fields) = serde_json::from_str::<Fields<'_>>(result.as_str()) else {
+        return result.as_str().to_owned();
     };
     let fields: Vec<String> = fields
         .iter()
-        .map(|(name, value)| match value {
-            Value::Number(number) if number.is_f64() => {
-                format!("{name}={:.4}", number.as_f64().unwrap_or_default())
-            }
-            Value::String(text) => format!("{name}={text}"),
-            other => format!("{name}={other}"),
-        })
+        .map(|(name, value)| format!("{name}={}", figure(value.get())))
         .collect();
     fields.join(" ")
+}
+
+fn figure(written: &str) -> String {
+    match serde_json::from_str(written) {
+        Ok(Value::Number(number)) if written.contains(['.', 'e', 'E']) => {
+            format!("{:.4}", number.as_f64().unwrap_or_default())
+        }
+        Ok(Value::String(text)) => text,
+        _ => written.to_owned(),
+    }
 }
 
 /// How long the last attempt took, or runs already. A waiting job's attempt has no end

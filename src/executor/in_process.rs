@@ -28,7 +28,7 @@ impl Executor for InProcess {
         let run = Run::new(
             &attempt.job_id.to_string(),
             attempt.fence.attempt,
-            attempt.payload,
+            attempt.data,
             attempt.reports,
             attempt.stop,
         )
@@ -36,7 +36,7 @@ impl Executor for InProcess {
         // In a separate tokio task, so that a panic does not end the worker.
         let running = tokio::spawn(async move { task.run(run).await });
         match AbortOnDropHandle::new(running).await {
-            Ok(Ok(result)) => Outcome::Succeeded(result),
+            Ok(Ok(result)) => Outcome::Succeeded(result.into()),
             Ok(Err(TaskError::Permanent(error))) => Outcome::Failed {
                 error,
                 permanent: true,
@@ -80,7 +80,7 @@ mod tests {
     #[tokio::test]
     async fn a_result_is_success() {
         let outcome = outcome_of(|| Ok(json!(1))).await;
-        assert_eq!(outcome, Outcome::Succeeded(json!(1)));
+        assert_eq!(outcome, Outcome::Succeeded(json!(1).into()));
     }
 
     #[tokio::test]

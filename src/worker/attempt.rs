@@ -27,7 +27,6 @@ use crate::executor;
 use crate::failpoint::{self, Step};
 use crate::guard::Guard;
 use crate::job::{Acquired, Fence};
-use crate::message::Payload;
 use crate::outcome::{Ending, Outcome, Verdict};
 use crate::pubsub::Receipt;
 use crate::record::NoteKind;
@@ -59,8 +58,7 @@ pub(super) struct Assignment {
     pub(super) task: Arc<ConfiguredTask>,
     pub(super) message_id: Arc<str>,
     pub(super) is_ordered: bool,
-    pub(super) payload: Payload,
-    /// The message's data, which contains the payload.
+    /// The message's data: the request.
     pub(super) data: Bytes,
 }
 
@@ -197,7 +195,6 @@ impl Attempt {
             task: self.job.task.name.as_str().into(),
             fence: self.acquired.fence.clone(),
             message_id: Arc::clone(&self.job.message_id),
-            payload: Arc::new(self.job.payload.clone()),
             data: self.job.data.clone(),
             checkpoint: self.acquired.checkpoint.clone(),
             deadline: timeout

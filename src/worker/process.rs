@@ -112,14 +112,10 @@ impl Processor {
         let Some(intake) = self.intakes.get(&*fence.key.subscription) else {
             return self.give_back(&fence).await;
         };
-        let request = match Request::decode(&taken.payload) {
-            Ok(request) => request,
-            Err(error) => {
-                return self
-                    .end_unreadable(intake, &fence, &error.to_string())
-                    .await;
-            }
-        };
+        if let Err(error) = Request::decode(&taken.payload) {
+            let error = error.to_string();
+            return self.end_unreadable(intake, &fence, &error).await;
+        }
         let Some(task) = self.tasks.get(&taken.task) else {
             return self.give_back(&fence).await;
         };
@@ -128,7 +124,6 @@ impl Processor {
             task: Arc::clone(task),
             message_id: taken.message_id.as_str().into(),
             is_ordered: !taken.ordering_key.is_empty(),
-            payload: request.payload,
             data: taken.payload,
         };
         let delivery = self.context.held.take(&fence.key);
@@ -211,7 +206,6 @@ impl Processor {
             task,
             message_id: message.id.as_str().into(),
             is_ordered: !message.ordering_key.is_empty(),
-            payload: wish.request.payload,
             data: message.data,
         };
         let attempt = Attempt::new(&self.context, job, acquired, Some(delivery), room);

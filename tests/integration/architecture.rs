@@ -26,7 +26,7 @@ const ONLY_IN: &[(&str, &[&str])] = &[
 ];
 
 const WORDS: &[&str] = &[
-    "dedupe", "devices", "job", "message", "outcome", "record", "report", "retry", "task",
+    "dedupe", "devices", "job", "json", "message", "outcome", "record", "report", "retry", "task",
 ];
 const OUTSIDE_SYSTEMS: &[&str] = &["pubsub", "store", "executor", "nvidia"];
 const SERVICES: &[&str] = &["guard", "registry", "worker", "app", "cli"];

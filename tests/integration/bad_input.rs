@@ -28,7 +28,12 @@ fn bad_messages() -> Vec<(Vec<u8>, &'static str)> {
         (b"{\"name\":\"nobody\"}".to_vec(), "no task `nobody`"),
         (b"{\"name\":\"a\\u0000b\"}".to_vec(), "no task `a"),
         (b"\xff\xfe{}".to_vec(), "not UTF-8"),
-        (deep.into_bytes(), "recursion limit"),
+        (
+            b"\xef\xbb\xbf{\"name\":\"nobody\"}".to_vec(),
+            "byte order mark",
+        ),
+        (b"{\"name\":\"nobody\",\"x\":NaN}".to_vec(), "`NaN`"),
+        (deep.into_bytes(), "`name` is a JSON array"),
         (large, "no task `nobody`"),
         (
             b"{\"name\":\"train-classifier\"}".to_vec(),

@@ -109,7 +109,7 @@ async fn what_cannot_be_cancelled_or_run_again_is_told(database: Database) {
     let running = scene.job(&running, JobState::Running).await.id.to_string();
     let nobody = "00000000-0000-7000-8000-000000000000";
     for (arguments, says) in [
-        (["jobs", "cancel", &*done], "it is succeeded"),
+        (["jobs", "cancel", &*done], "its state is succeeded"),
         (["jobs", "cancel", nobody], "there is no job"),
         (["jobs", "retry", nobody], "there is no job"),
         (["jobs", "retry", &*bad], "names no task"),

@@ -12,6 +12,7 @@ mod commands;
 mod crashes;
 mod dead_letters;
 mod delivery;
+mod digits;
 mod failures;
 mod faults;
 mod gpus;

@@ -329,7 +329,7 @@ async fn a_job_is_read_back_as_it_was_written(database: Database) {
     assert_eq!(job.ordering_key.as_deref(), Some("k"));
     assert_eq!(job.payload, Some(sent.data));
     assert_eq!(job.task.as_deref(), Some("train"));
-    assert_eq!(job.result, Some(json!({"accuracy": 0.5})));
+    assert_eq!(job.result, Some(json!({"accuracy": 0.5}).into()));
     assert_eq!(job.worker.as_deref(), Some("w1"));
     let times: [Option<DateTime<Utc>>; 3] =
         [Some(job.received_at), job.started_at, job.finished_at];
@@ -349,9 +349,12 @@ async fn text_with_nul_characters_can_be_stored(database: Database) {
         panic!("not acquired");
     };
     let ending = Ending {
-        result: Some(json!("\0")),
+        result: Some(json!("\0").into()),
         ..dead("\0")
     };
     assert!(finish(&store, &acquired.fence, ending).await);
-    assert_eq!(job_of(&store, acquired).await.result, Some(json!("\0")));
+    assert_eq!(
+        job_of(&store, acquired).await.result,
+        Some(json!("\0").into())
+    );
 }

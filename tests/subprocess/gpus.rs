@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use futures::future::join_all;
 use nix::sys::signal::Signal;
-use serde_json::{Value, json};
+use serde_json::json;
 use trainyard::devices::{Devices, Gpus};
 use trainyard::executor::Attempt;
+use trainyard::json::Json;
 use trainyard::nvidia;
 use trainyard::outcome::Outcome;
 
@@ -70,7 +71,7 @@ async fn jobs_side_by_side_never_see_the_same_gpu() {
         }
         assert_eq!(devices.free(), 0);
         let outcomes = join_all(jobs).await;
-        let succeeded = Outcome::Succeeded(Value::Null);
+        let succeeded = Outcome::Succeeded(Json::default());
         assert!(outcomes.iter().all(|outcome| *outcome == succeeded));
         assert_eq!(devices.free(), 3);
     }

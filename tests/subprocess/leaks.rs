@@ -41,7 +41,7 @@ async fn many_runs() {
             outcome
         });
         let outcomes: Vec<Outcome> = outcomes.buffer_unordered(4).collect().await;
-        let succeeded = Outcome::Succeeded(json!(1));
+        let succeeded = Outcome::Succeeded(json!(1).into());
         assert!(outcomes.iter().all(|outcome| *outcome == succeeded));
         assert_eq!(children(), [0; 0], "children or zombies are left");
         assert_eq!(*before.get_or_insert_with(open_files), open_files());

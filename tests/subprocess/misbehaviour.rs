@@ -4,7 +4,8 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use serde_json::{Value, json};
+use serde_json::json;
+use trainyard::json::Json;
 use trainyard::outcome::Outcome;
 
 use crate::support::{Place, attempt, failure, lives, outcome_of, report_step, reported_step, run};
@@ -92,7 +93,7 @@ async fn a_command_may_close_its_stdin_early() {
     let place = Place::new();
     let attempt = attempt(json!({"text": "x".repeat(5_000_000)}));
     let outcome = outcome_of(place.script("exec <&-; exit 0"), attempt).await;
-    assert_eq!(outcome, Outcome::Succeeded(Value::Null));
+    assert_eq!(outcome, Outcome::Succeeded(Json::default()));
 }
 
 #[tokio::test]
@@ -132,7 +133,7 @@ async fn a_gigabyte_of_output_takes_no_memory() {
         let attempt = attempt(json!({}));
         let reports = attempt.reports.clone();
         let outcome = outcome_of(place.script(&script), attempt).await;
-        assert_eq!(outcome, Outcome::Succeeded(Value::Null));
+        assert_eq!(outcome, Outcome::Succeeded(Json::default()));
         assert_eq!(reports.tail().last().unwrap(), "end");
     }
     let grown = most_memory() - before;
@@ -146,7 +147,7 @@ async fn a_grandchild_that_holds_the_output_open_does_not_hold_up_the_job() {
     let reports = attempt.reports.clone();
     let script = format!("sleep 1000 & {}; exit 0", report_step("$!"));
     let outcome = outcome_of(place.script(&script), attempt).await;
-    assert_eq!(outcome, Outcome::Succeeded(Value::Null));
+    assert_eq!(outcome, Outcome::Succeeded(Json::default()));
     assert!(!lives(reported_step(&reports).await));
 }
 
@@ -157,7 +158,7 @@ async fn a_flood_of_reports_is_thinned() {
     let reports = attempt.reports.clone();
     let script = "seq 0 99999 | sed 's/.*/@trainyard {\"step\":&}/'";
     let outcome = outcome_of(place.script(script), attempt).await;
-    assert_eq!(outcome, Outcome::Succeeded(Value::Null));
+    assert_eq!(outcome, Outcome::Succeeded(Json::default()));
     let series = reports.series();
     assert!(series.len() <= 501);
     assert_eq!(series.last().unwrap().step, Some(99_999));

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::process::Command;
 use std::sync::Arc;
 
-use serde_json::{Value, json};
+use serde_json::json;
 use trainyard::devices::Devices;
 use trainyard::executor::Attempt;
+use trainyard::json::Json;
 use trainyard::outcome::Outcome;
 use trainyard::report::Progress;
 
@@ -31,7 +32,7 @@ const INHERITED: &[&str] = &[
 async fn the_exit_code_is_the_outcome() {
     let place = Place::new();
     let succeeded = run(place.script("exit 0")).await;
-    assert_eq!(succeeded, Outcome::Succeeded(Value::Null));
+    assert_eq!(succeeded, Outcome::Succeeded(Json::default()));
     for (code, permanent) in [(1, false), (65, true), (78, true), (77, false)] {
         let script = format!("echo first >&2; echo 'No such column: y' >&2; exit {code}");
         let error = format!("exit code {code}: first | No such column: y");
@@ -51,7 +52,7 @@ async fn orphans_that_end_all_the_time_do_not_hide_how_the_command_ended() {
     for _ in 0..20 {
         let script = "for i in $(seq 300); do (true &); done; exit 0";
         let outcome = run(place.script(script)).await;
-        assert_eq!(outcome, Outcome::Succeeded(Value::Null));
+        assert_eq!(outcome, Outcome::Succeeded(Json::default()));
     }
 }
 
@@ -79,7 +80,7 @@ async fn the_last_result_progress_and_checkpoint_count() {
     let attempt = attempt(json!({}));
     let reports = attempt.reports.clone();
     let outcome = outcome_of(place.script(script), attempt).await;
-    assert_eq!(outcome, Outcome::Succeeded(json!({"a": 2})));
+    assert_eq!(outcome, Outcome::Succeeded(json!({"a": 2}).into()));
     let series = reports.series();
     assert_eq!(
         series[0],
@@ -105,15 +106,13 @@ async fn exactly_the_payload_reaches_stdin() {
         "--help": "; rm -rf \"$HOME\" `id` $(id) | & > < * ? \\ '\n\u{0}\u{7f}é😀",
         "number": 0.1,
     });
+    let pretty = serde_json::to_string_pretty(&payload).unwrap();
+    let expected = format!(" {pretty}\n{{\"twice\":1.10}}\r\n");
     let mut attempt = attempt(payload);
-    let expected = format!(
-        " {}\n{{\"twice\":1.10}}\r\n",
-        serde_json::to_string_pretty(&*attempt.payload).unwrap()
-    );
     attempt.data = expected.clone().into();
     let script = "cat > \"$OUT\"; exit $#";
     let outcome = outcome_of(place.script(script), attempt).await;
-    assert_eq!(outcome, Outcome::Succeeded(Value::Null));
+    assert_eq!(outcome, Outcome::Succeeded(Json::default()));
     assert_eq!(place.written(), expected);
 }
 
@@ -123,7 +122,7 @@ async fn a_payload_larger_than_a_pipe_arrives_whole() {
     let attempt = attempt(json!({"text": "x".repeat(5_000_000)}));
     let size = attempt.data.len();
     let outcome = outcome_of(place.script("wc -c > \"$OUT\""), attempt).await;
-    assert_eq!(outcome, Outcome::Succeeded(Value::Null));
+    assert_eq!(outcome, Outcome::Succeeded(Json::default()));
     assert_eq!(place.written().trim(), size.to_string());
 }
 
@@ -181,7 +180,7 @@ async fn a_first_attempt_has_no_checkpoint_and_a_job_without_gpus_sees_none() {
     let script = r#"[ -z "${TRAINYARD_CHECKPOINT+set}" ] && [ "$CUDA_VISIBLE_DEVICES" = "" ] \
         && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]"#;
     let outcome = run(place.script(script)).await;
-    assert_eq!(outcome, Outcome::Succeeded(Value::Null));
+    assert_eq!(outcome, Outcome::Succeeded(Json::default()));
 }
 
 #[tokio::test]
@@ -209,7 +208,7 @@ async fn the_work_directory_stays_until_the_job_is_forgotten() {
     assert!(!failure(outcome_of(place.script(script), again.clone()).await).1);
     again.fence.attempt += 1;
     let outcome = outcome_of(place.script(script), again).await;
-    assert_eq!(outcome, Outcome::Succeeded(Value::Null));
+    assert_eq!(outcome, Outcome::Succeeded(Json::default()));
     assert_eq!(place.work_dirs(), 1);
 
     let mut keeping = place.script(script);

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use trainyard::json::Json;
 use trainyard::outcome::Outcome;
 
 use crate::support::{
@@ -46,7 +47,7 @@ async fn a_run_that_is_done_when_it_is_asked_to_stop_has_succeeded() {
     let run = begin(place.script(&script), attempt);
     reported_step(&reports).await;
     stop.cancel();
-    assert_eq!(run.await.unwrap(), Outcome::Succeeded(json!(1)));
+    assert_eq!(run.await.unwrap(), Outcome::Succeeded(json!(1).into()));
 }
 
 #[tokio::test]
@@ -80,7 +81,7 @@ async fn a_grandchild_in_another_session_is_killed_too() {
         report_step("$pid")
     );
     let outcome = outcome_of(place.script(&script), attempt).await;
-    assert_eq!(outcome, Outcome::Succeeded(Value::Null));
+    assert_eq!(outcome, Outcome::Succeeded(Json::default()));
     assert!(!lives(reported_step(&reports).await));
 }
 
@@ -135,7 +136,7 @@ async fn a_run_that_goes_on_reporting_is_not_stuck() {
     let mut settings = place.script(&script);
     settings.stall_timeout = Some(Duration::from_millis(1500));
     let outcome = outcome_of(settings, attempt(json!({}))).await;
-    assert_eq!(outcome, Outcome::Succeeded(Value::Null));
+    assert_eq!(outcome, Outcome::Succeeded(Json::default()));
 }
 
 #[tokio::test]
@@ -181,6 +182,6 @@ async fn a_run_goes_on_while_its_lease_is_renewed() {
     );
     reported_step(&reports).await;
     renewals.send_replace(soon + Duration::from_secs(60));
-    assert_eq!(run.await.unwrap(), Outcome::Succeeded(Value::Null));
+    assert_eq!(run.await.unwrap(), Outcome::Succeeded(Json::default()));
     assert!(Instant::now() > soon);
 }

@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::sync::Arc;
 use std::time::{Duration, Instant as StdInstant};
 
 use nix::sys::signal::{Signal, kill};
@@ -76,7 +75,6 @@ pub fn attempt(payload: Value) -> Attempt {
         },
         message_id: "1234".into(),
         data: payload.to_string().into(),
-        payload: Arc::new(payload.as_object().cloned().unwrap()),
         checkpoint: None,
         deadline: None,
         devices: None,

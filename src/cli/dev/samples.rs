@@ -98,6 +98,7 @@ fn mismatch(job: &Job, sample: &Sample) -> Option<String> {
     let Some(result) = &job.result else {
         return Some("no result is on record".to_owned());
     };
+    let result = result.to_value().unwrap_or_default();
     let accuracy = result["accuracy"].as_f64().unwrap_or_default();
     if accuracy < MIN_ACCURACY {
         return Some(format!(

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use serde_json::Value;
 use signal_hook::consts::{SIGKILL, SIGTERM};
 use signal_hook::low_level::signal_name;
 
 use super::lifeline::ExitStatus;
+use crate::json::Json;
 use crate::outcome::Outcome;
 
 /// How many of the last lines of stderr an error quotes.
@@ -32,7 +32,7 @@ pub(super) struct CommandExit<'a> {
     pub(super) stopped: bool,
     /// It was asked to stop because it reported nothing for this long.
     pub(super) stalled: Option<Duration>,
-    pub(super) result: Option<Value>,
+    pub(super) result: Option<Json>,
     /// The last lines of stderr.
     pub(super) errors: &'a [String],
     pub(super) permanent_exit_codes: &'a [u8],
@@ -160,12 +160,15 @@ mod tests {
     #[test]
     fn the_exit_code_decides() {
         let done = exit_with(Some(0), None).outcome();
-        assert_eq!(done, Outcome::Succeeded(Value::Null));
+        assert_eq!(done, Outcome::Succeeded(Json::default()));
         let with_result = CommandExit {
-            result: Some(json!({"a": 1})),
+            result: Some(json!({"a": 1}).into()),
             ..exit_with(Some(0), None)
         };
-        assert_eq!(with_result.outcome(), Outcome::Succeeded(json!({"a": 1})));
+        assert_eq!(
+            with_result.outcome(),
+            Outcome::Succeeded(json!({"a": 1}).into())
+        );
         for (code, permanent) in [(1, false), (2, false), (65, true), (78, true), (255, false)] {
             let failed = failure(exit_with(Some(code), None));
             assert_eq!(failed, (format!("exit code {code}"), permanent));
@@ -200,8 +203,8 @@ mod tests {
         let (error, permanent) = failure(stopped(None));
         assert_eq!(error, "stopped before it was done (exit code 0)");
         assert!(!permanent);
-        let done = stopped(Some(json!(1))).outcome();
-        assert_eq!(done, Outcome::Succeeded(json!(1)));
+        let done = stopped(Some(json!(1).into())).outcome();
+        assert_eq!(done, Outcome::Succeeded(json!(1).into()));
     }
 
     #[test]

@@ -6,13 +6,13 @@ mod log_limiter;
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::lines::{Line, Lines};
 use super::report_line::ReportLine;
+use crate::json::Json;
 use crate::report::{Reports, Tail, readable};
 use log_limiter::{Decision, LogLimiter};
 
@@ -32,7 +32,7 @@ pub(super) struct Output {
 
 struct State {
     limiter: LogLimiter,
-    result: Option<Value>,
+    result: Option<Json>,
     /// The last lines of stderr, for the error of a failed run.
     errors: Tail,
     /// When the last report line came, or the run began.
@@ -169,7 +169,7 @@ impl Output {
         log_hidden(hidden);
     }
 
-    pub(super) fn result(&self) -> Option<Value> {
+    pub(super) fn result(&self) -> Option<Json> {
         self.state().result.clone()
     }
 
@@ -219,7 +219,7 @@ mod tests {
         let stderr: &[u8] = b"@trainyard {\"step\":2}\nwhoa\n";
         output.read(stdout, stderr).await;
         assert_eq!(reports.series().len(), 1);
-        assert_eq!(output.result(), Some(json!(7)));
+        assert_eq!(output.result(), Some(json!(7).into()));
         let checkpoint = reports.watch_checkpoint().borrow().clone();
         assert_eq!(checkpoint.as_deref(), Some("c"));
         assert_eq!(output.last_errors(), ["@trainyard {\"step\":2}", "whoa"]);

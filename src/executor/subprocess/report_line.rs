@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
+use crate::json::{Fields, Json};
 use crate::report::Progress;
 
 pub(super) const PREFIX: &str = "@trainyard ";
@@ -21,7 +22,7 @@ const NOT_NUMBERS: &[&str] = &["NaN", "Infinity", "-Infinity"];
 pub(super) struct ReportLine {
     pub(super) progress: Option<Progress>,
     pub(super) checkpoint: Option<String>,
-    pub(super) result: Option<Value>,
+    pub(super) result: Option<Json>,
     /// The invalid fields, with the reasons. The other fields count.
     pub(super) errors: Vec<String>,
 }
@@ -33,12 +34,18 @@ impl ReportLine {
     }
 
     fn parse(json: &[u8]) -> Result<Self, String> {
-        let mut object: Map<String, Value> = serde_json::from_slice(json)
-            .or_else(|error| match without_non_numbers(json) {
-                Some(json) => serde_json::from_slice(&json),
-                None => Err(error),
-            })
-            .map_err(|error| error.to_string())?;
+        let json = std::str::from_utf8(json).map_err(|error| error.to_string())?;
+        match serde_json::from_str(json) {
+            Ok(fields) => Self::of(fields),
+            Err(error) => {
+                let numbers_only = without_non_numbers(json).ok_or_else(|| error.to_string())?;
+                let fields = serde_json::from_str(&numbers_only);
+                Self::of(fields.map_err(|error| error.to_string())?)
+            }
+        }
+    }
+
+    fn of(mut object: Fields<'_>) -> Result<Self, String> {
         let mut errors = Vec::new();
         let checkpoint = field(&mut object, "checkpoint", &mut errors, checkpoint);
         let progress = Progress {
@@ -49,7 +56,7 @@ impl ReportLine {
         let line = Self {
             progress: (progress != Progress::default()).then_some(progress),
             checkpoint,
-            result: object.remove("result"),
+            result: object.remove("result").map(Json::from),
             errors,
         };
         match line == Self::default() {
@@ -61,13 +68,16 @@ impl ReportLine {
 
 /// A field's value, or `None` if it is missing, null or invalid.
 fn field<T>(
-    object: &mut Map<String, Value>,
+    object: &mut Fields<'_>,
     name: &str,
     errors: &mut Vec<String>,
     read: impl FnOnce(Value) -> Result<T, String>,
 ) -> Option<T> {
-    let value = object.remove(name).filter(|value| !value.is_null())?;
-    read(value)
+    let value = object.remove(name).filter(|value| value.get() != "null")?;
+    let value =
+        serde_json::from_str(value.get()).map_err(|error| format!("is unreadable: {error}"));
+    value
+        .and_then(read)
         .map_err(|reason| errors.push(format!("`{name}` {reason}")))
         .ok()
 }
@@ -102,20 +112,26 @@ fn non_negative_integer(value: Value) -> Result<u64, String> {
     number.ok_or_else(|| "is not a non-negative integer".to_owned())
 }
 
-fn metrics(object: &mut Map<String, Value>, errors: &mut Vec<String>) -> BTreeMap<String, f64> {
-    let given = field(object, "metrics", errors, |value| match value {
-        Value::Object(metrics) => Ok(metrics),
-        _ => Err("is not an object".to_owned()),
-    });
+/// Metrics are floating-point numbers of 64 bits.
+fn metrics(object: &mut Fields<'_>, errors: &mut Vec<String>) -> BTreeMap<String, f64> {
+    let Some(given) = object
+        .remove("metrics")
+        .filter(|given| given.get() != "null")
+    else {
+        return BTreeMap::new();
+    };
+    let Ok(given) = serde_json::from_str::<Fields<'_>>(given.get()) else {
+        errors.push("`metrics` is not an object".to_owned());
+        return BTreeMap::new();
+    };
     given
-        .unwrap_or_default()
         .into_iter()
         .filter(|(name, _)| name.len() <= MAX_METRIC_NAME && !name.contains('\0'))
         // Null stands for NaN or an infinity, which JSON lacks.
-        .filter(|(_, value)| !value.is_null())
-        .filter_map(|(name, value)| match value.as_f64() {
-            Some(number) => Some((name, number)),
-            None => {
+        .filter(|(_, value)| value.get() != "null")
+        .filter_map(|(name, value)| match serde_json::from_str(value.get()) {
+            Ok(number) => Some((name.into_owned(), number)),
+            Err(_) => {
                 errors.push(format!("metric `{}` is not a number", name.escape_debug()));
                 None
             }
@@ -126,37 +142,28 @@ fn metrics(object: &mut Map<String, Value>, errors: &mut Vec<String>) -> BTreeMa
 
 /// Replaces NaN and infinities, which Python's `json` and others write, with
 /// null. `None` if there are none.
-fn without_non_numbers(json: &[u8]) -> Option<Vec<u8>> {
-    let mut written = Vec::with_capacity(json.len());
+fn without_non_numbers(json: &str) -> Option<String> {
+    let mut written = String::with_capacity(json.len());
     let mut rest = json;
-    let (mut in_string, mut found) = (false, false);
-    while let Some((&byte, after)) = rest.split_first() {
-        let skipped = match byte {
-            _ if in_string => None,
-            b'N' | b'I' | b'-' => NOT_NUMBERS
-                .iter()
-                .find_map(|name| rest.strip_prefix(name.as_bytes())),
-            _ => None,
-        };
-        if let Some(after) = skipped {
-            written.extend_from_slice(b"null");
-            found = true;
+    let mut in_string = false;
+    while let Some(next) = rest.chars().next() {
+        let not_a_number = NOT_NUMBERS
+            .iter()
+            .find_map(|name| rest.strip_prefix(name).filter(|_| !in_string));
+        if let Some(after) = not_a_number {
+            written.push_str("null");
             rest = after;
             continue;
         }
-        written.push(byte);
+        // An escaped quote does not end the string.
+        let escape = in_string && next == '\\';
+        let taken = rest.chars().take(if escape { 2 } else { 1 });
+        let (taken, after) = rest.split_at(taken.map(char::len_utf8).sum());
+        written.push_str(taken);
         rest = after;
-        match (byte, after.split_first()) {
-            (b'"', _) => in_string = !in_string,
-            // An escaped quote does not end the string.
-            (b'\\', Some((&escaped, after))) if in_string => {
-                written.push(escaped);
-                rest = after;
-            }
-            _ => {}
-        }
+        in_string ^= next == '"';
     }
-    found.then_some(written)
+    (written != json).then_some(written)
 }
 
 #[cfg(test)]
@@ -182,7 +189,7 @@ mod tests {
             BTreeMap::from([("loss".to_owned(), 0.31)])
         );
         assert_eq!(line.checkpoint.as_deref(), Some("gs://b/c"));
-        assert_eq!(line.result, Some(json!({"a": 1})));
+        assert_eq!(line.result, Some(json!({"a": 1}).into()));
     }
 
     #[test]
@@ -226,7 +233,7 @@ mod tests {
             let line = parse(&format!("{{{field},\"checkpoint\":\"c\",\"result\":1}}"));
             let expected = ReportLine {
                 checkpoint: Some("c".to_owned()),
-                result: Some(json!(1)),
+                result: Some(json!(1).into()),
                 ..ReportLine::default()
             };
             let line = line.unwrap();
@@ -256,7 +263,7 @@ mod tests {
             BTreeMap::from([("c".to_owned(), 1.5)])
         );
         assert_eq!(line.checkpoint.as_deref(), Some("NaN \" -Infinity"));
-        assert_eq!(line.result, Some(json!([null, null, "NaN\\", -1])));
+        assert_eq!(line.result, Some(json!([null, null, "NaN\\", -1]).into()));
         assert_eq!(line.errors, [""; 0]);
     }
 }

@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::columns::{attempts, fence_tokens, key_columns};
 use crate::job::JobKey;
+use crate::json::Json;
 use crate::outcome::DeadReason;
 use crate::store::values::{MAX_DUPLICATES_IN_LEDGER, json_text, storable};
 use crate::store::{Finish, Finished, Refusal, Refused, Release, StoreError};
@@ -61,8 +62,7 @@ pub(super) async fn finish(
     let (subscriptions, keys) = key_columns(finishes.iter().map(|finish| &finish.fence.key));
     let results = finishes
         .iter()
-        .map(|finish| finish.ending.result.as_ref().map(json_text).transpose())
-        .collect::<Result<Vec<Option<String>>, StoreError>>()?;
+        .map(|finish| finish.ending.result.as_ref().map(Json::as_str));
     let errors = finishes
         .iter()
         .map(|finish| finish.ending.error.as_deref().map(storable));
@@ -78,7 +78,7 @@ pub(super) async fn finish(
                 .collect::<Vec<_>>(),
         )
         .bind(errors.collect::<Vec<_>>())
-        .bind(results)
+        .bind(results.collect::<Vec<_>>())
         .bind(
             finishes
                 .iter()

@@ -7,6 +7,7 @@ use uuid::Uuid;
 use super::entry::{Entry, add_to_ledger};
 use super::{BEGIN, milliseconds};
 use crate::job::{Fence, JobKey};
+use crate::json::Json;
 use crate::outcome::DeadReason;
 use crate::store::values::{MAX_DUPLICATES_IN_LEDGER, json_text, storable};
 use crate::store::{Finish, Finished, Refusal, Refused, Release, StoreError};
@@ -56,7 +57,7 @@ async fn finish_one(
         .bind(fence.token)
         .bind(ending.state.as_str())
         .bind(ending.error.as_deref().map(storable))
-        .bind(ending.result.as_ref().map(json_text).transpose()?)
+        .bind(ending.result.as_ref().map(Json::as_str))
         .bind(ending.reason.map(DeadReason::as_str))
         .bind(finish.checkpoint.as_deref().map(storable))
         .bind(finish.dead_letter_topic.as_deref())

@@ -1,11 +1,9 @@
 use std::path::Path;
-use std::sync::Arc;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::message::Payload;
 use crate::report::Reports;
 
 const DIGITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/digits.csv.gz");
@@ -22,14 +20,10 @@ fn digits(output: &Path, fields: Value) -> Value {
 
 /// A run of this payload, its progress, and what stops it.
 fn run_of(payload: Value) -> (Run, watch::Receiver<Progress>, CancellationToken) {
-    let Value::Object(payload) = payload else {
-        panic!("a payload is an object");
-    };
-    let payload: Payload = payload;
     let reports = Reports::default();
     let seen = reports.watch_progress();
     let stop = CancellationToken::new();
-    let run = Run::new("job", 1, Arc::new(payload), reports, stop.clone());
+    let run = Run::new("job", 1, payload.to_string(), reports, stop.clone());
     (run, seen, stop)
 }
 

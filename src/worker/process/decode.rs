@@ -28,10 +28,7 @@ impl Processor {
         let request = Request::decode(&message.data)
             .map_err(|error| refusal(DeadReason::Malformed, None, error.to_string()))?;
         let settings = &intake.settings;
-        let key = match settings
-            .dedupe_key
-            .of(&intake.name, message, &request.payload)
-        {
+        let key = match settings.dedupe_key.of(&intake.name, message) {
             Ok(key) => key,
             Err(missing) => match settings.without_dedupe_key {
                 WithoutDedupeKey::MessageId => JobKey::of_message_id(&intake.name, message),

@@ -76,7 +76,7 @@ impl Executor for Timed {
             () = sleep(self.runs_for) => {}
             () = attempt.stop.cancelled() => sleep(self.stops_within).await,
         }
-        Outcome::Succeeded(json!("done"))
+        Outcome::Succeeded(json!("done").into())
     }
 }
 
@@ -150,7 +150,7 @@ async fn play(scene: Scene) -> (Outcome, Duration) {
 }
 
 fn done() -> Outcome {
-    Outcome::Succeeded(Value::from("done"))
+    Outcome::Succeeded(Value::from("done").into())
 }
 
 #[tokio::test(start_paused = true)]

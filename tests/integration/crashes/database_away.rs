@@ -4,10 +4,10 @@ use serde_json::json;
 
 use super::checker::violations;
 use super::{FAST, SUBSCRIPTION, Scene, Settings};
-use crate::support::once_still;
 use crate::support::private_postgres::PrivatePostgres;
 use crate::support::runs::RunEvent;
 use crate::support::scene::CALM;
+use crate::support::{eventually, once_still};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_pulled_while_the_database_is_away() {
@@ -58,8 +58,10 @@ async fn a_run_that_cannot_be_renewed_stops_and_runs_again() {
     scene.runs_have_started(1).await;
 
     postgres.crash();
-    worker.says("the lease is lost").await;
-    assert_eq!(scene.runs.of(RunEvent::Stopped).len(), 1);
+    eventually("the run is stopped", async || {
+        (scene.runs.of(RunEvent::Stopped).len() == 1).then_some(())
+    })
+    .await;
 
     postgres.start_again();
     scene.runs_have_started(2).await;
