@@ -2,6 +2,7 @@
 
 pub(crate) mod pubsub_checks;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -131,8 +132,9 @@ pub async fn build_worker(
     }
     pubsub_checks::check_names(connection, config)?;
     let mut pulled = Vec::new();
+    let mut known = BTreeMap::new();
     for (name, settings) in &config.subscriptions {
-        for concern in pubsub_checks::check(connection, name, config).await? {
+        for concern in pubsub_checks::check(connection, name, config, &mut known).await? {
             warn!(subscription = name, "{concern}");
         }
         let pulling = Pulling {
@@ -143,6 +145,7 @@ pub async fn build_worker(
         };
         pulled.push((name, settings, pulling));
     }
+    pubsub_checks::check_circles(connection, config, &known)?;
     let streams = pulled.iter().map(|(_, _, pulling)| pulling.streams());
     let clients = connection.clients(streams.sum());
     let subscriptions = pulled.into_iter().map(|(name, settings, pulling)| {

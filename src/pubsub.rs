@@ -37,6 +37,10 @@ pub enum PubsubError {
     /// Pub/Sub rejects what was sent, and always will.
     #[error("Pub/Sub does not take what was sent to {what}: {reason}")]
     Refused { what: String, reason: String },
+    /// The resource is not fit for this, such as a push subscription that is pulled.
+    /// Retrying does not help until somebody changes it.
+    #[error("{what} cannot be used as it is: {reason}")]
+    Unfit { what: String, reason: String },
     /// A stream has brought nothing for so long that it may be dead.
     #[error("{what} has been quiet for {} s", .quiet_for.as_secs())]
     Quiet { what: String, quiet_for: Duration },
@@ -62,6 +66,10 @@ impl PubsubError {
                 reason: error.to_string(),
             },
             Some(Code::InvalidArgument) => Self::Refused {
+                what,
+                reason: error.to_string(),
+            },
+            Some(Code::FailedPrecondition) => Self::Unfit {
                 what,
                 reason: error.to_string(),
             },

@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 
 use clap::{Args, Subcommand};
@@ -110,8 +111,9 @@ async fn check_subscriptions(config: &Config) -> anyhow::Result<()> {
     };
     pubsub_checks::check_names(&connection, config)?;
     let mut refused = None;
+    let mut known = BTreeMap::new();
     for name in config.subscriptions.keys() {
-        match pubsub_checks::check(&connection, name, config).await {
+        match pubsub_checks::check(&connection, name, config, &mut known).await {
             Ok(concerns) => {
                 remark(&format!("subscription {name}: checked"))?;
                 for concern in concerns {
@@ -127,6 +129,7 @@ async fn check_subscriptions(config: &Config) -> anyhow::Result<()> {
             Err(error) => remark(&format!("subscription {name}: not checked: {error}"))?,
         }
     }
+    pubsub_checks::check_circles(&connection, config, &known)?;
     refused.map_or(Ok(()), Err)
 }
 

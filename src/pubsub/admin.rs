@@ -17,6 +17,10 @@ const DEFAULT_RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// <https://cloud.google.com/pubsub/docs/dead-letter-topics#dead-letter_topic_properties>
 const DEFAULT_DELIVERY_ATTEMPTS: u32 = 5;
 
+/// What Pub/Sub shows in place of a topic that is deleted.
+/// <https://cloud.google.com/pubsub/docs/reference/rest/v1/projects.subscriptions#Subscription>
+const DELETED_TOPIC: &str = "_deleted-topic_";
+
 /// The settings of a subscription that matter here.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SubscriptionFacts {
@@ -27,6 +31,18 @@ pub struct SubscriptionFacts {
     /// Pub/Sub itself dead-letters a message after this many deliveries. None: the
     /// subscription has no dead-letter policy.
     pub max_delivery_attempts: Option<u32>,
+    /// The full path of that policy's topic.
+    pub given_up_to: Option<String>,
+    /// Where Pub/Sub itself sends the messages. None: they can be pulled.
+    pub sent_to: Option<&'static str>,
+}
+
+impl SubscriptionFacts {
+    /// Whether its topic is deleted, so that no message will ever come again.
+    #[must_use]
+    pub fn has_lost_its_topic(&self) -> bool {
+        self.topic == DELETED_TOPIC
+    }
 }
 
 impl Connection {
@@ -60,8 +76,22 @@ impl Connection {
         let get = admin.get_subscription().set_subscription(&path);
         let found = self.in_time(&what, get.send()).await?;
         let retention = found.message_retention_duration;
+        let pushes = found
+            .push_config
+            .is_some_and(|push| !push.push_endpoint.is_empty());
+        let sent_to = [
+            (pushes, "a push endpoint"),
+            (found.bigquery_config.is_some(), "BigQuery"),
+            (found.cloud_storage_config.is_some(), "Cloud Storage"),
+        ];
         let policy = found.dead_letter_policy;
         Ok(SubscriptionFacts {
+            given_up_to: policy
+                .as_ref()
+                .map(|policy| policy.dead_letter_topic.clone()),
+            sent_to: sent_to
+                .into_iter()
+                .find_map(|(sent, to)| sent.then_some(to)),
             topic: found.topic,
             retention: retention.map_or(DEFAULT_RETENTION, |retention| {
                 Duration::from_secs(retention.seconds().unsigned_abs())

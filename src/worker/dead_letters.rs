@@ -18,6 +18,7 @@ use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use crate::job::DeadLetter;
+use crate::message::Message;
 use crate::pubsub::{Outgoing, Publishers, PubsubError};
 use crate::retry::{Backoff, jittered};
 use crate::store::{DeadLetterBox, DeadLettersDue, StoreError, in_time};
@@ -135,8 +136,13 @@ impl DeadLetters {
         in_time(self.letters.dead_letters(&due)).await
     }
 
+    /// False if it is still to be published.
     async fn publish(&self, letter: &DeadLetter) -> bool {
         let (job, topic) = (&letter.key, &letter.topic);
+        if path_of(&letter.message).any(|subscription| *subscription == *job.subscription) {
+            warn!(%job, topic, "it was a dead letter of this subscription before, so it is not published; its job keeps the message");
+            return self.settle(letter, BEFORE).await;
+        }
         let publishing = self.publishers.publish(topic, outgoing(letter));
         let Ok(published) = timeout(PUBLISH_TIMEOUT, publishing).await else {
             error!(%job, topic, "a dead letter is not published yet: no answer");
@@ -156,17 +162,33 @@ impl DeadLetters {
                 return false;
             }
         };
+        self.settle(letter, &detail).await
+    }
+
+    async fn settle(&self, letter: &DeadLetter, detail: &str) -> bool {
         let settling = self
             .letters
-            .dead_letter_settled(letter, &self.worker, &detail);
+            .dead_letter_settled(letter, &self.worker, detail);
         match in_time(settling).await {
             Ok(()) => true,
             Err(error) => {
-                warn!(%job, %error, "a dead letter may be published twice");
+                warn!(job = %letter.key, %error, "a dead letter may be published twice");
                 false
             }
         }
     }
+}
+
+/// Why a dead letter is not published, for the ledger.
+const BEFORE: &str = "it was a dead letter of this subscription before, so its topic leads back here; the message stays in the table only";
+
+/// The subscriptions in which the message has been dead, separated by spaces. Without it,
+/// two deployments could send a message to each other for ever.
+const PATH: &str = "trainyard-path";
+
+fn path_of(message: &Message) -> impl Iterator<Item = &str> {
+    let path = message.attributes.get(PATH);
+    path.into_iter().flat_map(|path| path.split(' '))
 }
 
 /// The message unchanged, plus why it is dead.
@@ -174,6 +196,10 @@ fn outgoing(letter: &DeadLetter) -> Outgoing {
     let message = &letter.message;
     let published = message.publish_time.to_rfc3339();
     let attempts = letter.attempts.to_string();
+    let path: Vec<&str> = path_of(message)
+        .chain([&*letter.key.subscription])
+        .collect();
+    let path = path.join(" ");
     let ours = [
         ("reason", letter.reason.as_deref()),
         ("error", letter.error.as_deref()),
@@ -182,6 +208,7 @@ fn outgoing(letter: &DeadLetter) -> Outgoing {
         ("subscription", Some(&*letter.key.subscription)),
         ("message-id", Some(&*message.id)),
         ("publish-time", Some(&*published)),
+        ("path", Some(&*path)),
     ];
     let ours: Vec<(String, String)> = ours
         .into_iter()
@@ -256,6 +283,7 @@ mod tests {
             ("trainyard-attempts", "2"),
             ("trainyard-error", "no such column"),
             ("trainyard-message-id", "7"),
+            ("trainyard-path", "s"),
             ("trainyard-publish-time", "1970-01-01T00:00:00+00:00"),
             ("trainyard-reason", "permanent"),
             ("trainyard-subscription", "s"),
@@ -274,6 +302,14 @@ mod tests {
                 .iter()
                 .all(|(_, value)| value.len() <= MAX_ATTRIBUTE_BYTES)
         );
+    }
+
+    #[test]
+    fn a_dead_letters_path_grows_by_each_subscription() {
+        let first = BTreeMap::from([(PATH.to_owned(), "a b".to_owned())]);
+        let sent = outgoing(&letter(first, "new"));
+        let path = sent.attributes.iter().find(|(name, _)| name == PATH);
+        assert_eq!(path.unwrap().1, "a b s");
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::support::{eventually, has_failpoints};
 on_both_databases!(
     a_dead_message_is_published_with_its_reason,
     a_refused_message_is_published_as_it_came,
+    a_dead_letter_that_comes_back_is_not_published_again,
     a_dead_letter_survives_the_worker_that_should_have_published_it,
     a_missing_topic_is_found_at_the_start,
 );
@@ -67,6 +68,7 @@ async fn a_dead_message_is_published_with_its_reason(database: Database) {
         ("attempts", "3"),
         ("error", "told to fail"),
         ("message-id", id.as_str()),
+        ("path", TRAINING),
         ("publish-time", published.as_str()),
         ("reason", "attempts_exhausted"),
         ("subscription", TRAINING),
@@ -89,6 +91,35 @@ async fn a_refused_message_is_published_as_it_came(database: Database) {
     assert!(reasons["error"].contains("not valid JSON"));
     assert_eq!(reasons["attempts"], "0");
     assert!(!reasons.contains_key("task"));
+}
+
+/// Somebody else's pipeline leads dead letters back to the topic that they came from.
+async fn a_dead_letter_that_comes_back_is_not_published_again(database: Database) {
+    let scene = scene(&database).await;
+    let _worker = scene.start_worker("w1");
+    scene.publish(json!({"fail": "permanent"})).await;
+    let letter = the_dead_letter(&scene).await;
+    let back = Outgoing {
+        data: letter.data.to_vec(),
+        attributes: letter.attributes.into_iter().collect(),
+        ..Outgoing::default()
+    };
+    let connection = &scene.broker.connection;
+    let id = connection.publish(TRAINING, back).await.unwrap();
+    scene.job(&id, JobState::Dead).await;
+    eventually("its end is on record", async || {
+        let stories = scene.store.stories(&id).await.unwrap();
+        let ledger = &stories.first()?.ledger;
+        let settled = ledger.iter().find(|entry| entry.kind == "dead_lettered")?;
+        settled
+            .detail
+            .as_ref()?
+            .contains("leads back here")
+            .then_some(())
+    })
+    .await;
+    assert_eq!(scene.broker.backlog(DEAD), 0);
+    scene.nothing_is_left_to_deliver().await;
 }
 
 /// The job is dead and its message acked. Then the topic is created, and another worker

@@ -83,7 +83,8 @@ impl Backlog {
             exactly_once: settings.exactly_once,
             retry: settings.retry.clone(),
             max_attempts: settings.dead_letter.as_ref().map(attempts),
-            dead_letter_topic_exists: false,
+            // Checked at the creation.
+            dead_letter_topic_exists: settings.dead_letter.is_some(),
             entries: BTreeMap::new(),
             ready: Ready::default(),
             timers: BTreeSet::new(),

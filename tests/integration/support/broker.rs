@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use futures::future::try_join_all;
 use google_cloud_auth::credentials::anonymous;
-use google_cloud_pubsub::client::{Publisher, SubscriptionAdmin};
-use google_cloud_pubsub::model::{self, DeadLetterPolicy, Message};
+use google_cloud_pubsub::client::{Publisher, SubscriptionAdmin, TopicAdmin};
+use google_cloud_pubsub::model::{self, DeadLetterPolicy, Message, PushConfig};
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use trainyard::pubsub::{Connection, Outgoing, Pulling, Subscription};
@@ -127,6 +127,23 @@ impl Broker {
         DeadLetterPolicy::new()
             .set_dead_letter_topic(self.connection.topic_path(GIVEN_UP))
             .set_max_delivery_attempts(DELIVERIES)
+    }
+
+    /// Deletes the topic; its subscriptions stay.
+    pub async fn delete_topic(&self, name: &str) {
+        let admin = TopicAdmin::builder()
+            .with_endpoint(format!("http://{}", self.host))
+            .with_credentials(anonymous::Builder::new().build());
+        let admin = admin.build().await.unwrap();
+        let path = self.connection.topic_path(name);
+        admin.delete_topic().set_topic(path).send().await.unwrap();
+    }
+
+    /// Creates a topic and a push subscription of that name.
+    pub async fn subscribe_with_push(&self, name: &str) {
+        let push = PushConfig::new().set_push_endpoint("http://127.0.0.1:9/");
+        let wanted = self.wanted(name, name).await;
+        self.make(wanted.set_push_config(push)).await;
     }
 
     /// Creates a topic and a subscription of that name that keeps the order of messages

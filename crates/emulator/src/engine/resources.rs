@@ -73,16 +73,16 @@ impl Engine {
         if self.feeds.contains_key(&settings.name) {
             return Err(BrokerError::already_exists(&settings.name));
         }
+        if let Some(policy) = &settings.dead_letter {
+            self.known_topic(&policy.topic)?;
+        }
         let creation = self.next_number();
         let topic = self
             .topics
             .get_mut(&settings.topic)
             .ok_or_else(|| BrokerError::not_found(&settings.topic))?;
         topic.subscriptions.insert(settings.name.clone());
-        let mut feed = Feed::new(settings.clone(), creation);
-        let dead_letters = settings.dead_letter.as_ref();
-        let topic_exists = dead_letters.is_some_and(|p| self.topics.contains_key(&p.topic));
-        feed.set_dead_letter_topic_exists(topic_exists);
+        let feed = Feed::new(settings.clone(), creation);
         self.feeds.insert(settings.name.clone(), feed);
         Ok(settings)
     }

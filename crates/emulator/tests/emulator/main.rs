@@ -69,6 +69,11 @@ impl Running {
         let running = Self::with(options).await;
         let topics = running.topic_admin().await;
         topics.create_topic().set_name(TOPIC).send().await.unwrap();
+        let policy = subscription.dead_letter_policy.iter();
+        for policy in policy.filter(|policy| policy.dead_letter_topic != TOPIC) {
+            let create = topics.create_topic().set_name(&policy.dead_letter_topic);
+            create.send().await.unwrap();
+        }
         let request = running.subscription_admin().await.create_subscription();
         let subscription = subscription.set_name(SUBSCRIPTION).set_topic(TOPIC);
         request.with_request(subscription).send().await.unwrap();

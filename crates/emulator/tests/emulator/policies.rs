@@ -37,8 +37,6 @@ async fn a_message_nacked_too_often_arrives_on_the_dead_letter_topic() {
         .set_dead_letter_topic(DEAD)
         .set_max_delivery_attempts(5);
     let running = Running::prepared(Subscription::new().set_dead_letter_policy(policy)).await;
-    let topics = running.topic_admin().await;
-    topics.create_topic().set_name(DEAD).send().await.unwrap();
     let morgue = running.subscription_admin().await.create_subscription();
     let morgue = morgue.set_name(MORGUE).set_topic(DEAD);
     morgue.send().await.unwrap();

@@ -6,16 +6,22 @@ use crate::resource::{DeadLetterPolicy, RetryPolicy, Subscription};
 const DEAD: &str = "projects/p/topics/dead";
 const MORGUE: &str = "projects/p/subscriptions/morgue";
 
-/// A subscription that gives up after five attempts. Its dead-letter topic does not
-/// exist.
+/// A subscription that gives up after five attempts.
 fn giving_up(settings: Subscription) -> Fixture {
-    Fixture::with(Subscription {
+    let mut fixture = Fixture::empty(1 << 30);
+    fixture.create_dead_letter_topic();
+    fixture.subscribe(SUBSCRIPTION, with_policy(settings));
+    fixture
+}
+
+fn with_policy(settings: Subscription) -> Subscription {
+    Subscription {
         dead_letter: Some(DeadLetterPolicy {
             topic: DEAD.to_owned(),
             max_delivery_attempts: 5,
         }),
         ..settings
-    })
+    }
 }
 
 impl Fixture {
@@ -167,7 +173,6 @@ fn a_retry_policy_has_defaults_and_limits() {
 #[test]
 fn a_message_that_failed_too_often_goes_to_the_dead_letter_topic() {
     let mut fixture = giving_up(Subscription::default());
-    fixture.create_dead_letter_topic();
     let id = fixture.publish_keyed("k", "a");
     let published = fixture.wall;
     fixture.fail(4);
@@ -198,6 +203,8 @@ fn a_message_that_failed_too_often_goes_to_the_dead_letter_topic() {
 #[test]
 fn without_the_dead_letter_topic_a_message_is_redelivered_until_there_is_one() {
     let mut fixture = giving_up(Subscription::default());
+    fixture.engine.delete_topic(DEAD).unwrap();
+    fixture.engine.delete_subscription(MORGUE).unwrap();
     fixture.publish("a");
     fixture.fail(7);
     assert_eq!(fixture.backlog(), 1);
@@ -214,7 +221,6 @@ fn without_the_dead_letter_topic_a_message_is_redelivered_until_there_is_one() {
 #[test]
 fn an_acknowledged_message_is_no_dead_letter() {
     let mut fixture = giving_up(Subscription::default());
-    fixture.create_dead_letter_topic();
     fixture.publish("a");
     fixture.fail(4);
     let fifth = fixture.pull().remove(0);
@@ -230,9 +236,20 @@ fn a_dead_letter_makes_way_for_the_next_of_its_key() {
         ordered: true,
         ..Subscription::default()
     });
-    fixture.create_dead_letter_topic();
     fixture.publish_keyed("k", "k1");
     fixture.publish_keyed("k", "k2");
     fixture.fail(5);
     assert_eq!(fixture.pull_texts(), ["k2"]);
+}
+
+#[test]
+fn a_policy_whose_topic_does_not_exist_is_refused() {
+    let mut fixture = Fixture::empty(1 << 30);
+    let missing = with_policy(Subscription {
+        name: SUBSCRIPTION.to_owned(),
+        topic: TOPIC.to_owned(),
+        ..Subscription::default()
+    });
+    let refused = fixture.engine.create_subscription(missing);
+    assert_eq!(refused, Err(BrokerError::not_found(DEAD)));
 }
