@@ -22,7 +22,6 @@ use tracing::{debug, error, warn};
 use uuid::Uuid;
 
 use crate::job::{Claim, ClaimRequest, Fence, JobKey};
-use crate::outcome::{DeadReason, Ending};
 use crate::record::{AttemptReport, Note, NoteKind};
 use crate::retry::Backoff;
 use crate::store::{
@@ -220,10 +219,9 @@ impl Guard {
         if finished.is_some() || give_up.is_cancelled() {
             return finished;
         }
-        // A result that cannot be stored must not keep the job from ending.
-        let error = "its outcome could not be stored; the worker's log says why";
+        // Words that cannot be stored must not keep the job from ending as it did.
         let finish = Finish {
-            ending: Ending::dead(DeadReason::Permanent, error),
+            ending: finish.ending.without_words(),
             checkpoint: None,
             ..finish.clone()
         };
@@ -246,6 +244,19 @@ impl Guard {
     /// Gives a claim back, retrying while the database is away. Some(false): another
     /// worker has it by now.
     pub async fn release(&self, release: &Release, give_up: &CancellationToken) -> Option<bool> {
+        let released = self.try_to_release(release, give_up).await;
+        if released.is_some() || give_up.is_cancelled() {
+            return released;
+        }
+        let release = Release {
+            why: release.why.without_words(),
+            checkpoint: None,
+            ..release.clone()
+        };
+        self.try_to_release(&release, give_up).await
+    }
+
+    async fn try_to_release(&self, release: &Release, give_up: &CancellationToken) -> Option<bool> {
         let asking = || async {
             let releasing = in_time(self.store.release(release));
             self.noted(releasing.await.map_err(Arc::new))

@@ -99,6 +99,22 @@ impl Ending {
         }
     }
 
+    /// The same end without what a program or a task has said, for a database that does not
+    /// take that.
+    #[must_use]
+    pub fn without_words(&self) -> Self {
+        let error = match self.state {
+            FinalState::Succeeded => Some("it succeeded, but the database refused its result"),
+            FinalState::Dead => Some("the database refused its error"),
+            FinalState::Cancelled => None,
+        };
+        Self {
+            error: error.map(|error| format!("{error}; the worker's log says why")),
+            result: None,
+            ..self.clone()
+        }
+    }
+
     #[must_use]
     pub fn cancelled() -> Self {
         Self {

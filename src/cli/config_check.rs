@@ -8,6 +8,7 @@ use crate::app::{self, pubsub_checks};
 use crate::config::{Config, ConfigError, timeline};
 use crate::executor::check_command;
 use crate::registry::work_dir_of_commands;
+use crate::store::{Missing, SchemaError};
 
 /// Check the configuration.
 #[derive(Debug, Subcommand)]
@@ -18,11 +19,11 @@ pub(super) enum ConfigCommand {
 /// Check the configuration and print the settings in force.
 ///
 /// Prints the settings of all layers, with secrets masked, and a timeline of each
-/// task. Compares them with the subscriptions and topics in Pub/Sub, where this user may
-/// read those; fails if `trainyard run` would refuse one.
+/// task. Compares them with the database, and with the subscriptions and topics in Pub/Sub,
+/// where this user may read those; fails if `trainyard run` would refuse one.
 #[derive(Debug, Args)]
 pub(super) struct Check {
-    /// Do not connect to Pub/Sub
+    /// Do not connect to the database and to Pub/Sub
     #[arg(long)]
     offline: bool,
 }
@@ -46,7 +47,10 @@ impl ConfigCommand {
         work_dir_of_commands(&config).await?;
         match offline {
             true => Ok(()),
-            false => check_subscriptions(&config).await,
+            false => {
+                check_database(&config).await?;
+                check_subscriptions(&config).await
+            }
         }
     }
 }
@@ -99,6 +103,20 @@ fn concerns_about_commands(config: &Config) -> Vec<String> {
         }
     }
     concerns
+}
+
+/// # Errors
+/// It can never hold the tables.
+async fn check_database(config: &Config) -> anyhow::Result<()> {
+    let store = match app::open_store(config, Missing::Fail).await {
+        Ok(store) => store,
+        Err(error) => return remark(&format!("database: not checked: {error:#}")),
+    };
+    match store.check_schema().await {
+        Ok(()) => remark("database: checked"),
+        Err(unfit @ SchemaError::Unfit(_)) => Err(ConfigError::Invalid(unfit.to_string()).into()),
+        Err(error) => remark(&format!("warning: database: {error}")),
+    }
 }
 
 /// Compares the subscriptions in Pub/Sub with the configuration.

@@ -20,7 +20,7 @@ pub enum StoreError {
     #[error("another session has locked the job's row")]
     Locked,
     /// The database rejects the values, and always will. The message stays unacknowledged; a
-    /// job ends without its result.
+    /// job ends as it did, without its result or its error's text.
     #[error("the database refused a statement: {0}")]
     Refused(sqlx::Error),
     /// The database did not answer in time. The call may or may not have taken effect;
@@ -66,6 +66,8 @@ pub enum SchemaError {
         "the database's schema is {behind} migration(s) behind this version; run `trainyard migrate`, or start with `--migrate`"
     )]
     Old { behind: usize },
+    #[error("the database cannot hold trainyard's tables: {0}")]
+    Unfit(String),
     #[error("a migration failed: {0}")]
     Migration(#[from] sqlx::migrate::MigrateError),
     #[error(transparent)]

@@ -62,6 +62,19 @@ pub enum Released {
 }
 
 impl Released {
+    /// The same without what a program or a task has said, for a database that does not take
+    /// that.
+    #[must_use]
+    pub fn without_words(&self) -> Self {
+        match self {
+            Self::Interrupted => Self::Interrupted,
+            Self::Failed { retry_in, .. } => Self::Failed {
+                error: "the database refused its error; the worker's log says why".to_owned(),
+                retry_in: *retry_in,
+            },
+        }
+    }
+
     /// As column values: attempts that do not count, how long the job waits, its error,
     /// and the kind of the ledger's entry.
     pub(super) fn columns(&self) -> (i32, Duration, Option<&str>, &'static str) {

@@ -89,6 +89,23 @@ async fn a_database_without_migrations_says_to_migrate() {
 }
 
 #[tokio::test]
+async fn a_database_that_cannot_hold_every_character_is_refused() {
+    for encoding in ["LATIN1", "SQL_ASCII"] {
+        let options = format!("TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'");
+        let Some(database) = Database::postgres_with(&options).await else {
+            return;
+        };
+        let broker = Broker::builtin().await.unwrap();
+        broker.subscribe("training").await;
+        let yard = Yard::new(&broker, &database, SECTIONS);
+        let says = [encoding, "ENCODING 'UTF8'"];
+        fails(&yard, &["migrate"], OTHER, &says).await;
+        fails(&yard, &["run"], OTHER, &says).await;
+        fails(&yard, &["config", "check"], CONFIGURATION, &says).await;
+    }
+}
+
+#[tokio::test]
 async fn an_unreachable_database_is_named_without_its_password() {
     let (_broker, _database, yard) = yard(SECTIONS).await;
     let mut command = yard.command(&["run"]);

@@ -4,7 +4,7 @@ use serde_json::json;
 use trainyard::record::JobState;
 
 use crate::on_both_databases;
-use crate::support::database::Database;
+use crate::support::database::{Database, Tables};
 use crate::support::runs::RunEvent;
 use crate::support::training::{Scene, Sections};
 
@@ -13,6 +13,8 @@ on_both_databases!(
     a_job_that_keeps_failing_is_dead_after_its_last_attempt,
     a_permanent_failure_is_dead_at_its_first_attempt,
     a_panic_is_a_failure_like_any_other,
+    a_success_whose_result_the_database_refuses_is_a_success,
+    a_failure_whose_error_the_database_refuses_is_a_failure,
     a_run_that_takes_too_long_is_stopped_and_tried_again,
     a_waiting_retry_holds_no_slot,
     a_retry_comes_before_messages_that_came_later,
@@ -75,6 +77,60 @@ async fn a_panic_is_a_failure_like_any_other(database: Database) {
     let id = scene.publish(fields).await;
     assert_eq!(scene.job(&id, JobState::Succeeded).await.attempts, 2);
     assert_eq!(worker.stop().await.code(), Some(0));
+}
+
+/// Makes the database refuse a row of the table that fulfils the condition, as one that
+/// cannot store a value does.
+async fn refuses(database: &Database, table: &str, condition: &str) {
+    let tables = database.tables().await;
+    let statements = match tables {
+        Tables::Sqlite(_) => vec![format!(
+            "CREATE TRIGGER refusing BEFORE UPDATE ON {table} WHEN {condition}
+             BEGIN SELECT RAISE(ABORT, 'no such character'); END"
+        )],
+        Tables::Postgres(_) => vec![
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN RAISE 'no such character' USING ERRCODE = '22P05'; END $$"
+                .to_owned(),
+            format!(
+                "CREATE TRIGGER refusing BEFORE UPDATE ON {table} FOR EACH ROW
+                 WHEN ({condition}) EXECUTE FUNCTION refuse()"
+            ),
+        ],
+    };
+    for statement in statements {
+        tables.execute(statement).await;
+    }
+}
+
+async fn a_success_whose_result_the_database_refuses_is_a_success(database: Database) {
+    let scene = Scene::new(&database, &Sections::default()).await;
+    refuses(&database, "processed_messages", "NEW.result IS NOT NULL").await;
+    let _worker = scene.start_worker("w1");
+    let id = scene.publish(json!({})).await;
+    let job = scene.job(&id, JobState::Succeeded).await;
+    assert_eq!((job.attempts, job.result), (1, None));
+    let error = job.error.unwrap();
+    assert!(error.starts_with("it succeeded, but the database refused its result"));
+    assert_eq!(scene.runs.of(RunEvent::Start).len(), 1);
+    scene.nothing_is_left_to_deliver().await;
+}
+
+async fn a_failure_whose_error_the_database_refuses_is_a_failure(database: Database) {
+    let scene = Scene::new(&database, &Sections::default()).await;
+    refuses(&database, "leases", "NEW.last_error = 'told to fail'").await;
+    let _worker = scene.start_worker("w1");
+    let fields = json!({"fail": "transient", "fail_attempts": 1});
+    let id = scene.publish(fields).await;
+    let job = scene.job(&id, JobState::Succeeded).await;
+    assert_eq!(job.attempts, 2);
+    let story = [
+        "claimed",
+        "failed",
+        "the database refused its error",
+        "finished",
+    ];
+    scene.is_explained_by(&id, &story).await;
 }
 
 async fn a_run_that_takes_too_long_is_stopped_and_tried_again(database: Database) {

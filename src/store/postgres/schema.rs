@@ -29,6 +29,7 @@ pub(super) async fn migrate(
     url: &str,
     waiting: Waiting,
 ) -> Result<usize, SchemaError> {
+    require(pool).await?;
     let migrator = migrator();
     let outstanding = outstanding(pool, &migrator).await?;
     // Without the limits of the workers' connections.
@@ -145,7 +146,32 @@ async fn holders(pool: &PgPool) -> Result<String, StoreError> {
     Ok(sqlx::query_scalar(HOLDERS).fetch_one(pool).await?)
 }
 
+const FACTS: &str = "
+SELECT current_setting('server_version_num')::int, current_setting('server_version'),
+       current_setting('server_encoding')";
+
+const OLDEST_VERSION: i32 = 140_000;
+
+/// A message may have any character, and a database that refuses one would bring the message
+/// back for ever.
+async fn require(pool: &PgPool) -> Result<(), SchemaError> {
+    let facts: (i32, String, String) = sqlx::query_as(FACTS).fetch_one(pool).await?;
+    let (number, version, encoding) = facts;
+    if number < OLDEST_VERSION {
+        return Err(SchemaError::Unfit(format!(
+            "the server is PostgreSQL {version}; 14 is the oldest that will do"
+        )));
+    }
+    if encoding != "UTF8" {
+        return Err(SchemaError::Unfit(format!(
+            "its encoding is {encoding}, and a message may have any character; make one with `CREATE DATABASE name TEMPLATE template0 ENCODING 'UTF8'`"
+        )));
+    }
+    Ok(())
+}
+
 pub(super) async fn check(pool: &PgPool) -> Result<(), SchemaError> {
+    require(pool).await?;
     match outstanding(pool, &migrator()).await? {
         None => Err(SchemaError::Missing),
         Some(0) => Ok(()),

@@ -30,13 +30,18 @@ impl Database {
 
     /// A new, empty database on the server that `make test` starts.
     pub async fn postgres() -> Option<Self> {
+        Self::postgres_with("").await
+    }
+
+    /// With options of `CREATE DATABASE`.
+    pub async fn postgres_with(options: &str) -> Option<Self> {
         let Ok(server) = std::env::var("TRAINYARD_TEST_DATABASE_URL") else {
             not_tested("PostgreSQL (TRAINYARD_TEST_DATABASE_URL)");
             return None;
         };
         let name = format!("test_{}", Uuid::new_v4().simple());
         let mut connection = PgConnection::connect(&server).await.unwrap();
-        sqlx::query(AssertSqlSafe(format!("CREATE DATABASE {name}")))
+        sqlx::query(AssertSqlSafe(format!("CREATE DATABASE {name} {options}")))
             .execute(&mut connection)
             .await
             .unwrap();
