@@ -11,6 +11,7 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use crate::config::{self, Config, ConfigError};
+use crate::database_url;
 use crate::devices::Devices;
 use crate::executor::subprocess::{run_as_keeper_if_asked, tidy_work_dir};
 use crate::guard::Guard;
@@ -85,7 +86,7 @@ pub async fn open_store(config: &Config, missing: Missing) -> anyhow::Result<Arc
         .with_context(|| {
             format!(
                 "cannot open {} ({what_to_do})",
-                config::mask_password(&database.url)
+                database_url::masked(&database.url)
             )
         })
 }

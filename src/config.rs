@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::database_url;
 use crate::dedupe::DedupeKey;
 use crate::devices::Gpus;
 use crate::retry::RetryPolicy;
@@ -356,7 +357,7 @@ impl Config {
     #[must_use]
     pub fn masked(&self) -> Self {
         let mut masked = self.clone();
-        masked.database.url = mask_password(&self.database.url);
+        masked.database.url = database_url::masked(&self.database.url);
         // Any variable may hold a secret.
         for task in masked.tasks.values_mut() {
             for value in task.env.values_mut() {
@@ -365,33 +366,6 @@ impl Config {
         }
         masked
     }
-}
-
-/// Masks the passwords in `postgres://user:secret@host/db?password=x`.
-#[must_use]
-pub fn mask_password(url: &str) -> String {
-    let Ok(mut parsed) = url::Url::parse(url) else {
-        // The URL cannot be parsed, so no part of it is safe to show.
-        return match url.split_once("://") {
-            Some((scheme, rest)) if !rest.contains(['@', '?']) => format!("{scheme}://{rest}"),
-            Some((scheme, _)) => format!("{scheme}://***"),
-            None => "***".to_owned(),
-        };
-    };
-    if parsed.password().is_some() && parsed.set_password(Some("***")).is_err() {
-        return format!("{}://***", parsed.scheme());
-    }
-    if parsed.query().is_some() {
-        let pairs: Vec<(String, String)> = parsed
-            .query_pairs()
-            .map(|(name, value)| match name.as_ref() {
-                "password" | "sslpassword" => (name.into_owned(), "***".to_owned()),
-                _ => (name.into_owned(), value.into_owned()),
-            })
-            .collect();
-        parsed.query_pairs_mut().clear().extend_pairs(pairs);
-    }
-    parsed.to_string()
 }
 
 #[cfg(test)]

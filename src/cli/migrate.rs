@@ -2,7 +2,7 @@ use clap::Args;
 
 use super::{Shared, print};
 use crate::app;
-use crate::config::mask_password;
+use crate::database_url::masked;
 use crate::store::Missing;
 
 /// Migrate the database's tables to this version.
@@ -19,7 +19,7 @@ impl Migrate {
             .await?
             .migrate(app::tell_who_is_in_the_way)
             .await?;
-        let url = mask_password(&config.database.url);
+        let url = masked(&config.database.url);
         print(&match applied {
             0 => format!("{url} is up to date"),
             1 => format!("{url}: 1 migration applied"),

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::error::{ConfigError, bad_value};
 use super::{Config, Subscription};
+use crate::database_url;
 
 /// Pub/Sub's limits for a stream's ack deadline.
 /// <https://cloud.google.com/pubsub/docs/reference/rpc/google.pubsub.v1#streamingpullrequest>
@@ -121,13 +122,8 @@ fn check_subscription(name: &str, subscription: &Subscription) -> Result<(), Con
 }
 
 fn check_database(config: &Config) -> Result<(), ConfigError> {
-    let url = &config.database.url;
-    let known = ["postgres://", "postgresql://", "sqlite:"];
-    if !known.iter().any(|scheme| url.starts_with(scheme)) {
-        return bad_value(
-            "database.url",
-            "it must start with postgres:// or sqlite://",
-        );
+    if let Some(problem) = database_url::problem(&config.database.url) {
+        return bad_value("database.url", &problem);
     }
     if config.database.max_connections == 0 {
         return bad_value("database.max_connections", "it must be at least 1");

@@ -9,11 +9,11 @@ use tokio::time::timeout;
 pub enum StoreError {
     /// The database cannot be reached, or refuses to work now. The message stays
     /// unacknowledged; the same call may succeed later.
-    #[error("the database is not available: {0}")]
+    #[error("the database is not available: {}", told(.0))]
     Unavailable(sqlx::Error),
     /// Another session is in the way: it holds a lock for too long, or the database broke a
     /// deadlock. The database is up; the same call may succeed later.
-    #[error("another session is in the way: {0}")]
+    #[error("another session is in the way: {}", told(.0))]
     InTheWay(sqlx::Error),
     /// Another session has locked the job's row. Nothing has happened; the same
     /// call may succeed later.
@@ -21,7 +21,7 @@ pub enum StoreError {
     Locked,
     /// The database rejects the values, and always will. The message stays unacknowledged; a
     /// job ends as it did, without its result or its error's text.
-    #[error("the database refused a statement: {0}")]
+    #[error("the database refused a statement: {}", told(.0))]
     Refused(sqlx::Error),
     /// The database did not answer in time. The call may or may not have taken effect;
     /// repeating it shows which.
@@ -30,6 +30,17 @@ pub enum StoreError {
     /// This version cannot read a row. The message stays unacknowledged.
     #[error("a stored row cannot be read: {0}")]
     Unreadable(String),
+}
+
+/// What the database or the system said, once. The driver puts words in front of it and a
+/// line of the server's source code behind it.
+fn told(error: &sqlx::Error) -> String {
+    match error {
+        sqlx::Error::Database(said) => said.message().to_owned(),
+        sqlx::Error::Io(failed) => failed.to_string(),
+        sqlx::Error::PoolTimedOut => "no connection could be made in time".to_owned(),
+        other => other.to_string(),
+    }
 }
 
 impl StoreError {

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{Connection, PgPool, Postgres};
+use sqlx::{Connection, PgConnection, PgPool, Postgres};
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
@@ -26,6 +26,7 @@ use super::{
     ClaimTerms, Claims, DeadLetterBox, DeadLettersDue, Finish, Finished, GivenUp, Queue, Reach,
     Refusal, Refused, Release, Requests, Schema, SchemaError, Standing, StoreError, Waiting,
 };
+use crate::database_url;
 use crate::job::{Claim, ClaimRequest, DeadLetter, DueJob, Fence, JobKey, Pick, Renewal, Taken};
 use crate::record::{AttemptReport, Cancelling, Note, Retrying};
 use crate::retry::Backoff;
@@ -77,12 +78,13 @@ impl PostgresStore {
     /// # Errors
     /// [`StoreError::Unavailable`] when no connection can be made.
     pub async fn open(url: &str, max_connections: u32) -> Result<Self, StoreError> {
-        let options = PgConnectOptions::from_str(url)?
-            .application_name("trainyard")
-            .options(LIMITS);
-        let pool = pool_of(max_connections)
-            .connect_with(options.clone())
-            .await?;
+        let plain = connect_options(url)?;
+        let options = plain.application_name("trainyard").options(LIMITS);
+        let pool = pool_of(max_connections).connect_with(options.clone()).await;
+        let pool = match pool {
+            Err(sqlx::Error::PoolTimedOut) => return Err(why_unreachable(&options).await),
+            connected => connected?,
+        };
         let renewals = pool_of(RENEWAL_CONNECTIONS)
             .connect_lazy_with(options.clone().options([("synchronous_commit", "off")]));
         Ok(Self {
@@ -90,6 +92,27 @@ impl PostgresStore {
             renewals,
             url: url.to_owned(),
         })
+    }
+}
+
+fn connect_options(url: &str) -> Result<PgConnectOptions, StoreError> {
+    let options = PgConnectOptions::from_str(&database_url::for_driver(url))?;
+    // The driver would look up the brackets of an IPv6 address.
+    let address = options.get_host().strip_prefix('[');
+    let address = address.and_then(|address| address.strip_suffix(']'));
+    let address = address.map(str::to_owned);
+    Ok(match address {
+        Some(address) => options.host(&address),
+        None => options,
+    })
+}
+
+/// The pool tries again while the server refuses connections, and in the end does not tell.
+async fn why_unreachable(options: &PgConnectOptions) -> StoreError {
+    let connecting = PgConnection::connect_with(options);
+    match timeout(ACQUIRE_TIMEOUT, connecting).await {
+        Ok(Err(error)) => error.into(),
+        Ok(Ok(_)) | Err(_) => sqlx::Error::PoolTimedOut.into(),
     }
 }
 

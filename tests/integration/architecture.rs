@@ -26,7 +26,17 @@ const ONLY_IN: &[(&str, &[&str])] = &[
 ];
 
 const WORDS: &[&str] = &[
-    "dedupe", "devices", "job", "json", "message", "outcome", "record", "report", "retry", "task",
+    "database_url",
+    "dedupe",
+    "devices",
+    "job",
+    "json",
+    "message",
+    "outcome",
+    "record",
+    "report",
+    "retry",
+    "task",
 ];
 const OUTSIDE_SYSTEMS: &[&str] = &["pubsub", "store", "executor", "nvidia"];
 const SERVICES: &[&str] = &["guard", "registry", "worker", "app", "cli"];

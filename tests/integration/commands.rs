@@ -116,7 +116,59 @@ async fn an_unreachable_database_is_named_without_its_password() {
     let output = output_of(command).await;
     assert_eq!(output.code, OTHER, "{}", output.stderr);
     assert!(output.stderr.contains("127.0.0.1:1"), "{}", output.stderr);
+    let refused = output.stderr.matches("Connection refused").count();
+    assert_eq!(refused, 1, "{}", output.stderr);
     assert!(!output.stderr.contains("s3cret"), "{}", output.stderr);
+}
+
+#[tokio::test]
+async fn no_part_of_an_unreadable_database_url_is_printed() {
+    let (_broker, _database, yard) = yard(SECTIONS).await;
+    for arguments in [&["run"][..], &["config", "check"], &["jobs", "list"]] {
+        let mut command = yard.command(arguments);
+        command.env("TRAINYARD__DATABASE__URL", "postgres://u:p@ss/w#rd@h/db");
+        let output = output_of(command).await;
+        assert_eq!(output.code, CONFIGURATION, "{}", output.stderr);
+        assert!(output.stderr.contains("write `#` as %23"));
+        for part in ["p@ss", "ss/w", "rd@h"] {
+            assert!(!output.stderr.contains(part), "{}", output.stderr);
+            assert!(!output.stdout.contains(part), "{}", output.stdout);
+        }
+    }
+}
+
+/// A server is often reached by its socket, and by IPv6.
+#[tokio::test]
+async fn urls_of_sockets_and_ipv6_addresses_lead_to_the_server() {
+    let Some(database) = Database::postgres().await else {
+        return;
+    };
+    let url = url::Url::parse(&database.url).unwrap();
+    let (user, name) = (url.username(), url.path());
+    let port = url.port().unwrap();
+    let broker = Broker::builtin().await.unwrap();
+    for (url, says) in [
+        // Nobody listens there, so the error tells which way was tried.
+        (
+            format!("postgres://{user}@{name}?host=/nowhere&port={port}"),
+            "No such file",
+        ),
+        (
+            format!("postgres://{user}@[::1]:1{name}"),
+            "Connection refused",
+        ),
+        (
+            format!("{}?target_session_attrs=read-write", database.url),
+            "",
+        ),
+    ] {
+        let yard = Yard::new(&broker, &Database::at(url), SECTIONS);
+        let output = yard.output(&["migrate"]).await;
+        match says {
+            "" => assert_eq!(output.code, 0, "{}", output.stderr),
+            says => assert!(output.stderr.contains(says), "{}", output.stderr),
+        }
+    }
 }
 
 #[tokio::test]
@@ -137,7 +189,7 @@ async fn config_check_masks_secrets_and_shows_when_a_task_is_acked() {
     command.env("TRAINYARD__DATABASE__URL", "postgres://u:s3cret@h/db");
     let output = output_of(command).await;
     assert_eq!(output.code, 0, "{}", output.stderr);
-    assert!(output.stdout.contains("postgres://u:***@h/db"));
+    assert!(output.stdout.contains("postgres://***@h/db"));
     assert!(!output.stdout.contains("s3cret"));
     for words in ["before the run", "a lease of 2m", "after 12h"] {
         assert!(output.stdout.contains(words), "{}", output.stdout);

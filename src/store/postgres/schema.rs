@@ -1,10 +1,8 @@
 //! The schema: brings it up to date, and checks that it is.
 
-use std::str::FromStr;
 use std::time::Duration;
 
 use sqlx::migrate::{MigrateError, Migrator};
-use sqlx::postgres::PgConnectOptions;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
 use tokio::time::{Instant, sleep};
 
@@ -33,7 +31,7 @@ pub(super) async fn migrate(
     let migrator = migrator();
     let outstanding = outstanding(pool, &migrator).await?;
     // Without the limits of the workers' connections.
-    let options = PgConnectOptions::from_str(url)?.application_name("trainyard migrate");
+    let options = super::connect_options(url)?.application_name("trainyard migrate");
     let mut give_up = Instant::now() + PATIENCE;
     let mut backoff = Backoff::new(PAUSE.0, PAUSE.1);
     loop {
