@@ -24,6 +24,7 @@ pub mod json;
 pub mod message;
 pub mod nvidia;
 pub mod outcome;
+pub mod printable;
 pub mod pubsub;
 pub mod record;
 pub mod registry;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::runtime::Runtime;
 use trainyard::config::ConfigError;
+use trainyard::printable::line;
 
 /// The exit code of a failure at run time.
 const FAILED: u8 = 1;
@@ -27,7 +28,7 @@ fn main() -> ExitCode {
     let code = match runtime.block_on(trainyard::cli::main()) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("trainyard: {error:#}");
+            eprintln!("trainyard: {}", line(&format!("{error:#}")));
             ExitCode::from(match error.downcast_ref::<ConfigError>() {
                 Some(_) => MISCONFIGURED,
                 None => FAILED,

@@ -1,10 +1,16 @@
 //! Logs: levels from `RUST_LOG`, as text or as JSON lines.
 
+use std::fmt;
 use std::io::IsTerminal;
 use std::str::FromStr;
 
+use tracing::field::Field;
 use tracing_appender::non_blocking::WorkerGuard;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::fmt::format::{Writer, debug_fn};
+
+use crate::printable::line;
 
 /// The format of log lines.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -45,8 +51,19 @@ pub fn install(format: LogFormat, default_level: &str) -> Option<WorkerGuard> {
         .with_target(false);
     // An error means that a subscriber is already installed, as in a test.
     let installed = match format {
-        LogFormat::Text => logs.try_init(),
+        LogFormat::Text => logs
+            .fmt_fields(debug_fn(write_field).delimited(" "))
+            .try_init(),
         LogFormat::Json => logs.json().flatten_event(true).try_init(),
     };
     installed.is_ok().then_some(guard)
+}
+
+/// Values may hold what a message, a program or a broker has said.
+fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
+    let value = format!("{value:?}");
+    match field.name() {
+        "message" => write!(writer, "{}", line(&value)),
+        name => write!(writer, "{name}={}", line(&value)),
+    }
 }

@@ -7,6 +7,7 @@ use super::{Shared, print};
 use crate::app::{self, pubsub_checks};
 use crate::config::{Config, ConfigError, timeline};
 use crate::executor::check_command;
+use crate::printable::indented;
 use crate::registry::work_dir_of_commands;
 use crate::store::{Missing, SchemaError};
 
@@ -153,8 +154,5 @@ async fn check_subscriptions(config: &Config) -> anyhow::Result<()> {
 
 /// Prints a comment, since the output is the configuration.
 fn remark(text: &str) -> anyhow::Result<()> {
-    for line in text.lines() {
-        print(&format!("# {line}"))?;
-    }
-    Ok(())
+    print(&format!("# {}", indented(text, "# ")))
 }

@@ -4,6 +4,7 @@ use clap::Args;
 use super::{Shared, print};
 use crate::app;
 use crate::message::Request;
+use crate::printable::line;
 use crate::pubsub::{Connection, Outgoing, PubsubError};
 
 /// Publish a training request.
@@ -46,7 +47,7 @@ impl Publish {
             ordering_key: self.ordering_key,
         };
         let id = connection.publish(&topic, message).await?;
-        print(&format!("published message {id} to {topic}"))
+        print(&line(&format!("published message {id} to {topic}")))
     }
 }
 

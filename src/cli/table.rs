@@ -4,15 +4,19 @@ use chrono::{DateTime, Utc};
 use comfy_table::presets::NOTHING;
 use comfy_table::{ContentArrangement, Table};
 use serde_json::Value;
+use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
 use crate::config::in_days;
 use crate::json::{Fields, Json};
+use crate::printable::{indented, line};
 use crate::record::{AttemptRecord, Job, JobState, Story};
 use crate::report::Progress;
 
 /// The width of a table without a terminal.
 const WIDTH: usize = 120;
 const MAX_TASK: usize = 40;
+/// Below a value of one job.
+const CONTINUED: &str = "              ";
 /// The result's column is at least this wide.
 const MIN_RESULT: usize = 15;
 /// How many digits of a job's id are shown.
@@ -26,7 +30,7 @@ pub(super) fn of_jobs(jobs: &[Job]) -> String {
         .set_header([
             "JOB", "TASK", "STATE", "ATTEMPTS", "DUPS", "DURATION", "RESULT",
         ]);
-    let widest_task = jobs.iter().map(|job| task_of(job).chars().count());
+    let widest_task = jobs.iter().map(|job| task_of(job).width());
     let widest_task = widest_task.max().unwrap_or_default();
     // The maximum width of the other columns, with gaps.
     let others = SHORT_ID + widest_task.max(4) + 9 + 8 + 4 + 8 + 14;
@@ -40,7 +44,7 @@ pub(super) fn of_jobs(jobs: &[Job]) -> String {
             job.attempts.to_string(),
             job.duplicates.to_string(),
             duration(job),
-            short(&printable(&outcome(job)), room),
+            short(&outcome(job), room),
         ]);
     }
     let lines: Vec<String> = table.lines().map(|line| line.trim().to_owned()).collect();
@@ -50,7 +54,7 @@ pub(super) fn of_jobs(jobs: &[Job]) -> String {
 /// A message may name any task.
 fn task_of(job: &Job) -> String {
     let task = job.task.as_deref().unwrap_or("?");
-    short(&printable(task), MAX_TASK)
+    short(task, MAX_TASK)
 }
 
 /// The end of a job's id, as ids of the same time start alike.
@@ -106,7 +110,7 @@ pub(super) fn of_one_job(job: &Job) -> String {
     ];
     lines
         .iter()
-        .map(|(label, value)| format!("{label:<13} {}\n", printable(value)))
+        .map(|(label, value)| format!("{label:<13} {}\n", indented(value, CONTINUED)))
         .collect()
 }
 
@@ -129,8 +133,8 @@ pub(super) fn of_attempts(attempts: &[AttemptRecord]) -> String {
     for attempt in attempts {
         let last = attempt.series.last().map(progress).unwrap_or_default();
         text += &format!("\nattempt {}  {}{last}\n", attempt.attempt, attempt.outcome);
-        for line in &attempt.log {
-            text += &format!("  | {}\n", printable(line));
+        for written in &attempt.log {
+            text += &format!("  | {}\n", line(written));
         }
     }
     text
@@ -145,7 +149,7 @@ fn progress(progress: &Progress) -> String {
     );
     parts.extend(progress.step.map(|step| format!("step {step}")));
     let metrics = progress.metrics.iter();
-    parts.extend(metrics.map(|(name, figure)| format!("{name} {figure:.4}")));
+    parts.extend(metrics.map(|(name, figure)| format!("{} {figure:.4}", line(name))));
     format!(", {}", parts.join(", "))
 }
 
@@ -155,8 +159,8 @@ pub(super) fn of_story(story: &Story) -> String {
     let mut lines = vec![
         format!(
             "message {} in subscription {}: job {}, {}",
-            job.message_id,
-            job.subscription,
+            line(&job.message_id),
+            line(&job.subscription),
             job.id,
             job.state.as_str()
         ),
@@ -166,35 +170,25 @@ pub(super) fn of_story(story: &Story) -> String {
         let attempt = entry.attempt.map(|attempt| format!(" attempt {attempt}"));
         let detail = entry.detail.as_deref().map(|detail| format!(": {detail}"));
         let message = entry.message_id.as_deref();
-        let message = message.map(|id| format!(" message {id}"));
+        let message = message.map(|id| format!(" message {}", line(id)));
         lines.push(format!(
             "  {}  {:<13}{}{}{}  [{}]",
             clock(entry.at),
             entry.kind,
             attempt.unwrap_or_default(),
             message.unwrap_or_default(),
-            printable(&detail.unwrap_or_default()),
-            entry.worker
+            line(&detail.unwrap_or_default()),
+            line(&entry.worker)
         ));
     }
     if job.finished_at.is_some() {
-        lines.push(format!("  outcome: {}", printable(&outcome(job))));
+        lines.push(format!("  outcome: {}", line(&outcome(job))));
     }
     lines.join("\n")
 }
 
 fn clock(time: DateTime<Utc>) -> String {
     time.format("%Y-%m-%d %H:%M:%S%.3f").to_string()
-}
-
-/// Replaces control characters, which could be terminal escapes.
-fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| match c.is_control() && c != '\n' && c != '\t' {
-            true => '\u{FFFD}',
-            false => c,
-        })
-        .collect()
 }
 
 fn outcome(job: &Job) -> String {
@@ -244,13 +238,19 @@ fn duration(job: &Job) -> String {
     }
 }
 
-/// One line of at most `room` characters.
+/// One safe line of at most `room` columns.
 fn short(text: &str, room: usize) -> String {
-    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    if line.chars().count() <= room {
-        return line;
+    let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let safe = line(&words);
+    if safe.width() <= room {
+        return safe.into_owned();
     }
-    let cut: String = line.chars().take(room.saturating_sub(1)).collect();
+    let mut used = 0;
+    let fits = safe.chars().take_while(|character| {
+        used += character.width().unwrap_or_default();
+        used < room
+    });
+    let cut: String = fits.collect();
     format!("{cut}…")
 }
 
@@ -266,9 +266,15 @@ mod tests {
     }
 
     #[test]
+    fn a_wide_character_takes_two_columns() {
+        assert_eq!(short("模型训练", 8), "模型训练");
+        assert_eq!(short("模型训练", 7), "模型训…");
+    }
+
+    #[test]
     fn a_task_cannot_forge_a_row_or_send_escapes() {
         let task = "evil\u{1b}[2J\nforged row";
-        assert_eq!(short(&printable(task), 80), "evil\u{FFFD}[2J forged row");
+        assert_eq!(short(task, 80), "evil\\u{1b}[2J forged row");
     }
 
     #[test]

@@ -37,7 +37,7 @@ pub fn load(file: Option<&Path>) -> Result<Config, ConfigError> {
         )
         .build()
         .map_err(|error| ConfigError::Unreadable {
-            reason: error.to_string(),
+            reason: without_quotation(&error.to_string()),
         })?;
     let mut config = typed(merged)?;
     fill_from_well_known_variables(&mut config, |name| env::var(name).ok());
@@ -52,11 +52,23 @@ pub(super) fn from_toml(text: &str) -> Result<Config, ConfigError> {
         .add_source(File::from_str(text, FileFormat::Toml))
         .build()
         .map_err(|error| ConfigError::Unreadable {
-            reason: error.to_string(),
+            reason: without_quotation(&error.to_string()),
         })?;
     let config = typed(merged)?;
     problems::check(&config)?;
     Ok(config)
+}
+
+/// The parser quotes the line, which may hold a password, below the place of the error.
+fn without_quotation(error: &str) -> String {
+    let is_quotation = |line: &&str| {
+        let number = line
+            .trim_start()
+            .trim_start_matches(|c: char| c.is_ascii_digit());
+        number.trim_start().starts_with('|')
+    };
+    let lines = error.lines().filter(|line| !is_quotation(line));
+    lines.map(str::trim).collect::<Vec<_>>().join(": ")
 }
 
 fn typed(merged: config::Config) -> Result<Config, ConfigError> {
@@ -138,6 +150,17 @@ mod tests {
         let task = &config.tasks["train-classifier"];
         assert_eq!(task.ack, AckTiming::BeforeRun);
         assert_eq!(task.timeout, Some(Duration::from_secs(12 * 3600)));
+    }
+
+    #[test]
+    fn the_place_of_an_error_is_told_without_its_line() {
+        let text = "[database]\nurl = \"postgres://u:s3cret@h/db\n";
+        let error = from_toml(text).unwrap_err().to_string();
+        assert!(
+            error.contains("line 2, column 32: invalid basic string"),
+            "{error}"
+        );
+        assert!(!error.contains("s3cret"), "{error}");
     }
 
     #[test]

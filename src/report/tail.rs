@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 
+use crate::printable::line;
+
 const LINES: usize = 50;
 const LINE_BYTES: usize = 500;
 
@@ -30,16 +32,8 @@ impl Tail {
 
 /// Makes text safe for a log, a terminal and a database: replaces invalid UTF-8
 /// and escapes control characters.
-pub(crate) fn readable(line: &[u8]) -> String {
-    let mut text = String::with_capacity(line.len());
-    for character in String::from_utf8_lossy(line).chars() {
-        match character {
-            '\t' => text.push('\t'),
-            control if control.is_control() => text.extend(control.escape_default()),
-            visible => text.push(visible),
-        }
-    }
-    text
+pub(crate) fn readable(bytes: &[u8]) -> String {
+    line(&String::from_utf8_lossy(bytes)).into_owned()
 }
 
 #[cfg(test)]

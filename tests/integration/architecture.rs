@@ -33,6 +33,7 @@ const WORDS: &[&str] = &[
     "json",
     "message",
     "outcome",
+    "printable",
     "record",
     "report",
     "retry",

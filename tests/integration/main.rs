@@ -28,4 +28,5 @@ mod signals;
 mod store;
 mod store_model;
 mod support;
+mod terminals;
 mod unreadable;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
+use crate::printable::line;
 use crate::task::Progress;
 use crate::worker::EventKind;
 
@@ -52,8 +53,8 @@ impl Screen {
                 draw(bar, event);
             }
             Self::Plain { printed } => {
-                if let Some(line) = plain(printed, title, event) {
-                    eprintln!("{title:<15} {line}");
+                if let Some(text) = plain(printed, title, event) {
+                    eprintln!("{title:<15} {text}");
                 }
             }
         }
@@ -98,7 +99,7 @@ fn draw(bar: &ProgressBar, event: &EventKind) {
             "{:<15} second delivery: suppressed, it runs once",
             bar.prefix()
         )),
-        EventKind::Refused { reason } => bar.set_message(format!("refused: {reason}")),
+        EventKind::Refused { reason } => bar.set_message(format!("refused: {}", line(reason))),
     }
 }
 
@@ -117,7 +118,7 @@ fn plain(printed: &mut HashMap<String, f64>, title: &str, event: &EventKind) -> 
         EventKind::Ended { outcome, retry_in } => Some(ended(outcome, *retry_in)),
         EventKind::Queued => Some("waits in the table".to_owned()),
         EventKind::Suppressed => Some("second delivery: suppressed, it runs once".to_owned()),
-        EventKind::Refused { reason } => Some(format!("refused: {reason}")),
+        EventKind::Refused { reason } => Some(format!("refused: {}", line(reason))),
     }
 }
 
@@ -132,7 +133,7 @@ fn figures(progress: &Progress) -> String {
     let figures: Vec<String> = progress
         .metrics
         .iter()
-        .map(|(name, figure)| format!("{name} {figure:.4}"))
+        .map(|(name, figure)| format!("{} {figure:.4}", line(name)))
         .collect();
     figures.join("  ")
 }
