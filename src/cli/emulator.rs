@@ -17,7 +17,8 @@ use crate::shutdown::Shutdown;
 ///
 /// --faults injects faults. At run time, PUT /emulator/faults replaces them with a
 /// JSON object of the same names, GET shows them, and
-/// POST /emulator/streams/reset?status=UNAVAILABLE ends all streams.
+/// POST /emulator/streams/reset?status=UNAVAILABLE ends all streams. GET / answers
+/// 200, for health checks.
 ///
 /// Example: trainyard emulator --subscription heavy-task --faults duplicates=0.1
 #[derive(Debug, Args)]

@@ -1,5 +1,6 @@
 //! The emulator's faults over HTTP and JSON, which Pub/Sub does not have.
 //!
+//! - `GET /`: for health checks.
 //! - `GET /emulator/faults`: the faults in force.
 //! - `PUT /emulator/faults`: replaces them; faults not named are off.
 //! - `POST /emulator/streams/reset?status=UNAVAILABLE`: ends all streams.
@@ -20,6 +21,7 @@ type Answer = Result<Json<Value>, BrokerError>;
 
 pub fn router(broker: Broker) -> Router {
     Router::new()
+        .route("/", get(|| async { "Ok\n" }))
         .route("/emulator/faults", get(faults).put(set_faults))
         .route("/emulator/streams/reset", post(reset_streams))
         .with_state(broker)

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::http::{Request, header};
+use axum::http::{HeaderMap, Request, header};
 use axum::response::Response;
 use axum::serve::ListenerExt;
 use tokio::net::{TcpListener, TcpStream};
@@ -31,6 +31,7 @@ mod feed;
 mod grpc;
 mod message;
 mod name;
+mod origin;
 mod resource;
 mod rest;
 mod stream_id;
@@ -41,6 +42,7 @@ pub use broker::Broker;
 pub use error::BrokerError;
 pub use faults::{BadFaults, Faults};
 pub use google_cloud_gax::error::rpc::Code as StatusCode;
+use origin::Reach;
 
 /// The largest request that is read. Well above the 10 MB that may be published, also in
 /// base64, so that a slightly too large request gets Pub/Sub's own answer.
@@ -79,6 +81,7 @@ impl Default for Options {
 pub struct Emulator {
     listener: TcpListener,
     address: SocketAddr,
+    reach: Reach,
     broker: Broker,
 }
 
@@ -104,7 +107,12 @@ impl Emulator {
 
     async fn of(address: SocketAddr, broker: Broker) -> std::io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
+        let reach = match address.ip().is_loopback() {
+            true => Reach::ThisMachine,
+            false => Reach::Network,
+        };
         Ok(Self {
+            reach,
             address: listener.local_addr()?,
             listener,
             broker,
@@ -136,7 +144,7 @@ impl Emulator {
             let _gone = connection.set_nodelay(true);
         });
         let stopping = shutdown.clone();
-        let server = axum::serve(quick, router(&self.broker))
+        let server = axum::serve(quick, router(&self.broker, self.reach))
             .with_graceful_shutdown(async move { stopping.cancelled().await });
         let stop = async {
             shutdown.cancelled().await;
@@ -154,21 +162,28 @@ impl Emulator {
     }
 }
 
-fn router(broker: &Broker) -> Router {
+fn router(broker: &Broker, reach: Reach) -> Router {
     Router::new()
         .merge(grpc::router(broker.clone()))
         .merge(rest::router(broker.clone()))
         .merge(admin::router(broker.clone()))
         .fallback(unknown)
+        .layer(axum::middleware::from_fn_with_state(
+            reach,
+            origin::refuse_foreign,
+        ))
         .layer(DefaultBodyLimit::max(MAX_REQUEST_BODY_BYTES))
 }
 
 async fn unknown(request: Request<axum::body::Body>) -> Response {
     let path = request.uri().path();
-    let kind = request.headers().get(header::CONTENT_TYPE);
-    let is_grpc = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
-    if is_grpc {
+    if is_grpc(request.headers()) {
         return grpc::unimplemented(path);
     }
     rest::unknown(path)
+}
+
+fn is_grpc(headers: &HeaderMap) -> bool {
+    let kind = headers.get(header::CONTENT_TYPE);
+    kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }

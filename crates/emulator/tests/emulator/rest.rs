@@ -14,10 +14,23 @@ pub async fn call(running: &Running, method: &str, path: &str, body: Value) -> (
 
 /// The same for any path and any text.
 pub async fn request(running: &Running, method: &str, path: &str, body: String) -> (u16, Value) {
-    let address = running.endpoint.trim_start_matches("http://");
-    let mut connection = TcpStream::connect(address).await.unwrap();
+    let host = format!("host: {}", running.address);
+    let (status, body) = exchange(running, method, path, &[&host], body).await;
+    (status, serde_json::from_str(&body).unwrap())
+}
+
+/// The status code and the text of the answer.
+async fn exchange(
+    running: &Running,
+    method: &str,
+    path: &str,
+    headers: &[&str],
+    body: String,
+) -> (u16, String) {
+    let mut connection = TcpStream::connect(running.address).await.unwrap();
+    let headers = headers.join("\r\n");
     let request = format!(
-        "{method} /{path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\
+        "{method} /{path} HTTP/1.1\r\n{headers}\r\nconnection: close\r\n\
          content-length: {}\r\n\r\n{body}",
         body.len()
     );
@@ -28,7 +41,45 @@ pub async fn request(running: &Running, method: &str, path: &str, body: String) 
         .unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
     let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-    (status, serde_json::from_str(body).unwrap())
+    (status, body.to_owned())
+}
+
+#[tokio::test]
+async fn a_health_check_is_answered() {
+    let running = Running::start().await;
+    let answer = exchange(&running, "GET", "", &["host: localhost"], String::new()).await;
+    assert_eq!(answer, (200, "Ok\n".to_owned()));
+    running.stop().await;
+}
+
+/// A page may post text without asking first, and may have its own name lead here.
+#[tokio::test]
+async fn a_web_page_of_somebody_else_cannot_drive_the_emulator() {
+    let running = Running::prepared(Subscription::new()).await;
+    let publish = format!("v1/{TOPIC}:publish");
+    let message = json!({"messages": [{"data": "YQ=="}]}).to_string();
+    for headers in [
+        &[
+            "host: localhost",
+            "origin: https://evil.example",
+            "content-type: text/plain",
+        ][..],
+        &["host: localhost", "origin: null"],
+        &["host: evil.example:8085"],
+    ] {
+        for (path, body) in [
+            (publish.as_str(), message.clone()),
+            ("emulator/streams/reset", String::new()),
+        ] {
+            let (status, answer) = exchange(&running, "POST", path, headers, body).await;
+            assert_eq!(status, 403, "{answer}");
+            assert!(answer.contains("foreign"), "{answer}");
+        }
+    }
+    let (status, _) = exchange(&running, "POST", &publish, &["host: localhost"], message).await;
+    assert_eq!(status, 200);
+    running.backlog_of(1).await;
+    running.stop().await;
 }
 
 #[tokio::test]
