@@ -2,7 +2,7 @@
 
 use std::process::Stdio;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Command;
 use tokio::time::timeout;
@@ -246,6 +246,37 @@ async fn publishing_to_nowhere_or_a_useless_payload_is_refused() {
     let nowhere = ["publish", "nowhere", r#"{"name":"t"}"#];
     fails(&yard, &nowhere, OTHER, &["neither a topic nor", "nowhere"]).await;
     fails(&yard, &["publish", "nowhere", "{}"], OTHER, &["`name`"]).await;
+}
+
+/// A large payload does not fit on a command line.
+#[tokio::test]
+async fn a_payload_is_published_from_a_file_and_from_stdin() {
+    let (broker, _database, yard) = yard("").await;
+    broker.subscribe("training").await;
+    let payload = json!({"name": "t", "padding": "x".repeat(200_000)}).to_string();
+    let file = yard.folder.path().join("request.json");
+    std::fs::write(&file, &payload).unwrap();
+    let subscription = broker.connection.subscription_path("training");
+    let from_file = format!("@{}", file.display());
+    for (target, from) in [("training", from_file.as_str()), (&subscription, "-")] {
+        let mut command = yard.command(&["publish", target, from]);
+        command.stdin(std::fs::File::open(&file).unwrap());
+        let output = output_of(command).await;
+        assert_eq!(output.code, 0, "{}", output.stderr);
+    }
+    for message in broker.receive("training", 2).await {
+        assert_eq!(message.data, payload);
+    }
+    let missing = ["publish", "training", "@no-such-file"];
+    fails(
+        &yard,
+        &missing,
+        OTHER,
+        &["cannot be read from no-such-file"],
+    )
+    .await;
+    let odd = ["publish", "projects/p/snapshots/s", "{\"name\":\"t\"}"];
+    fails(&yard, &odd, OTHER, &["projects/PROJECT/topics/NAME"]).await;
 }
 
 #[tokio::test]
