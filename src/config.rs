@@ -2,6 +2,7 @@
 //! own section.
 
 mod duration;
+mod environment;
 mod error;
 mod load;
 mod nearest;

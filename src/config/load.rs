@@ -4,15 +4,15 @@
 use std::env;
 use std::path::Path;
 
-use config::{Environment, File, FileFormat};
+use config::builder::DefaultState;
+use config::{ConfigBuilder, File, FileFormat};
 
+use super::environment;
 use super::error::ConfigError;
 use super::nearest::nearest;
 use super::{Config, problems};
 
 const DEFAULT_FILE: &str = "config/default.toml";
-const ENVIRONMENT_PREFIX: &str = "TRAINYARD";
-const SEPARATOR: &str = "__";
 
 /// Loads all layers and checks them.
 ///
@@ -29,17 +29,15 @@ pub fn load(file: Option<&Path>) -> Result<Config, ConfigError> {
         }
         layers = layers.add_source(File::from(path).format(FileFormat::Toml));
     }
-    let merged = layers
-        .add_source(
-            Environment::with_prefix(ENVIRONMENT_PREFIX)
-                .prefix_separator(SEPARATOR)
-                .separator(SEPARATOR),
-        )
-        .build()
-        .map_err(|error| ConfigError::Unreadable {
+    let built = |layers: ConfigBuilder<DefaultState>| {
+        layers.build().map_err(|error| ConfigError::Unreadable {
             reason: without_quotation(&error.to_string()),
-        })?;
-    let mut config = typed(merged)?;
+        })
+    };
+    let files = built(layers.clone())?;
+    let variables = environment::layer(env::vars_os(), &files)?;
+    let variables = File::from_str(&variables, FileFormat::Toml);
+    let mut config = typed(built(layers.add_source(variables))?)?;
     fill_from_well_known_variables(&mut config, |name| env::var(name).ok());
     problems::check(&config)?;
     Ok(config)
@@ -83,9 +81,13 @@ fn explain(path: &str, reason: &str) -> ConfigError {
     let Some(rest) = reason.split("unknown field `").nth(1) else {
         // The loader's message repeats the key.
         let reason = reason.split(" for key `").next().unwrap_or(reason);
-        let reason = match reason.ends_with("expected a duration") {
-            true => "write a duration with its unit, such as \"90s\" or \"2m\"",
-            false => reason,
+        let expected = |what: &str| reason.ends_with(&format!("expected {what}"));
+        let reason = match reason {
+            _ if expected("a duration") => {
+                "write a duration with its unit, such as \"90s\" or \"2m\""
+            }
+            _ if expected("a sequence") => "write a list, such as [\"sh\", \"-c\", \"date\"]",
+            reason => reason,
         };
         return ConfigError::BadValue {
             key: path.to_owned(),
@@ -188,6 +190,7 @@ mod tests {
             ("[worker]\nslots = 'many'", "worker.slots"),
             ("[worker]\nlease = '2 fortnights'", "worker.lease"),
             ("[tasks.t]\nack = 'sometime'", "tasks.t.ack"),
+            ("[tasks.t]\ncommand = 'sh -c date'", "tasks.t.command"),
             (
                 "[subscriptions.s]\nwithout_dedupe_key = 'deadletter'",
                 "subscriptions.s.without_dedupe_key",
