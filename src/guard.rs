@@ -9,6 +9,7 @@
 //! `finished_by` of an ending show whose they are.
 
 mod batch;
+mod clock_steps;
 mod health;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,6 +30,7 @@ use crate::store::{
 };
 use batch::Batcher;
 
+use clock_steps::ClockSteps;
 pub use health::Health;
 
 /// Pauses between tries of a write that must succeed once the database is back.
@@ -58,6 +60,7 @@ pub struct Guard {
     finishes: Batcher<Finish, Finished>,
     notes: mpsc::Sender<Note>,
     health: Health,
+    clock_steps: Arc<ClockSteps>,
     /// Claims that were given up. If one was acquired after all, nobody runs its job.
     unanswered: Arc<Mutex<Vec<(JobKey, Uuid)>>>,
 }
@@ -96,6 +99,7 @@ impl Guard {
             finishes,
             notes,
             health: Health::default(),
+            clock_steps: Arc::new(ClockSteps::new()),
             unanswered: Arc::default(),
         }
     }
@@ -117,12 +121,15 @@ impl Guard {
 
     /// Whether jobs with an expired lease may be taken over. Not while the database is
     /// away, nor just after, nor just after the start: their workers, which retry every
-    /// 1/32 of a lease, renew first.
+    /// 1/32 of a lease, renew first. If leases are measured by this machine's clock, not for a
+    /// lease after that was set, since it may have made all leases look expired.
     #[must_use]
     pub fn may_take_over(&self) -> bool {
         let lease = self.terms.lease;
         let renewed = (lease / 16 + RECONNECTED).min(lease / 4);
-        self.health.is_up_for(renewed)
+        let was_set =
+            self.store.measures_by_this_machine() && self.clock_steps.stepped_within(lease);
+        self.health.is_up_for(renewed) && !was_set
     }
 
     /// Waits for the database to come back, then first gives back claims that were

@@ -70,6 +70,9 @@ pub trait Schema: Send + Sync + 'static {
     /// fine: old and new workers run side by side.
     async fn check_schema(&self) -> Result<(), SchemaError>;
 
+    /// Whether the database's clock is this machine's, which may be set at any time.
+    fn measures_by_this_machine(&self) -> bool;
+
     /// Fails unless the database answers and accepts writes.
     async fn ping(&self) -> Result<(), StoreError>;
 }

@@ -162,6 +162,10 @@ impl Schema for PostgresStore {
         schema::check(&self.pool).await
     }
 
+    fn measures_by_this_machine(&self) -> bool {
+        false
+    }
+
     async fn ping(&self) -> Result<(), StoreError> {
         schema::ping(&self.pool).await
     }

@@ -113,6 +113,10 @@ impl Schema for SqliteStore {
         schema::check(&self.pool).await
     }
 
+    fn measures_by_this_machine(&self) -> bool {
+        true
+    }
+
     async fn ping(&self) -> Result<(), StoreError> {
         schema::ping(&self.pool).await
     }
