@@ -34,6 +34,12 @@ impl Publishers {
         }
     }
 
+    /// `projects/P/subscriptions/NAME`, as [`Connection::subscription_path`].
+    #[must_use]
+    pub fn subscription_path(&self, name: &str) -> String {
+        self.connection.subscription_path(name)
+    }
+
     /// Publishes one message and returns the id that the broker gave it.
     ///
     /// # Errors

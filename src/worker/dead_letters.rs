@@ -139,11 +139,14 @@ impl DeadLetters {
     /// False if it is still to be published.
     async fn publish(&self, letter: &DeadLetter) -> bool {
         let (job, topic) = (&letter.key, &letter.topic);
-        if path_of(&letter.message).any(|subscription| *subscription == *job.subscription) {
+        let subscription = self.publishers.subscription_path(&job.subscription);
+        if path_of(&letter.message).any(|before| before == subscription) {
             warn!(%job, topic, "it was a dead letter of this subscription before, so it is not published; its job keeps the message");
             return self.settle(letter, BEFORE).await;
         }
-        let publishing = self.publishers.publish(topic, outgoing(letter));
+        let publishing = self
+            .publishers
+            .publish(topic, outgoing(letter, &subscription));
         let Ok(published) = timeout(PUBLISH_TIMEOUT, publishing).await else {
             error!(%job, topic, "a dead letter is not published yet: no answer");
             return false;
@@ -182,8 +185,8 @@ impl DeadLetters {
 /// Why a dead letter is not published, for the ledger.
 const BEFORE: &str = "it was a dead letter of this subscription before, so its topic leads back here; the message stays in the table only";
 
-/// The subscriptions in which the message has been dead, separated by spaces. Without it,
-/// two deployments could send a message to each other for ever.
+/// The full names of the subscriptions in which the message has been dead, separated by
+/// spaces. Without it, two deployments could send a message to each other for ever.
 const PATH: &str = "trainyard-path";
 
 fn path_of(message: &Message) -> impl Iterator<Item = &str> {
@@ -191,15 +194,22 @@ fn path_of(message: &Message) -> impl Iterator<Item = &str> {
     path.into_iter().flat_map(|path| path.split(' '))
 }
 
-/// The message unchanged, plus why it is dead.
-fn outgoing(letter: &DeadLetter) -> Outgoing {
+/// The path with one more subscription; the oldest ones go if it becomes too long.
+fn longer_path(message: &Message, subscription: &str) -> String {
+    let mut path: Vec<&str> = path_of(message).chain([subscription]).collect();
+    while path.len() > 1 && path.join(" ").len() > MAX_ATTRIBUTE_BYTES {
+        path.remove(0);
+    }
+    path.join(" ")
+}
+
+/// The message unchanged, plus why it is dead. `subscription` is the full name of the
+/// letter's own.
+fn outgoing(letter: &DeadLetter, subscription: &str) -> Outgoing {
     let message = &letter.message;
     let published = message.publish_time.to_rfc3339();
     let attempts = letter.attempts.to_string();
-    let path: Vec<&str> = path_of(message)
-        .chain([&*letter.key.subscription])
-        .collect();
-    let path = path.join(" ");
+    let path = longer_path(message, subscription);
     let ours = [
         ("reason", letter.reason.as_deref()),
         ("error", letter.error.as_deref()),
@@ -251,6 +261,8 @@ mod tests {
     use crate::job::JobKey;
     use crate::message::Message;
 
+    const SUBSCRIPTION: &str = "projects/p/subscriptions/s";
+
     fn letter(attributes: BTreeMap<String, String>, error: &str) -> DeadLetter {
         DeadLetter {
             job_id: Uuid::nil(),
@@ -274,7 +286,7 @@ mod tests {
     #[test]
     fn a_dead_letter_has_the_original_and_the_reason() {
         let attributes = BTreeMap::from([("tenant".to_owned(), "a".to_owned())]);
-        let sent = outgoing(&letter(attributes, "no such column"));
+        let sent = outgoing(&letter(attributes, "no such column"), SUBSCRIPTION);
         assert_eq!(sent.data, b"data");
         assert_eq!(sent.ordering_key, "o");
         let attributes: BTreeMap<_, _> = sent.attributes.into_iter().collect();
@@ -283,7 +295,7 @@ mod tests {
             ("trainyard-attempts", "2"),
             ("trainyard-error", "no such column"),
             ("trainyard-message-id", "7"),
-            ("trainyard-path", "s"),
+            ("trainyard-path", SUBSCRIPTION),
             ("trainyard-publish-time", "1970-01-01T00:00:00+00:00"),
             ("trainyard-reason", "permanent"),
             ("trainyard-subscription", "s"),
@@ -295,7 +307,7 @@ mod tests {
     #[test]
     fn a_dead_letter_keeps_to_pubsubs_limits() {
         let many = (0..100).map(|n| (format!("a{n}"), String::new()));
-        let sent = outgoing(&letter(many.collect(), &"é".repeat(5000)));
+        let sent = outgoing(&letter(many.collect(), &"é".repeat(5000)), SUBSCRIPTION);
         assert_eq!(sent.attributes.len(), MAX_ATTRIBUTES);
         assert!(
             sent.attributes
@@ -307,15 +319,27 @@ mod tests {
     #[test]
     fn a_dead_letters_path_grows_by_each_subscription() {
         let first = BTreeMap::from([(PATH.to_owned(), "a b".to_owned())]);
-        let sent = outgoing(&letter(first, "new"));
+        let sent = outgoing(&letter(first, "new"), SUBSCRIPTION);
         let path = sent.attributes.iter().find(|(name, _)| name == PATH);
-        assert_eq!(path.unwrap().1, "a b s");
+        assert_eq!(path.unwrap().1, format!("a b {SUBSCRIPTION}"));
+    }
+
+    #[test]
+    fn a_path_that_is_too_long_loses_its_oldest_part() {
+        let long = format!("first {}", "x".repeat(MAX_ATTRIBUTE_BYTES - 30));
+        let long = BTreeMap::from([(PATH.to_owned(), long)]);
+        let path = longer_path(&letter(long, "").message, SUBSCRIPTION);
+        assert!(path.len() <= MAX_ATTRIBUTE_BYTES);
+        assert!(
+            path.starts_with('x') && path.ends_with(SUBSCRIPTION),
+            "{path}"
+        );
     }
 
     #[test]
     fn a_second_death_overwrites_the_reason_of_the_first() {
         let first = BTreeMap::from([("trainyard-error".to_owned(), "old".to_owned())]);
-        let sent = outgoing(&letter(first, "new"));
+        let sent = outgoing(&letter(first, "new"), SUBSCRIPTION);
         let errors: Vec<_> = sent
             .attributes
             .iter()

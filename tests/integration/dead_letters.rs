@@ -64,11 +64,12 @@ async fn a_dead_message_is_published_with_its_reason(database: Database) {
     assert_eq!(letter.data, request);
     assert_eq!(letter.attributes["tenant"], "a");
     let published = job.publish_time.to_rfc3339();
+    let path = connection.subscription_path(TRAINING);
     let expected = [
         ("attempts", "3"),
         ("error", "told to fail"),
         ("message-id", id.as_str()),
-        ("path", TRAINING),
+        ("path", path.as_str()),
         ("publish-time", published.as_str()),
         ("reason", "attempts_exhausted"),
         ("subscription", TRAINING),
