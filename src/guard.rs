@@ -29,8 +29,8 @@ use crate::store::{
     ClaimTerms, Finish, Finished, Refusal, Refused, Release, Requests, Store, StoreError, in_time,
 };
 use batch::Batcher;
-
 use clock_steps::ClockSteps;
+
 pub use health::Health;
 
 /// Pauses between tries of a write that must succeed once the database is back.
@@ -128,7 +128,7 @@ impl Guard {
         let lease = self.terms.lease;
         let renewed = (lease / 16 + RECONNECTED).min(lease / 4);
         let was_set =
-            self.store.measures_by_this_machine() && self.clock_steps.stepped_within(lease);
+            self.store.uses_this_machines_clock() && self.clock_steps.stepped_within(lease);
         self.health.is_up_for(renewed) && !was_set
     }
 

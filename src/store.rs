@@ -71,7 +71,7 @@ pub trait Schema: Send + Sync + 'static {
     async fn check_schema(&self) -> Result<(), SchemaError>;
 
     /// Whether the database's clock is this machine's, which may be set at any time.
-    fn measures_by_this_machine(&self) -> bool;
+    fn uses_this_machines_clock(&self) -> bool;
 
     /// Fails unless the database answers and accepts writes.
     async fn ping(&self) -> Result<(), StoreError>;

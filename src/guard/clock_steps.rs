@@ -1,9 +1,8 @@
 //! Notices when this machine's clock is set.
 
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
-use tokio::time::Instant;
 use tracing::warn;
 
 /// A clock that is slewed stays within this from one look to the next.
@@ -21,39 +20,42 @@ struct Looks {
 
 impl ClockSteps {
     pub(super) fn new() -> Self {
-        Self::since(SystemTime::now(), Instant::now())
+        Self(Mutex::new(Looks::since(SystemTime::now(), Instant::now())))
     }
 
+    /// Looks, and tells whether the clock was set at most this long ago, as far as the looks
+    /// can tell. To be called often: a clock that is slewed drifts in the meantime.
+    pub(super) fn stepped_within(&self, period: Duration) -> bool {
+        // The clocks are read under the lock, so that the looks are in their order.
+        let mut looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        looks.look(SystemTime::now(), Instant::now(), period)
+    }
+}
+
+impl Looks {
     fn since(wall: SystemTime, steady: Instant) -> Self {
-        Self(Mutex::new(Looks {
+        Self {
             last: (wall, steady),
             stepped_at: None,
-        }))
+        }
     }
 
-    /// Whether the clock was set at most this long ago, as far as the looks can tell.
-    pub(super) fn stepped_within(&self, period: Duration) -> bool {
-        self.look(SystemTime::now(), Instant::now(), period)
-    }
-
-    fn look(&self, wall: SystemTime, steady: Instant, period: Duration) -> bool {
-        let mut looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (last_wall, last_steady) = looks.last;
+    fn look(&mut self, wall: SystemTime, steady: Instant, period: Duration) -> bool {
+        let (last_wall, last_steady) = self.last;
         let expected = last_wall + steady.saturating_duration_since(last_steady);
         let step = wall
             .duration_since(expected)
             .unwrap_or_else(|backwards| backwards.duration());
-        looks.last = (wall, steady);
+        self.last = (wall, steady);
         if step > TOLERANCE {
             let seconds = step.as_secs_f64();
             warn!(
                 seconds,
                 "this machine's clock was set: no lost job is taken over for the length of a lease"
             );
-            looks.stepped_at = Some(steady);
+            self.stepped_at = Some(steady);
         }
-        looks
-            .stepped_at
+        self.stepped_at
             .is_some_and(|at| steady.saturating_duration_since(at) < period)
     }
 }
@@ -69,7 +71,7 @@ mod tests {
     fn a_step_of_the_clock_is_noticed_for_a_lease() {
         for is_forward in [true, false] {
             let (wall, steady) = (SystemTime::now(), Instant::now());
-            let clock = ClockSteps::since(wall, steady);
+            let mut clock = Looks::since(wall, steady);
             let seconds = Duration::from_secs;
             assert!(!clock.look(wall + seconds(5), steady + seconds(5), LEASE));
             let set = match is_forward {
@@ -86,7 +88,7 @@ mod tests {
     #[test]
     fn a_clock_that_runs_a_little_fast_was_not_set() {
         let (wall, steady) = (SystemTime::now(), Instant::now());
-        let clock = ClockSteps::since(wall, steady);
+        let mut clock = Looks::since(wall, steady);
         for look in 1..1000 {
             let wall = wall + Duration::from_millis(1100) * look;
             assert!(!clock.look(wall, steady + Duration::from_millis(1000) * look, LEASE));

@@ -113,7 +113,7 @@ impl Schema for SqliteStore {
         schema::check(&self.pool).await
     }
 
-    fn measures_by_this_machine(&self) -> bool {
+    fn uses_this_machines_clock(&self) -> bool {
         true
     }
 

@@ -96,7 +96,9 @@ impl Sweeper {
         let most = u32::try_from(most).unwrap_or(MOST_AT_ONCE);
         let limit = most.saturating_add(MARGIN).min(MOST_AT_ONCE);
         let mut due = in_time(self.queue.due(&reach, limit)).await?;
-        due.retain(|job| self.may_take(job) && !lost.contains(&job.key));
+        // Asked in each sweep, so that a clock that was set is noticed soon.
+        let may_take_over = self.context.guard.may_take_over();
+        due.retain(|job| self.may_take(job, may_take_over) && !lost.contains(&job.key));
         let admitted = admission.admit_due(due);
         if admitted.is_empty() {
             return Ok(false);
@@ -107,8 +109,8 @@ impl Sweeper {
 
     /// A worker never takes over a job that it runs itself, nor any lost job just after
     /// an outage: that job's worker renews first.
-    fn may_take(&self, job: &DueJob) -> bool {
-        !job.is_lost || self.context.guard.may_take_over() && !self.context.keeper.has(&job.key)
+    fn may_take(&self, job: &DueJob, may_take_over: bool) -> bool {
+        !job.is_lost || may_take_over && !self.context.keeper.has(&job.key)
     }
 
     async fn take(
