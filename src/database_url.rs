@@ -22,8 +22,19 @@ const PARAMETERS: &[&str] = &[
     "target_session_attrs",
     "user",
 ];
+/// Other names that the driver knows for some of them, and one parameter of its own.
+const ALSO_KNOWN: &[&str] = &[
+    "ssl-ca",
+    "ssl-cert",
+    "ssl-key",
+    "ssl-mode",
+    "ssl-root-cert",
+    "statement-cache-capacity",
+];
 /// The parameters whose values may be shown.
-const SHOWN_PARAMETERS: &[&str] = &["dbname", "host", "hostaddr", "mode", "port", "sslmode"];
+const SHOWN_PARAMETERS: &[&str] = &[
+    "dbname", "host", "hostaddr", "mode", "port", "ssl-mode", "sslmode",
+];
 const SSL_MODES: &[&str] = &[
     "disable",
     "allow",
@@ -84,7 +95,9 @@ fn problem_of_file(file: &str) -> Option<String> {
 
 fn problem_of_parameters(query: &str) -> Option<String> {
     for (name, value) in url::form_urlencoded::parse(query.as_bytes()) {
-        let is_known = PARAMETERS.contains(&&*name) || name.starts_with("options[");
+        let is_known = PARAMETERS.contains(&&*name)
+            || ALSO_KNOWN.contains(&&*name)
+            || name.starts_with("options[");
         let problem = match &*name {
             // It is a part of a password.
             _ if !is_known && query.contains('@') => format!("it cannot be read; {ENCODE}"),
@@ -93,7 +106,7 @@ fn problem_of_parameters(query: &str) -> Option<String> {
                 name.escape_debug(),
                 PARAMETERS.join(", ")
             ),
-            "sslmode" if !SSL_MODES.contains(&&*value) => {
+            "sslmode" | "ssl-mode" if !SSL_MODES.contains(&&*value.to_lowercase()) => {
                 format!("its sslmode must be one of {}", SSL_MODES.join(", "))
             }
             "port" if value.parse::<u16>().is_err() => "its port is not a port number".to_owned(),
@@ -242,6 +255,10 @@ mod tests {
             (
                 "postgres://h/db?target_session_attrs=read-write&sslmode=require",
                 "postgres://h/db?sslmode=require",
+            ),
+            (
+                "postgres://h/db?ssl-mode=VERIFY-FULL&ssl-ca=/ca.pem",
+                "postgres://h/db?ssl-mode=VERIFY-FULL&ssl-ca=%2Fca.pem",
             ),
         ] {
             assert_eq!(problem(url), None, "{url}");

@@ -17,12 +17,6 @@ pub(crate) type Fields<'a> = BTreeMap<Cow<'a, str>, &'a RawValue>;
 pub struct Json(Box<RawValue>);
 
 impl Json {
-    /// # Errors
-    /// The text is not one JSON value.
-    pub fn parse(text: &str) -> Result<Self, serde_json::Error> {
-        serde_json::from_str(text).map(Self)
-    }
-
     #[must_use]
     pub fn as_str(&self) -> &str {
         self.0.get()

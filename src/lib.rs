@@ -12,7 +12,7 @@ mod app;
 #[doc(hidden)]
 pub mod cli;
 pub mod config;
-pub mod database_url;
+mod database_url;
 pub mod dedupe;
 pub mod devices;
 pub mod executor;

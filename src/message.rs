@@ -89,7 +89,7 @@ impl Request {
             });
         }
         let fields: Fields<'_> =
-            serde_json::from_str(written.get()).map_err(|error| not_json(text, &error))?;
+            serde_json::from_str(written.get()).map_err(|error| not_json(written.get(), &error))?;
         let name = *fields.get("name").ok_or(DecodeError::NoName)?;
         if !name.get().starts_with('"') {
             return Err(DecodeError::NameNotAString {

@@ -239,4 +239,21 @@ mod tests {
         let other = "projects/q/subscriptions/s";
         assert_eq!(connection.short_name(other), other);
     }
+
+    /// A pull of a subscription that has become a push subscription fails so.
+    #[test]
+    fn only_what_may_pass_by_itself_is_retried_soon() {
+        for (code, needs_a_person) in [
+            (Code::FailedPrecondition, true),
+            (Code::NotFound, true),
+            (Code::PermissionDenied, true),
+            (Code::Unavailable, false),
+            (Code::Internal, false),
+        ] {
+            let status = google_cloud_gax::error::rpc::Status::default().set_code(code);
+            let error = google_cloud_pubsub::Error::service(status);
+            let error = PubsubError::about("subscription s", &error);
+            assert_eq!(error.needs_a_person(), needs_a_person, "{error}");
+        }
+    }
 }

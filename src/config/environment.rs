@@ -27,7 +27,7 @@ pub(super) fn layer(
         let invalid = |reason: &str| ConfigError::Invalid(format!("variable {name}: {reason}"));
         let value = value.to_str().ok_or_else(|| invalid("it is not UTF-8"))?;
         let path = path_of(&name[PREFIX.len()..], files).map_err(|reason| invalid(&reason))?;
-        insert(&mut table, &path, parsed(value)).map_err(invalid)?;
+        insert(&mut table, &path, parsed(&path, value)).map_err(invalid)?;
     }
     toml::to_string(&table).map_err(|error| ConfigError::Unreadable {
         reason: error.to_string(),
@@ -81,14 +81,16 @@ fn plain(name: &str) -> String {
 }
 
 /// A list, a table or a quoted string in TOML; anything else is the text itself, from which a
-/// key of another type reads its number, size or time.
-fn parsed(text: &str) -> Value {
+/// key of another type reads its number, size or time. A task's variable is always text.
+fn parsed(path: &[String], text: &str) -> Value {
     let as_text = || Value::String(text.to_owned());
-    if !text.starts_with(['[', '{', '"', '\'']) {
+    let is_variable = matches!(path, [kind, _, env, _] if kind == "tasks" && env == "env");
+    if is_variable || !text.starts_with(['[', '{', '"', '\'']) {
         return as_text();
     }
     let parsed: Result<Table, _> = format!("value = {text}").parse();
-    let value = parsed.ok().and_then(|mut table| table.remove("value"));
+    let alone = parsed.ok().filter(|table| table.len() == 1);
+    let value = alone.and_then(|mut table| table.remove("value"));
     value.unwrap_or_else(as_text)
 }
 
@@ -138,6 +140,7 @@ mod tests {
                 ("TRAINYARD__TASKS__FINETUNE__BACKOFF", "{ initial = '5s' }"),
                 ("TRAINYARD__PUBSUB__EMULATOR_HOST", "[::1]:8085"),
                 ("TRAINYARD__PUBSUB__PROJECT", "\"1e5\""),
+                ("TRAINYARD__DATABASE__URL", "'a'\nb = 1"),
                 ("TRAINYARD_CONFIG", "another"),
             ],
         );
@@ -148,6 +151,8 @@ mod tests {
             [tasks.finetune]
             command = ["sh", "-c", "x"]
             backoff.initial = "5s"
+            [database]
+            url = "'a'\nb = 1"
             [pubsub]
             emulator_host = "[::1]:8085"
             project = "1e5"
@@ -181,13 +186,13 @@ mod tests {
     }
 
     #[test]
-    fn a_tasks_variables_keep_their_names() {
-        let variable = ("TRAINYARD__TASKS__T__ENV__API_KEY", "secret");
-        let layer = layer_over("", &[variable]).unwrap();
-        assert_eq!(
-            layer["tasks"]["t"]["env"]["API_KEY"].as_str(),
-            Some("secret")
-        );
+    fn a_tasks_variables_keep_their_names_and_their_text() {
+        for text in ["secret", "1e5", "[\"a\"]", "\"quoted\""] {
+            let variable = ("TRAINYARD__TASKS__T__ENV__Api_Key", text);
+            let layer = layer_over("", &[variable]).unwrap();
+            let value = layer["tasks"]["t"]["env"]["Api_Key"].as_str();
+            assert_eq!(value, Some(text));
+        }
     }
 
     #[test]

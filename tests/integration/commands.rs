@@ -137,37 +137,30 @@ async fn no_part_of_an_unreadable_database_url_is_printed() {
     }
 }
 
-/// A server is often reached by its socket, and by IPv6.
+/// Nobody is there, so that the error tells whether the right way was tried.
 #[tokio::test]
 async fn urls_of_sockets_and_ipv6_addresses_lead_to_the_server() {
-    let Some(database) = Database::postgres().await else {
-        return;
-    };
-    let url = url::Url::parse(&database.url).unwrap();
-    let (user, name) = (url.username(), url.path());
-    let port = url.port().unwrap();
     let broker = Broker::builtin().await.unwrap();
-    for (url, says) in [
-        // Nobody listens there, so the error tells which way was tried.
+    for (url, says, not) in [
         (
-            format!("postgres://{user}@{name}?host=/nowhere&port={port}"),
+            "postgres://u@/db?host=/nowhere",
             "No such file",
+            "localhost",
         ),
-        (
-            format!("postgres://{user}@[::1]:1{name}"),
-            "Connection refused",
-        ),
-        (
-            format!("{}?target_session_attrs=read-write", database.url),
-            "",
-        ),
+        // A machine without IPv6 says something else than one that has it.
+        ("postgres://u@[::1]:1/db", "[::1]:1", "lookup"),
     ] {
-        let yard = Yard::new(&broker, &Database::at(url), SECTIONS);
+        let yard = Yard::new(&broker, &Database::at(url.to_owned()), SECTIONS);
         let output = yard.output(&["migrate"]).await;
-        match says {
-            "" => assert_eq!(output.code, 0, "{}", output.stderr),
-            says => assert!(output.stderr.contains(says), "{}", output.stderr),
-        }
+        assert_eq!(output.code, OTHER, "{}", output.stderr);
+        assert!(output.stderr.contains(says), "{}", output.stderr);
+        assert!(!output.stderr.contains(not), "{}", output.stderr);
+    }
+    if let Some(mut database) = Database::postgres().await {
+        database.url += "?target_session_attrs=read-write";
+        let yard = Yard::new(&broker, &database, SECTIONS);
+        let output = yard.output(&["migrate"]).await;
+        assert_eq!(output.code, 0, "{}", output.stderr);
     }
 }
 

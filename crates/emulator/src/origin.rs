@@ -80,6 +80,7 @@ fn is_this_machine(host: &str) -> bool {
 }
 
 fn is_localhost(host: &str) -> bool {
+    let host = host.to_ascii_lowercase();
     host == "localhost" || host.ends_with(".localhost")
 }
 
