@@ -10,7 +10,7 @@ use anyhow::Context;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use crate::config::{self, Config, ConfigError};
+use crate::config::{self, Config, ConfigError, Database};
 use crate::database_url;
 use crate::devices::Devices;
 use crate::executor::subprocess::{run_as_keeper_if_asked, tidy_work_dir};
@@ -81,7 +81,12 @@ pub async fn open_store(config: &Config, missing: Missing) -> anyhow::Result<Arc
         (true, Missing::Fail) => "check [database] url; `trainyard migrate` makes a new database",
         (false, _) => "check [database] url, and that the server is up",
     };
-    store::open(&database.url, database.max_connections, missing)
+    let Database {
+        url,
+        max_connections,
+        pooler,
+    } = &config.database;
+    store::open(url, *max_connections, *pooler, missing)
         .await
         .with_context(|| {
             format!(

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::database_url;
+use crate::database_url::{self, Pooler};
 use crate::dedupe::DedupeKey;
 use crate::devices::Gpus;
 use crate::retry::RetryPolicy;
@@ -57,6 +57,8 @@ pub struct Database {
     pub url: String,
     /// PostgreSQL only.
     pub max_connections: u32,
+    /// The pooler between trainyard and PostgreSQL. Unset: it is found out.
+    pub pooler: Option<Pooler>,
 }
 
 impl Default for Database {
@@ -64,6 +66,7 @@ impl Default for Database {
         Self {
             url: "sqlite://.trainyard/trainyard.db".to_owned(),
             max_connections: 10,
+            pooler: None,
         }
     }
 }

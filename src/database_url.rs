@@ -2,7 +2,35 @@
 //!
 //! A URL holds a password, so nothing here returns a part of a URL that could not be read.
 
+use serde::{Deserialize, Serialize};
 use url::Url;
+
+/// What stands between trainyard and PostgreSQL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", try_from = "String")]
+pub enum Pooler {
+    /// Nothing, or nothing that is noticed: each connection has a session to itself.
+    None,
+    /// A pooler that gives a connection another session for each transaction.
+    Transaction,
+}
+
+impl TryFrom<String> for Pooler {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.as_str() {
+            "none" => Ok(Self::None),
+            "transaction" => Ok(Self::Transaction),
+            "session" => {
+                Err("write \"transaction\", which also suits a pooler in session mode".to_owned())
+            }
+            _ => Err(format!(
+                "{text:?} is neither \"none\" nor \"transaction\"; remove it to have it found out"
+            )),
+        }
+    }
+}
 
 const HIDDEN: &str = "***";
 

@@ -35,6 +35,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use uuid::Uuid;
 
+pub use crate::database_url::Pooler;
 use crate::job::{Claim, ClaimRequest, DeadLetter, DueJob, Fence, JobKey, Pick, Renewal, Taken};
 use crate::record::{
     AttemptRecord, AttemptReport, Cancelling, Job, JobFilter, Note, Retrying, Story,
@@ -237,10 +238,13 @@ pub enum Missing {
 pub async fn open(
     url: &str,
     max_connections: u32,
+    pooler: Option<Pooler>,
     missing: Missing,
 ) -> Result<Arc<dyn Store>, StoreError> {
     if url.starts_with("sqlite:") {
         return Ok(Arc::new(SqliteStore::open(url, missing).await?));
     }
-    Ok(Arc::new(PostgresStore::open(url, max_connections).await?))
+    Ok(Arc::new(
+        PostgresStore::open(url, max_connections, pooler).await?,
+    ))
 }

@@ -241,7 +241,7 @@ impl Bench {
     /// Opens a connection, as each command does. The server plans the first statements
     /// of a connection for their arguments, and later ones perhaps not.
     async fn of_command(&self) -> Outcome<Arc<dyn Store>> {
-        Ok(store::open(&self.database.url, 1, Missing::Fail).await?)
+        Ok(store::open(&self.database.url, 1, None, Missing::Fail).await?)
     }
 
     async fn by_last_digits(&self) -> Outcome<Duration> {

@@ -92,7 +92,7 @@ impl Database {
         let mut url = Url::parse(server)?;
         url.set_path(&name);
         let url = url.to_string();
-        let store = store::open(&url, 1, Missing::Create).await?;
+        let store = store::open(&url, 1, None, Missing::Create).await?;
         store.migrate(|_| {}).await?;
         let database = Self { name, url, store };
         database.execute(FILL, &[ended]).await?;

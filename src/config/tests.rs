@@ -18,6 +18,8 @@ fn each_impossible_value_is_named_by_its_key() {
             "[database]\nmax_connections = 0",
             "database.max_connections",
         ),
+        ("[database]\npooler = 'session'", "database.pooler"),
+        ("[database]\npooler = 'pgbouncer'", "database.pooler"),
         ("[worker]\nslots = 0", "worker.slots"),
         ("[worker]\nlease = '1s'", "worker.lease"),
         ("[worker]\nlease = '20s'", "worker.lease"),

@@ -36,11 +36,24 @@ pub enum StoreError {
 /// line of the server's source code behind it.
 fn told(error: &sqlx::Error) -> String {
     match error {
+        sqlx::Error::Database(said) if is_mixed_up(said.code().as_deref()) => {
+            format!("{} ({ASK_FOR_POOLER})", said.message())
+        }
         sqlx::Error::Database(said) => said.message().to_owned(),
         sqlx::Error::Io(failed) => failed.to_string(),
         sqlx::Error::PoolTimedOut => "no connection could be made in time".to_owned(),
         other => other.to_string(),
     }
+}
+
+const ASK_FOR_POOLER: &str =
+    "if a connection pooler is in between, set [database] pooler = \"transaction\"";
+
+/// A prepared statement that exists already, or does not: the session is not the one in which
+/// it was prepared.
+/// <https://www.postgresql.org/docs/current/errcodes-appendix.html>
+fn is_mixed_up(code: Option<&str>) -> bool {
+    matches!(code, Some("42P05" | "26000"))
 }
 
 impl StoreError {

@@ -10,49 +10,28 @@ mod queue;
 mod requests;
 mod running;
 mod schema;
+mod sessions;
 mod takeover;
 
 use std::str::FromStr;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{Connection, PgConnection, PgPool, Postgres};
-use tokio::time::{sleep, timeout};
+use sqlx::Postgres;
+use sqlx::postgres::PgConnectOptions;
+use tokio::time::sleep;
 use uuid::Uuid;
 
-use super::reading::Pooled;
+use self::sessions::{LIMITS, Sessions};
+use super::reading::Reading;
 use super::{
     ClaimTerms, Claims, DeadLetterBox, DeadLettersDue, Finish, Finished, GivenUp, Queue, Reach,
     Refusal, Refused, Release, Requests, Schema, SchemaError, Standing, StoreError, Waiting,
 };
-use crate::database_url;
+use crate::database_url::{self, Pooler};
 use crate::job::{Claim, ClaimRequest, DeadLetter, DueJob, Fence, JobKey, Pick, Renewal, Taken};
 use crate::record::{AttemptReport, Cancelling, Note, Retrying};
 use crate::retry::Backoff;
-
-/// How long a caller waits for a connection before the database counts as
-/// unavailable.
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// A released connection must answer a ping within this time, or it is closed. A failover
-/// may leave no other sign, and a dead connection would occupy its place in the pool
-/// until TCP gives up.
-const SILENCE: Duration = Duration::from_secs(5);
-
-/// No statement or lock wait may block a worker for long, and no transaction may stay
-/// open after its worker is gone. The server ends the session of a vanished machine
-/// within half a minute.
-const LIMITS: [(&str, &str); 7] = [
-    // Compiling a plan takes longer than these statements.
-    ("jit", "off"),
-    ("statement_timeout", "15s"),
-    ("lock_timeout", "5s"),
-    ("idle_in_transaction_session_timeout", "15s"),
-    ("tcp_keepalives_idle", "15"),
-    ("tcp_keepalives_interval", "5"),
-    ("tcp_keepalives_count", "3"),
-];
 
 /// More than one, since a dead connection keeps its place until it is detected.
 const RENEWAL_CONNECTIONS: u32 = 3;
@@ -64,31 +43,32 @@ const ROLLED_BACK_TRIES: u32 = 5;
 /// [`super::Store`] on Postgres 14 or newer.
 #[derive(Clone)]
 pub struct PostgresStore {
-    pool: PgPool,
+    sessions: Sessions,
     /// Renewals have their own connections, so that a flood of claims does not delay
     /// them. They commit asynchronously: if the server crashes and loses one, a lease
     /// only ends early.
-    renewals: PgPool,
+    renewals: Sessions,
     url: String,
 }
 
 impl PostgresStore {
-    /// Connects a pool of at most `max_connections`.
+    /// Connects a pool of at most `max_connections`. Finds out whether there is a pooler
+    /// if that is not said.
     ///
     /// # Errors
     /// [`StoreError::Unavailable`] when no connection can be made.
-    pub async fn open(url: &str, max_connections: u32) -> Result<Self, StoreError> {
-        let plain = connect_options(url)?;
-        let options = plain.application_name("trainyard").options(LIMITS);
-        let pool = pool_of(max_connections).connect_with(options.clone()).await;
-        let pool = match pool {
-            Err(sqlx::Error::PoolTimedOut) => return Err(why_unreachable(&options).await),
-            connected => connected?,
-        };
-        let renewals = pool_of(RENEWAL_CONNECTIONS)
-            .connect_lazy_with(options.clone().options([("synchronous_commit", "off")]));
+    pub async fn open(
+        url: &str,
+        max_connections: u32,
+        pooler: Option<Pooler>,
+    ) -> Result<Self, StoreError> {
+        let options = connect_options(url)?.application_name("trainyard");
+        let sessions = Sessions::open(&options, max_connections, pooler).await?;
+        let settings = [&LIMITS[..], &[("synchronous_commit", "off")]].concat();
+        let pooler = sessions.pooler();
+        let renewals = Sessions::with_settings(&options, RENEWAL_CONNECTIONS, pooler, &settings);
         Ok(Self {
-            pool,
+            sessions,
             renewals,
             url: url.to_owned(),
         })
@@ -107,33 +87,12 @@ fn connect_options(url: &str) -> Result<PgConnectOptions, StoreError> {
     })
 }
 
-/// The pool tries again while the server refuses connections, and in the end does not tell.
-async fn why_unreachable(options: &PgConnectOptions) -> StoreError {
-    let connecting = PgConnection::connect_with(options);
-    match timeout(ACQUIRE_TIMEOUT, connecting).await {
-        Ok(Err(error)) => error.into(),
-        Ok(Ok(_)) | Err(_) => sqlx::Error::PoolTimedOut.into(),
-    }
-}
-
-fn pool_of(connections: u32) -> PgPoolOptions {
-    PgPoolOptions::new()
-        .max_connections(connections)
-        .acquire_timeout(ACQUIRE_TIMEOUT)
-        .after_release(|connection, _| {
-            Box::pin(async move {
-                let answer = timeout(SILENCE, connection.ping()).await;
-                answer.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
-                Ok(true)
-            })
-        })
-}
-
-impl Pooled for PostgresStore {
+impl Reading for PostgresStore {
     type Database = Postgres;
+    type Source = Sessions;
 
-    fn pool(&self) -> &PgPool {
-        &self.pool
+    fn source(&self) -> &Sessions {
+        &self.sessions
     }
 }
 
@@ -155,11 +114,11 @@ async fn retried<T, F: Future<Output = Result<T, StoreError>>>(
 #[async_trait]
 impl Schema for PostgresStore {
     async fn migrate(&self, waiting: Waiting) -> Result<usize, SchemaError> {
-        schema::migrate(&self.pool, &self.url, waiting).await
+        schema::migrate(&self.sessions, &self.url, waiting).await
     }
 
     async fn check_schema(&self) -> Result<(), SchemaError> {
-        schema::check(&self.pool).await
+        schema::check(&self.sessions).await
     }
 
     fn uses_this_machines_clock(&self) -> bool {
@@ -167,7 +126,7 @@ impl Schema for PostgresStore {
     }
 
     async fn ping(&self) -> Result<(), StoreError> {
-        schema::ping(&self.pool).await
+        schema::ping(&self.sessions).await
     }
 }
 
@@ -178,7 +137,7 @@ impl Claims for PostgresStore {
         requests: &[ClaimRequest],
         terms: &ClaimTerms,
     ) -> Result<Vec<Claim>, StoreError> {
-        retried(|| claims::claim(&self.pool, requests, terms)).await
+        retried(|| claims::claim(&self.sessions, requests, terms)).await
     }
 
     async fn renew(&self, fences: &[Fence], lease: Duration) -> Result<Vec<Renewal>, StoreError> {
@@ -186,7 +145,7 @@ impl Claims for PostgresStore {
     }
 
     async fn cancelled_runs(&self, worker: &str) -> Result<Vec<Uuid>, StoreError> {
-        running::cancelled_runs(&self.pool, worker).await
+        running::cancelled_runs(&self.sessions, worker).await
     }
 
     async fn save_checkpoint(
@@ -195,46 +154,46 @@ impl Claims for PostgresStore {
         checkpoint: &str,
         acked: bool,
     ) -> Result<bool, StoreError> {
-        retried(|| running::save_checkpoint(&self.pool, fence, checkpoint, acked)).await
+        retried(|| running::save_checkpoint(&self.sessions, fence, checkpoint, acked)).await
     }
 
     async fn finish(&self, finishes: &[Finish]) -> Result<Vec<Finished>, StoreError> {
-        retried(|| endings::finish(&self.pool, finishes)).await
+        retried(|| endings::finish(&self.sessions, finishes)).await
     }
 
     async fn release(&self, release: &Release) -> Result<bool, StoreError> {
-        retried(|| endings::release(&self.pool, release)).await
+        retried(|| endings::release(&self.sessions, release)).await
     }
 
     async fn disown(&self, claims: &[(JobKey, Uuid)]) -> Result<(), StoreError> {
-        retried(|| endings::disown(&self.pool, claims)).await
+        retried(|| endings::disown(&self.sessions, claims)).await
     }
 
     async fn refuse(&self, refusal: &Refusal) -> Result<Refused, StoreError> {
-        retried(|| endings::refuse(&self.pool, refusal)).await
+        retried(|| endings::refuse(&self.sessions, refusal)).await
     }
 }
 
 #[async_trait]
 impl Queue for PostgresStore {
     async fn due(&self, reach: &Reach, limit: u32) -> Result<Vec<DueJob>, StoreError> {
-        queue::due(&self.pool, reach, limit).await
+        queue::due(&self.sessions, reach, limit).await
     }
 
     async fn take(&self, picks: &[Pick], terms: &ClaimTerms) -> Result<Vec<Taken>, StoreError> {
-        retried(|| queue::take(&self.pool, picks, terms)).await
+        retried(|| queue::take(&self.sessions, picks, terms)).await
     }
 
     async fn look(&self, keys: &[JobKey]) -> Result<Vec<Standing>, StoreError> {
-        queue::look(&self.pool, keys).await
+        queue::look(&self.sessions, keys).await
     }
 
     async fn offer(&self, keys: &[JobKey]) -> Result<(), StoreError> {
-        retried(|| queue::offer(&self.pool, keys)).await
+        retried(|| queue::offer(&self.sessions, keys)).await
     }
 
     async fn know(&self, reach: &Reach) -> Result<(), StoreError> {
-        queue::know(&self.pool, reach).await
+        queue::know(&self.sessions, reach).await
     }
 
     async fn give_up_unknown(
@@ -242,22 +201,22 @@ impl Queue for PostgresStore {
         unknown: &[GivenUp],
         patience: Duration,
     ) -> Result<Vec<JobKey>, StoreError> {
-        retried(|| queue::give_up_unknown(&self.pool, unknown, patience)).await
+        retried(|| queue::give_up_unknown(&self.sessions, unknown, patience)).await
     }
 }
 
 #[async_trait]
 impl Requests for PostgresStore {
     async fn cancel(&self, id: Uuid, by: &str) -> Result<Option<Cancelling>, StoreError> {
-        retried(|| requests::cancel(&self.pool, id, by)).await
+        retried(|| requests::cancel(&self.sessions, id, by)).await
     }
 
     async fn retry(&self, id: Uuid, by: &str) -> Result<Option<Retrying>, StoreError> {
-        retried(|| requests::retry(&self.pool, id, by)).await
+        retried(|| requests::retry(&self.sessions, id, by)).await
     }
 
     async fn note(&self, worker: &str, notes: &[Note]) -> Result<(), StoreError> {
-        ledger::note(&self.pool, worker, notes).await
+        ledger::note(&self.sessions, worker, notes).await
     }
 
     async fn record_attempt(
@@ -266,18 +225,18 @@ impl Requests for PostgresStore {
         worker: &str,
         report: &AttemptReport,
     ) -> Result<(), StoreError> {
-        ledger::record_attempt(&self.pool, fence, worker, report).await
+        ledger::record_attempt(&self.sessions, fence, worker, report).await
     }
 
     async fn purge(&self, retention: Duration, limit: u32) -> Result<u64, StoreError> {
-        ledger::purge(&self.pool, retention, limit).await
+        ledger::purge(&self.sessions, retention, limit).await
     }
 }
 
 #[async_trait]
 impl DeadLetterBox for PostgresStore {
     async fn dead_letters(&self, due: &DeadLettersDue) -> Result<Vec<DeadLetter>, StoreError> {
-        dead_letters::dead_letters(&self.pool, due).await
+        dead_letters::dead_letters(&self.sessions, due).await
     }
 
     async fn dead_letter_settled(
@@ -286,6 +245,6 @@ impl DeadLetterBox for PostgresStore {
         worker: &str,
         detail: &str,
     ) -> Result<(), StoreError> {
-        retried(|| dead_letters::dead_letter_settled(&self.pool, letter, worker, detail)).await
+        retried(|| dead_letters::dead_letter_settled(&self.sessions, letter, worker, detail)).await
     }
 }

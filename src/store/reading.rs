@@ -4,7 +4,7 @@
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use sqlx::{
-    ColumnIndex, Database, Decode, Encode, Executor, FromRow, IntoArguments, Pool, Type, query_as,
+    ColumnIndex, Database, Decode, Encode, Executor, FromRow, IntoArguments, Type, query_as,
     query_scalar,
 };
 use uuid::Uuid;
@@ -13,10 +13,11 @@ use super::values::from_json;
 use super::{Records, StoreError};
 use crate::record::{AttemptRecord, Job, JobFilter, JobState, LedgerEntry, Story};
 
-/// A store that reads from a pool.
-pub(super) trait Pooled: Send + Sync + 'static {
+/// A store that reads from some source of connections.
+pub(super) trait Reading: Send + Sync + 'static {
     type Database: Database;
-    fn pool(&self) -> &Pool<Self::Database>;
+    type Source: Send + Sync;
+    fn source(&self) -> &Self::Source;
 }
 
 #[derive(FromRow)]
@@ -113,9 +114,9 @@ const INDEXED_DIGITS: usize = 4;
 #[async_trait]
 impl<S, DB> Records for S
 where
-    S: Pooled<Database = DB>,
+    S: Reading<Database = DB>,
     DB: Database,
-    for<'c> &'c mut DB::Connection: Executor<'c, Database = DB>,
+    for<'c> &'c S::Source: Executor<'c, Database = DB>,
     DB::Arguments: IntoArguments<DB>,
     for<'r> JobRow: FromRow<'r, DB::Row>,
     for<'r> LedgerRow: FromRow<'r, DB::Row>,
@@ -140,21 +141,21 @@ where
         if let Some(state) = filter.state {
             query = query.bind(state.as_str());
         }
-        let rows = query.fetch_all(self.pool()).await?;
+        let rows = query.fetch_all(self.source()).await?;
         rows.into_iter().map(Job::try_from).collect()
     }
 
     async fn job(&self, id: Uuid) -> Result<Option<Job>, StoreError> {
         let row = query_as::<DB, JobRow>(JOB)
             .bind(id)
-            .fetch_optional(self.pool())
+            .fetch_optional(self.source())
             .await?;
         let Some(row) = row else {
             return Ok(None);
         };
         let payload: Option<Option<Vec<u8>>> = query_scalar(PAYLOAD)
             .bind(id)
-            .fetch_optional(self.pool())
+            .fetch_optional(self.source())
             .await?;
         let mut job = Job::try_from(row)?;
         job.payload = payload.flatten().map(Into::into);
@@ -169,7 +170,7 @@ where
             .bind(&end[indexed..])
             .bind(end)
             .bind(i64::from(limit))
-            .fetch_all(self.pool())
+            .fetch_all(self.source())
             .await?;
         Ok(ids)
     }
@@ -177,7 +178,7 @@ where
     async fn stories(&self, message_id: &str) -> Result<Vec<Story>, StoreError> {
         let rows = query_as::<DB, JobRow>(JOBS_OF_MESSAGE)
             .bind(message_id)
-            .fetch_all(self.pool())
+            .fetch_all(self.source())
             .await?;
         let mut stories = Vec::with_capacity(rows.len());
         for row in rows {
@@ -185,7 +186,7 @@ where
             let ledger = query_as::<DB, LedgerRow>(LEDGER)
                 .bind(job.subscription.as_str())
                 .bind(job.key.as_str())
-                .fetch_all(self.pool())
+                .fetch_all(self.source())
                 .await?;
             let ledger = ledger.into_iter().map(LedgerEntry::from).collect();
             stories.push(Story { job, ledger });
@@ -196,7 +197,7 @@ where
     async fn attempts(&self, id: Uuid) -> Result<Vec<AttemptRecord>, StoreError> {
         let rows = query_as::<DB, AttemptRow>(ATTEMPTS)
             .bind(id)
-            .fetch_all(self.pool())
+            .fetch_all(self.source())
             .await?;
         rows.into_iter().map(AttemptRecord::try_from).collect()
     }

@@ -24,7 +24,7 @@ use sqlx::sqlite::{
 use sqlx::{Connection, Sqlite};
 use uuid::Uuid;
 
-use super::reading::Pooled;
+use super::reading::Reading;
 use super::{
     ClaimTerms, Claims, DeadLetterBox, DeadLettersDue, Finish, Finished, GivenUp, Missing, Queue,
     Reach, Refusal, Refused, Release, Requests, Schema, SchemaError, Standing, StoreError, Waiting,
@@ -91,10 +91,11 @@ fn create_folder(folder: &Path) -> Result<(), StoreError> {
     std::fs::create_dir_all(folder).map_err(|error| StoreError::Unavailable(error.into()))
 }
 
-impl Pooled for SqliteStore {
+impl Reading for SqliteStore {
     type Database = Sqlite;
+    type Source = SqlitePool;
 
-    fn pool(&self) -> &SqlitePool {
+    fn source(&self) -> &SqlitePool {
         &self.pool
     }
 }

@@ -19,6 +19,7 @@ mod gpus;
 mod just_in_time;
 mod migrations;
 mod ordering;
+mod pooler;
 mod programs;
 mod pubsub_checks;
 mod pulling;

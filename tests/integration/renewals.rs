@@ -130,7 +130,7 @@ async fn connections_that_fall_silent_in_the_middle_of_a_statement_are_replaced(
     };
     let proxy = LossyProxy::in_front_of(&database.url).await;
     database.open_migrated().await;
-    let store = PostgresStore::open(&proxy.url, 1).await.unwrap();
+    let store = PostgresStore::open(&proxy.url, 1, None).await.unwrap();
     let mut somebody = PgConnection::connect(&database.url).await.unwrap();
     let mut transaction = somebody.begin().await.unwrap();
     sqlx::query("LOCK TABLE leases IN ACCESS EXCLUSIVE MODE")

@@ -30,14 +30,14 @@ use trainyard::record::{JobFilter, JobState};
 use trainyard::store::{Refusal, Refused, SchemaError, Standing};
 use uuid::Uuid;
 
-use crate::on_both_databases;
+use crate::on_every_store;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acquire, claim, dead, finish, interrupted, job_of, look, pass_the_lease, refusal,
     request, request_of, succeeded, terms,
 };
 
-on_both_databases!(
+on_every_store!(
     a_new_database_has_no_schema_until_it_is_migrated,
     migrating_again_changes_nothing,
     a_new_key_is_acquired_at_attempt_one,

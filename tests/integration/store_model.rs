@@ -47,6 +47,11 @@ fn postgres_keeps_to_the_model() {
     run_cases(24, Database::postgres);
 }
 
+#[test]
+fn postgres_behind_a_pooler_keeps_to_the_model() {
+    run_cases(6, Database::behind_a_pooler);
+}
+
 /// All cases share one database, each with its own subscription.
 fn run_cases(cases: u32, database: impl AsyncFn() -> Option<Database>) {
     let runtime = Runtime::new().unwrap();

@@ -4,6 +4,7 @@ pub mod broker;
 pub mod database;
 pub mod five_subscriptions;
 pub mod jobs;
+pub mod pooler;
 pub mod private_postgres;
 pub mod proxy;
 pub mod requests;

@@ -5,6 +5,7 @@
 #
 # COMMAND finds them by
 #   TRAINYARD_TEST_DATABASE_URL     postgres://…, a PostgreSQL of this run alone
+#   TRAINYARD_TEST_POOLER_URL       the same through PgBouncer in transaction mode
 #   TRAINYARD_TEST_PUBSUB_EMULATOR  host:port of Google's Pub/Sub emulator
 # One that is set already is left as it is, and nothing is started for it.
 #
@@ -28,6 +29,7 @@ watcher=
 
 stop_services() {
   "$here/pubsub-emulator.sh" stop "$dir/pubsub" || say "the emulator did not stop"
+  "$here/pgbouncer.sh" stop "$dir/pgbouncer" || say "PgBouncer did not stop"
   "$here/postgres.sh" stop "$dir/postgres" immediate || say "PostgreSQL did not stop"
   rm -rf -- "$dir"
 }
@@ -86,14 +88,15 @@ watch_for_our_end() {
   disown
 }
 
-# start_service VARIABLE WHAT SCRIPT SUBDIRECTORY
+# start_service VARIABLE WHAT SCRIPT SUBDIRECTORY [ARGUMENT...]
 start_service() {
-  local variable=$1 what=$2 script=$3 value code=0
+  local variable=$1 what=$2 script=$3 subdirectory=$4 value code=0
+  shift 4
   if [ -n "${!variable:-}" ]; then
     say "$variable is set: using that"
     return
   fi
-  value=$("$here/$script" start "$4" 2>"$dir/stderr") || code=$?
+  value=$("$here/$script" start "$subdirectory" "$@" 2>"$dir/stderr") || code=$?
   cat "$dir/stderr" >&2
   case $code in
     0) export "$variable=$value" ;;
@@ -106,6 +109,11 @@ watch_for_our_end
 # The server's user must be able to pass, see postgres.sh.
 chmod 711 "$dir"
 start_service TRAINYARD_TEST_DATABASE_URL "the PostgreSQL store" postgres.sh "$dir/postgres"
+if [ -n "${TRAINYARD_TEST_DATABASE_URL:-}" ]; then
+  # Idle sessions would keep too many of the server's connections from other tests.
+  start_service TRAINYARD_TEST_POOLER_URL "PgBouncer" pgbouncer.sh "$dir/pgbouncer" \
+    "$TRAINYARD_TEST_DATABASE_URL" "server_idle_timeout = 2"
+fi
 start_service TRAINYARD_TEST_PUBSUB_EMULATOR "Google's Pub/Sub emulator" pubsub-emulator.sh "$dir/pubsub"
 print_not_tested
 

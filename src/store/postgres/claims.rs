@@ -4,13 +4,14 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::time::Duration;
 
+use sqlx::Row;
 use sqlx::postgres::PgRow;
-use sqlx::{PgConnection, PgPool, Row};
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::columns::key_columns;
 use super::ordering::lock_places_in;
+use super::sessions::{Sessions, Transaction};
 use super::takeover::{Won, take_over};
 use crate::job::{Can, Claim, ClaimRequest};
 use crate::store::taker::Taker;
@@ -21,14 +22,14 @@ use crate::store::{ClaimTerms, StoreError};
 /// over, then reports on the rest. A new row that conflicts waits for the other
 /// transaction, so the later statements see its commit.
 pub(super) async fn claim(
-    pool: &PgPool,
+    sessions: &Sessions,
     requests: &[ClaimRequest],
     terms: &ClaimTerms,
 ) -> Result<Vec<Claim>, StoreError> {
     let claimed_at = Instant::now();
     let mut answers: HashMap<Uuid, Claim> = HashMap::with_capacity(requests.len());
     let mut rest: Vec<&ClaimRequest> = requests.iter().collect();
-    let mut transaction = pool.begin().await?;
+    let mut transaction = sessions.begin().await?;
 
     lock_ordering_keys(&mut transaction, &rest).await?;
     let inserted = insert_new(&mut transaction, &rest, terms).await?;
@@ -83,7 +84,7 @@ fn settle(
 }
 
 async fn lock_ordering_keys(
-    connection: &mut PgConnection,
+    transaction: &mut Transaction,
     requests: &[&ClaimRequest],
 ) -> Result<(), StoreError> {
     let ordered = requests
@@ -95,7 +96,7 @@ async fn lock_ordering_keys(
             (&*request.key.subscription, ordering_key)
         })
         .unzip();
-    lock_places_in(connection, &subscriptions, &keys).await
+    lock_places_in(transaction, &subscriptions, &keys).await
 }
 
 /// Inserts jobs in key order, so that two batches with common keys wait for each other
@@ -162,7 +163,7 @@ SELECT token, job_id, runs::int AS attempt, runs, 1 AS counted_attempts, NULL::t
 FROM fresh";
 
 async fn insert_new(
-    connection: &mut PgConnection,
+    transaction: &mut Transaction,
     requests: &[&ClaimRequest],
     terms: &ClaimTerms,
 ) -> Result<Vec<Won>, StoreError> {
@@ -203,7 +204,7 @@ async fn insert_new(
         )
         .bind(&*terms.worker)
         .bind(terms.lease.as_secs_f64())
-        .fetch_all(connection)
+        .fetch_all(transaction)
         .await?;
     Ok(rows)
 }
@@ -273,7 +274,7 @@ JOIN counted USING (subscription, key)
 LEFT JOIN leases USING (subscription, key)";
 
 async fn count_duplicates(
-    connection: &mut PgConnection,
+    transaction: &mut Transaction,
     requests: &[&ClaimRequest],
     terms: &ClaimTerms,
 ) -> Result<Vec<(Uuid, Claim)>, StoreError> {
@@ -290,7 +291,7 @@ async fn count_duplicates(
         )
         .bind(&*terms.worker)
         .bind(MAX_DUPLICATES_IN_LEDGER.cast_signed())
-        .fetch_all(connection)
+        .fetch_all(transaction)
         .await?;
     rows.iter()
         .map(|row| Ok((row.try_get("token")?, not_acquired(row)?)))

@@ -1,8 +1,9 @@
 //! Dead jobs whose message is still to be published to its topic.
 
+use sqlx::Row;
 use sqlx::postgres::PgRow;
-use sqlx::{PgPool, Row};
 
+use super::sessions::Sessions;
 use crate::job::{DeadLetter, JobKey};
 use crate::message::Message;
 use crate::store::values::from_json;
@@ -32,7 +33,7 @@ FROM given
 ORDER BY finished_at";
 
 pub(super) async fn dead_letters(
-    pool: &PgPool,
+    sessions: &Sessions,
     due: &DeadLettersDue,
 ) -> Result<Vec<DeadLetter>, StoreError> {
     let rows = sqlx::query(DEAD_LETTERS)
@@ -41,7 +42,7 @@ pub(super) async fn dead_letters(
         .bind(due.worker.as_deref())
         .bind(&due.not_to)
         .bind(due.time_to_publish.as_secs_f64())
-        .fetch_all(pool)
+        .fetch_all(sessions)
         .await?;
     rows.iter().map(read_dead_letter).collect()
 }
@@ -78,7 +79,7 @@ INSERT INTO ledger (subscription, key, worker, kind, detail)
 SELECT subscription, key, $3, 'dead_lettered', $4 FROM settled";
 
 pub(super) async fn dead_letter_settled(
-    pool: &PgPool,
+    sessions: &Sessions,
     letter: &DeadLetter,
     worker: &str,
     detail: &str,
@@ -89,7 +90,7 @@ pub(super) async fn dead_letter_settled(
         .bind(worker)
         .bind(detail)
         .bind(letter.died_at)
-        .execute(pool)
+        .execute(sessions)
         .await?;
     Ok(())
 }

@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 
-use sqlx::{PgPool, Row};
+use sqlx::Row;
 use uuid::Uuid;
 
 use super::columns::{attempts, fence_tokens, key_columns};
+use super::sessions::Sessions;
 use crate::job::JobKey;
 use crate::json::Json;
 use crate::outcome::DeadReason;
@@ -56,7 +57,7 @@ WITH input AS (
 SELECT token FROM finished";
 
 pub(super) async fn finish(
-    pool: &PgPool,
+    sessions: &Sessions,
     finishes: &[Finish],
 ) -> Result<Vec<Finished>, StoreError> {
     let (subscriptions, keys) = key_columns(finishes.iter().map(|finish| &finish.fence.key));
@@ -97,14 +98,14 @@ pub(super) async fn finish(
                 .map(|finish| finish.dead_letter_topic.as_deref())
                 .collect::<Vec<_>>(),
         )
-        .fetch_all(pool)
+        .fetch_all(sessions)
         .await?;
     let mut finished: HashMap<Uuid, Finished> = ended
         .into_iter()
         .map(|token| (token, Finished::Ended))
         .collect();
     if finished.len() < finishes.len() {
-        finished.extend(others(pool, finishes).await?);
+        finished.extend(others(sessions, finishes).await?);
     }
     let standing = |finish: &Finish| finished.get(&finish.fence.token).copied();
     Ok(finishes
@@ -125,7 +126,7 @@ WHERE processed_messages.finished_by = finish.token
    OR (leases.token = finish.token AND leases.attempt = finish.attempt)";
 
 async fn others(
-    pool: &PgPool,
+    sessions: &Sessions,
     finishes: &[Finish],
 ) -> Result<impl Iterator<Item = (Uuid, Finished)>, StoreError> {
     let (subscriptions, keys) = key_columns(finishes.iter().map(|finish| &finish.fence.key));
@@ -134,7 +135,7 @@ async fn others(
         .bind(keys)
         .bind(fence_tokens(finishes.iter().map(|finish| &finish.fence)))
         .bind(attempts(finishes.iter().map(|finish| &finish.fence)))
-        .fetch_all(pool)
+        .fetch_all(sessions)
         .await?;
     Ok(rows.into_iter().map(|(token, ended)| match ended {
         true => (token, Finished::Ended),
@@ -158,7 +159,7 @@ WITH released AS (
 INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
 SELECT subscription, key, worker, $9, attempt, $7 FROM released";
 
-pub(super) async fn release(pool: &PgPool, release: &Release) -> Result<bool, StoreError> {
+pub(super) async fn release(sessions: &Sessions, release: &Release) -> Result<bool, StoreError> {
     let Release { fence, why, .. } = release;
     let (interruptions, retry_in, error, kind) = why.columns();
     let released = sqlx::query(RELEASE)
@@ -171,7 +172,7 @@ pub(super) async fn release(pool: &PgPool, release: &Release) -> Result<bool, St
         .bind(error.map(storable))
         .bind(release.checkpoint.as_deref().map(storable))
         .bind(kind)
-        .execute(pool)
+        .execute(sessions)
         .await?;
     Ok(released.rows_affected() == 1)
 }
@@ -195,13 +196,16 @@ INSERT INTO ledger (subscription, key, worker, kind, attempt, detail)
 SELECT subscription, key, worker, 'released', attempt, 'the answer to its claim was lost'
 FROM disowned";
 
-pub(super) async fn disown(pool: &PgPool, claims: &[(JobKey, Uuid)]) -> Result<(), StoreError> {
+pub(super) async fn disown(
+    sessions: &Sessions,
+    claims: &[(JobKey, Uuid)],
+) -> Result<(), StoreError> {
     let (subscriptions, keys) = key_columns(claims.iter().map(|(key, _)| key));
     sqlx::query(DISOWN)
         .bind(subscriptions)
         .bind(keys)
         .bind(claims.iter().map(|(_, token)| *token).collect::<Vec<_>>())
-        .execute(pool)
+        .execute(sessions)
         .await?;
     Ok(())
 }
@@ -223,7 +227,7 @@ WITH refused AS (
 )
 SELECT recorded, state FROM refused";
 
-pub(super) async fn refuse(pool: &PgPool, refusal: &Refusal) -> Result<Refused, StoreError> {
+pub(super) async fn refuse(sessions: &Sessions, refusal: &Refusal) -> Result<Refused, StoreError> {
     let message = &refusal.message;
     let row = sqlx::query(REFUSE)
         .bind(&*refusal.key.subscription)
@@ -240,7 +244,7 @@ pub(super) async fn refuse(pool: &PgPool, refusal: &Refusal) -> Result<Refused, 
         .bind(MAX_DUPLICATES_IN_LEDGER.cast_signed())
         .bind(refusal.reason.as_str())
         .bind(refusal.dead_letter_topic.as_deref())
-        .fetch_one(pool)
+        .fetch_one(sessions)
         .await?;
     Ok(Refused::read(
         row.try_get("recorded")?,

@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use sqlx::PgPool;
-
+use super::sessions::Sessions;
 use crate::job::{Fence, JobKey};
 use crate::record::{AttemptReport, Note};
 use crate::store::StoreError;
@@ -15,7 +14,11 @@ SELECT subscription, key, $1, kind, attempt, detail
 FROM unnest($2::text[], $3::text[], $4::text[], $5::int[], $6::text[])
   AS note (subscription, key, kind, attempt, detail)";
 
-pub(super) async fn note(pool: &PgPool, worker: &str, notes: &[Note]) -> Result<(), StoreError> {
+pub(super) async fn note(
+    sessions: &Sessions,
+    worker: &str,
+    notes: &[Note],
+) -> Result<(), StoreError> {
     let keys: Vec<&JobKey> = notes.iter().map(|note| &note.key).collect();
     let attempts = notes.iter().map(|note| note.attempt.map(u32::cast_signed));
     sqlx::query(NOTE)
@@ -39,7 +42,7 @@ pub(super) async fn note(pool: &PgPool, worker: &str, notes: &[Note]) -> Result<
                 .map(|note| note.detail.as_deref().map(storable))
                 .collect::<Vec<_>>(),
         )
-        .execute(pool)
+        .execute(sessions)
         .await?;
     Ok(())
 }
@@ -52,7 +55,7 @@ SET ended_at = excluded.ended_at, outcome = excluded.outcome, log = excluded.log
     series = excluded.series";
 
 pub(super) async fn record_attempt(
-    pool: &PgPool,
+    sessions: &Sessions,
     fence: &Fence,
     worker: &str,
     report: &AttemptReport,
@@ -65,7 +68,7 @@ pub(super) async fn record_attempt(
         .bind(report.outcome)
         .bind(json_text(&report.log)?)
         .bind(series_text(&report.series)?)
-        .execute(pool)
+        .execute(sessions)
         .await?;
     Ok(())
 }
@@ -93,14 +96,14 @@ DELETE FROM processed_messages USING old
 WHERE processed_messages.subscription = old.subscription AND processed_messages.key = old.key";
 
 pub(super) async fn purge(
-    pool: &PgPool,
+    sessions: &Sessions,
     retention: Duration,
     limit: u32,
 ) -> Result<u64, StoreError> {
     let purged = sqlx::query(PURGE)
         .bind(retention.as_secs_f64())
         .bind(i64::from(limit))
-        .execute(pool)
+        .execute(sessions)
         .await?;
     Ok(purged.rows_affected())
 }

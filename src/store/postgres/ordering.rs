@@ -7,8 +7,7 @@
 
 use std::borrow::Cow;
 
-use sqlx::PgConnection;
-
+use super::sessions::Transaction;
 use crate::store::StoreError;
 
 /// Of two transactions that insert jobs of one ordering key, the later one must see the
@@ -44,7 +43,7 @@ SELECT (SELECT count(*) FROM last) = (SELECT count(*) FROM locked)";
 /// Until the transaction ends, nobody else inserts a job of these ordering keys, and the
 /// last job of each stays.
 pub(super) async fn lock_places_in(
-    connection: &mut PgConnection,
+    transaction: &mut Transaction,
     subscriptions: &[&str],
     ordering_keys: &[Cow<'_, str>],
 ) -> Result<(), StoreError> {
@@ -54,14 +53,14 @@ pub(super) async fn lock_places_in(
     sqlx::query(LOCK_ORDERING_KEYS)
         .bind(subscriptions)
         .bind(ordering_keys)
-        .execute(&mut *connection)
+        .execute(&mut *transaction)
         .await?;
     // If a last job ended meanwhile, an earlier one must be locked instead.
     loop {
         let locked = sqlx::query_scalar(LOCK_LAST_OF_ORDERING_KEYS)
             .bind(subscriptions)
             .bind(ordering_keys)
-            .fetch_one(&mut *connection)
+            .fetch_one(&mut *transaction)
             .await?;
         if locked {
             return Ok(());

@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use sqlx::Row;
 use sqlx::postgres::PgRow;
-use sqlx::{PgPool, Row};
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::columns::key_columns;
+use super::sessions::Sessions;
 use super::takeover::{Won, take_over};
 use crate::job::{DueJob, JobKey, Pick, Taken};
 use crate::outcome::DeadReason;
@@ -49,7 +50,7 @@ CROSS JOIN LATERAL (
 ORDER BY waited DESC, position";
 
 pub(super) async fn due(
-    pool: &PgPool,
+    sessions: &Sessions,
     reach: &Reach,
     limit: u32,
 ) -> Result<Vec<DueJob>, StoreError> {
@@ -57,7 +58,7 @@ pub(super) async fn due(
         .bind(reach.subscriptions.keys().collect::<Vec<_>>())
         .bind(reach.tasks.keys().collect::<Vec<_>>())
         .bind(i64::from(limit))
-        .fetch_all(pool)
+        .fetch_all(sessions)
         .await?;
     rows.iter().map(read_due).collect()
 }
@@ -73,14 +74,13 @@ fn read_due(row: &PgRow) -> Result<DueJob, StoreError> {
 }
 
 pub(super) async fn take(
-    pool: &PgPool,
+    sessions: &Sessions,
     picks: &[Pick],
     terms: &ClaimTerms,
 ) -> Result<Vec<Taken>, StoreError> {
     let claimed_at = Instant::now();
     let takers: Vec<Taker> = picks.iter().map(Taker::from).collect();
-    let mut connection = pool.acquire().await?;
-    let won = take_over(&mut connection, &takers, terms).await?;
+    let won = take_over(sessions, &takers, terms).await?;
     let mut won: HashMap<Uuid, Won> = won.into_iter().map(|won| (won.token, won)).collect();
     // Parked jobs are not among the acquired ones.
     let taken = picks
@@ -121,12 +121,15 @@ LEFT JOIN LATERAL (
     LIMIT 1) AS m ON true
 ORDER BY nth";
 
-pub(super) async fn look(pool: &PgPool, keys: &[JobKey]) -> Result<Vec<Standing>, StoreError> {
+pub(super) async fn look(
+    sessions: &Sessions,
+    keys: &[JobKey],
+) -> Result<Vec<Standing>, StoreError> {
     let (subscriptions, keys) = key_columns(keys.iter());
     let rows = sqlx::query(LOOK)
         .bind(subscriptions)
         .bind(keys)
-        .fetch_all(pool)
+        .fetch_all(sessions)
         .await?;
     rows.iter().map(read_standing).collect()
 }
@@ -165,12 +168,12 @@ UPDATE leases SET lease_until = now() - make_interval(secs => reap_delay)
 FROM lost
 WHERE leases.subscription = lost.subscription AND leases.key = lost.key";
 
-pub(super) async fn offer(pool: &PgPool, keys: &[JobKey]) -> Result<(), StoreError> {
+pub(super) async fn offer(sessions: &Sessions, keys: &[JobKey]) -> Result<(), StoreError> {
     let (subscriptions, keys) = key_columns(keys.iter());
     sqlx::query(OFFER)
         .bind(subscriptions)
         .bind(keys)
-        .execute(pool)
+        .execute(sessions)
         .await?;
     Ok(())
 }
@@ -186,11 +189,11 @@ UPDATE leases SET unknown_since = NULL
 FROM known
 WHERE leases.subscription = known.subscription AND leases.key = known.key";
 
-pub(super) async fn know(pool: &PgPool, reach: &Reach) -> Result<(), StoreError> {
+pub(super) async fn know(sessions: &Sessions, reach: &Reach) -> Result<(), StoreError> {
     sqlx::query(KNOW)
         .bind(reach.subscriptions.keys().collect::<Vec<_>>())
         .bind(reach.tasks.keys().collect::<Vec<_>>())
-        .execute(pool)
+        .execute(sessions)
         .await?;
     Ok(())
 }
@@ -226,7 +229,7 @@ WITH unknown AS (
 SELECT subscription, key FROM given_up";
 
 pub(super) async fn give_up_unknown(
-    pool: &PgPool,
+    sessions: &Sessions,
     unknown: &[GivenUp],
     patience: Duration,
 ) -> Result<Vec<JobKey>, StoreError> {
@@ -244,7 +247,7 @@ pub(super) async fn give_up_unknown(
         .bind(topics.collect::<Vec<_>>())
         .bind(patience.as_secs_f64())
         .bind(DeadReason::UnknownTask.as_str())
-        .fetch_all(pool)
+        .fetch_all(sessions)
         .await?;
     let keys = ended
         .iter()

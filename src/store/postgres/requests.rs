@@ -1,9 +1,10 @@
 //! Requests from people: to cancel a job, to run it again.
 
-use sqlx::{PgPool, Row};
+use sqlx::Row;
 use uuid::Uuid;
 
 use super::ordering::lock_places_in;
+use super::sessions::Sessions;
 use crate::record::{Cancelling, Retrying};
 use crate::store::StoreError;
 use crate::store::values::final_state;
@@ -46,12 +47,12 @@ const TRIES: usize = 10;
 
 /// None if there is no such job.
 pub(super) async fn cancel(
-    pool: &PgPool,
+    sessions: &Sessions,
     id: Uuid,
     by: &str,
 ) -> Result<Option<Cancelling>, StoreError> {
     for _ in 0..TRIES {
-        match try_cancel(pool, id, by).await? {
+        match try_cancel(sessions, id, by).await? {
             Tried::Changed => {}
             Tried::Missing => return Ok(None),
             Tried::Answered(answer) => return Ok(Some(answer)),
@@ -69,11 +70,11 @@ enum Tried {
     Changed,
 }
 
-async fn try_cancel(pool: &PgPool, id: Uuid, by: &str) -> Result<Tried, StoreError> {
+async fn try_cancel(sessions: &Sessions, id: Uuid, by: &str) -> Result<Tried, StoreError> {
     let row = sqlx::query(CANCEL)
         .bind(id)
         .bind(by)
-        .fetch_optional(pool)
+        .fetch_optional(sessions)
         .await?;
     let Some(row) = row else {
         return Ok(Tried::Missing);
@@ -143,14 +144,14 @@ const IS_OPEN: &str = "SELECT state = 'open' FROM processed_messages WHERE job_i
 
 /// None if there is no such job.
 pub(super) async fn retry(
-    pool: &PgPool,
+    sessions: &Sessions,
     id: Uuid,
     by: &str,
 ) -> Result<Option<Retrying>, StoreError> {
-    let mut transaction = pool.begin().await?;
+    let mut transaction = sessions.begin().await?;
     let place: Option<(String, String)> = sqlx::query_as(ORDERING_KEY)
         .bind(id)
-        .fetch_optional(&mut *transaction)
+        .fetch_optional(&mut transaction)
         .await?;
     let Some((subscription, ordering_key)) = place else {
         return Ok(None);
@@ -173,7 +174,7 @@ pub(super) async fn retry(
         let changed = sqlx::query(statement)
             .bind(id)
             .bind(by)
-            .execute(&mut *transaction)
+            .execute(&mut transaction)
             .await?;
         if changed.rows_affected() > 0 {
             transaction.commit().await?;
@@ -182,7 +183,7 @@ pub(super) async fn retry(
     }
     let open: bool = sqlx::query_scalar(IS_OPEN)
         .bind(id)
-        .fetch_one(&mut *transaction)
+        .fetch_one(&mut transaction)
         .await?;
     Ok(Some(match open {
         true => Retrying::Running,

@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use sqlx::PgPool;
 use uuid::Uuid;
 
 use super::columns::{attempts, fence_tokens, key_columns};
+use super::sessions::Sessions;
 use crate::job::{Fence, Renewal};
 use crate::store::StoreError;
 use crate::store::values::storable;
@@ -34,7 +34,7 @@ FROM fence JOIN leases USING (subscription, key, attempt, token)
 LEFT JOIN renewed USING (token)";
 
 pub(super) async fn renew(
-    pool: &PgPool,
+    sessions: &Sessions,
     fences: &[Fence],
     lease: Duration,
 ) -> Result<Vec<Renewal>, StoreError> {
@@ -45,7 +45,7 @@ pub(super) async fn renew(
         .bind(attempts(fences.iter()))
         .bind(fence_tokens(fences.iter()))
         .bind(lease.as_secs_f64())
-        .fetch_all(pool)
+        .fetch_all(sessions)
         .await?;
     let renewed: HashMap<Uuid, bool> = rows.into_iter().collect();
     Ok(fences
@@ -64,7 +64,7 @@ SET checkpoint = $5, reap_delay = CASE WHEN $6 THEN 0 ELSE reap_delay END
 WHERE subscription = $1 AND key = $2 AND attempt = $3 AND token = $4";
 
 pub(super) async fn save_checkpoint(
-    pool: &PgPool,
+    sessions: &Sessions,
     fence: &Fence,
     checkpoint: &str,
     acked: bool,
@@ -76,7 +76,7 @@ pub(super) async fn save_checkpoint(
         .bind(fence.token)
         .bind(storable(checkpoint))
         .bind(acked)
-        .execute(pool)
+        .execute(sessions)
         .await?;
     Ok(saved.rows_affected() == 1)
 }
@@ -84,10 +84,13 @@ pub(super) async fn save_checkpoint(
 const CANCELLED_RUNS: &str =
     "SELECT token FROM leases WHERE cancel_requested AND worker = $1 AND token IS NOT NULL";
 
-pub(super) async fn cancelled_runs(pool: &PgPool, worker: &str) -> Result<Vec<Uuid>, StoreError> {
+pub(super) async fn cancelled_runs(
+    sessions: &Sessions,
+    worker: &str,
+) -> Result<Vec<Uuid>, StoreError> {
     let tokens = sqlx::query_scalar(CANCELLED_RUNS)
         .bind(worker)
-        .fetch_all(pool)
+        .fetch_all(sessions)
         .await?;
     Ok(tokens)
 }

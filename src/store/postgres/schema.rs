@@ -1,19 +1,33 @@
 //! The schema: brings it up to date, and checks that it is.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
-use sqlx::migrate::{MigrateError, Migrator};
-use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
+use sqlx::migrate::{MigrateError, Migration, Migrator};
+use sqlx::{AssertSqlSafe, Executor, Postgres, SqlSafeStr};
 use tokio::time::{Instant, sleep};
 
+use super::sessions::{Sessions, Transaction};
 use crate::retry::Backoff;
 use crate::store::{SchemaError, StoreError, Waiting};
+
+/// An index may take long to build, and waits for every transaction before it.
+const NO_LIMITS: [(&str, &str); 3] = [
+    ("statement_timeout", "0"),
+    ("lock_timeout", "0"),
+    ("idle_in_transaction_session_timeout", "0"),
+];
+
+/// What people see in the server's list of sessions.
+const MIGRATES: &str = "trainyard migrate";
+
+/// One for the lock, one for the migrations.
+const CONNECTIONS: u32 = 2;
 
 /// A migration that waits for a lock blocks everyone behind it, renewals too. So it waits
 /// briefly, then pauses to let the others go on, and tries again. A migration without a
 /// transaction builds an index concurrently, and may wait without limit.
-const LOCK_TIMEOUT: &str = "SET lock_timeout = '1s'";
-const NO_LOCK_TIMEOUT: &str = "SET lock_timeout = 0";
+const LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '1s'";
 const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
 /// After this, a person has to look.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -23,23 +37,19 @@ const LOCK_NOT_AVAILABLE: &str = "55P03";
 const DEADLOCK_DETECTED: &str = "40P01";
 
 pub(super) async fn migrate(
-    pool: &PgPool,
+    sessions: &Sessions,
     url: &str,
     waiting: Waiting,
 ) -> Result<usize, SchemaError> {
-    require(pool).await?;
+    require(sessions).await?;
     let migrator = migrator();
-    let outstanding = outstanding(pool, &migrator).await?;
-    // Without the limits of the workers' connections.
-    let options = super::connect_options(url)?.application_name("trainyard migrate");
+    let outstanding = outstanding(sessions, &migrator).await?;
+    let options = super::connect_options(url)?.application_name(MIGRATES);
+    let unlimited = Sessions::with_settings(&options, CONNECTIONS, sessions.pooler(), &NO_LIMITS);
     let mut give_up = Instant::now() + PATIENCE;
     let mut backoff = Backoff::new(PAUSE.0, PAUSE.1);
     loop {
-        let mut connection = PgConnection::connect_with(&options).await?;
-        let migrated = migrate_alone(&migrator, &mut connection).await;
-        // Closing also releases the locks. If it fails, the connection is gone.
-        let _ = connection.close().await;
-        match migrated? {
+        match migrate_alone(&migrator, &unlimited).await? {
             Migrated::UpToDate => {
                 return Ok(outstanding.unwrap_or_else(|| migrator.iter().count()));
             }
@@ -47,7 +57,7 @@ pub(super) async fn migrate(
             Migrated::LockedOut(_) => {}
             Migrated::Elsewhere => give_up = Instant::now() + PATIENCE,
         }
-        waiting(&holders(pool).await?);
+        waiting(&holders(sessions).await?);
         sleep(backoff.next_ceiling()).await;
     }
 }
@@ -62,39 +72,97 @@ enum Migrated {
 
 /// Only one session migrates at a time. Asks without waiting: a session that waits inside
 /// a statement has a snapshot, and a concurrent index build waits for all older ones.
-const TRY_LOCK: &str = "SELECT pg_try_advisory_lock(hashtextextended('trainyard migrate', 0))";
+const TRY_LOCK: &str = "SELECT pg_try_advisory_xact_lock(hashtextextended('trainyard migrate', 0))";
 
-async fn migrate_alone(
-    migrator: &Migrator,
-    connection: &mut PgConnection,
-) -> Result<Migrated, MigrateError> {
-    let alone: bool = sqlx::query_scalar(TRY_LOCK)
-        .fetch_one(&mut *connection)
-        .await?;
+/// The lock is held by a transaction beside the migrations', since an index cannot be built
+/// in one, and a pooler would let a session's lock outlive its owner.
+async fn migrate_alone(migrator: &Migrator, sessions: &Sessions) -> Result<Migrated, MigrateError> {
+    let mut lock = sessions.begin().await?;
+    let alone: bool = sqlx::query_scalar(TRY_LOCK).fetch_one(&mut lock).await?;
     if !alone {
         return Ok(Migrated::Elsewhere);
     }
-    match apply(migrator, connection).await {
+    let applied = apply(migrator, sessions, &mut lock).await;
+    // If it fails, the connection is gone, and the lock with it.
+    let _ = lock.rollback().await;
+    match applied {
         Ok(()) => Ok(Migrated::UpToDate),
         Err(error) if is_locked_out(&error) => Ok(Migrated::LockedOut(error)),
         Err(error) => Err(error),
     }
 }
 
-/// Applies migrations one by one, each with its own patience for locks.
-async fn apply(migrator: &Migrator, connection: &mut PgConnection) -> Result<(), MigrateError> {
-    drop_invalid_indexes(connection).await?;
+/// As the driver's own migrator makes it.
+const RECORD: &str = "
+CREATE TABLE IF NOT EXISTS _sqlx_migrations (
+    version BIGINT PRIMARY KEY,
+    description TEXT NOT NULL,
+    installed_on TIMESTAMPTZ NOT NULL DEFAULT now(),
+    success BOOLEAN NOT NULL,
+    checksum BYTEA NOT NULL,
+    execution_time BIGINT NOT NULL
+)";
+
+const RECORDED: &str = "SELECT version, checksum FROM _sqlx_migrations WHERE success";
+
+/// Applies the outstanding migrations one by one, each with its own patience for locks. The
+/// driver's migrator would prepare named statements, which a pooler mixes up.
+async fn apply(
+    migrator: &Migrator,
+    sessions: &Sessions,
+    lock: &mut Transaction,
+) -> Result<(), MigrateError> {
+    sessions.execute(RECORD).await?;
+    drop_invalid_indexes(sessions).await?;
+    let recorded: Vec<(i64, Vec<u8>)> = sqlx::query_as(RECORDED).fetch_all(sessions).await?;
+    let recorded: HashMap<i64, Vec<u8>> = recorded.into_iter().collect();
     for migration in migrator.iter() {
-        let patience = match migration.no_tx {
-            true => NO_LOCK_TIMEOUT,
-            false => LOCK_TIMEOUT,
+        match recorded.get(&migration.version) {
+            Some(checksum) if **checksum == *migration.checksum => continue,
+            Some(_) => return Err(MigrateError::VersionMismatch(migration.version)),
+            None => {}
+        }
+        // Fails if the lock is gone.
+        lock.execute("SELECT 1").await?;
+        let applied = match migration.no_tx {
+            true => apply_alone(sessions, migration).await,
+            false => apply_in_transaction(sessions, migration).await,
         };
-        sqlx::query(patience).execute(&mut *connection).await?;
-        let version = Some(migration.version);
-        migrator
-            .run_direct(version, &mut *connection, false)
-            .await?;
+        applied.map_err(|error| MigrateError::ExecuteMigration(error, migration.version))?;
     }
+    Ok(())
+}
+
+async fn apply_alone(sessions: &Sessions, migration: &Migration) -> Result<(), sqlx::Error> {
+    sessions.execute_alone(migration.sql.clone()).await?;
+    record(sessions, migration).await
+}
+
+async fn apply_in_transaction(
+    sessions: &Sessions,
+    migration: &Migration,
+) -> Result<(), sqlx::Error> {
+    let mut transaction = sessions.begin().await?;
+    transaction.execute(LOCK_TIMEOUT).await?;
+    transaction.execute(migration.sql.clone()).await?;
+    record(&mut transaction, migration).await?;
+    transaction.commit().await
+}
+
+const APPLIED: &str = "
+INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
+VALUES ($1, $2, true, $3, -1)";
+
+async fn record(
+    executor: impl Executor<'_, Database = Postgres>,
+    migration: &Migration,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(APPLIED)
+        .bind(migration.version)
+        .bind(&*migration.description)
+        .bind(&*migration.checksum)
+        .execute(executor)
+        .await?;
     Ok(())
 }
 
@@ -103,14 +171,13 @@ SELECT format('DROP INDEX CONCURRENTLY IF EXISTS %s', indexrelid::regclass) FROM
 WHERE NOT indisvalid AND indrelid = to_regclass('processed_messages')";
 
 /// Drops the invalid indexes that an interrupted build has left.
-async fn drop_invalid_indexes(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+async fn drop_invalid_indexes(sessions: &Sessions) -> Result<(), sqlx::Error> {
     let drops: Vec<String> = sqlx::query_scalar(INVALID_INDEXES)
-        .fetch_all(&mut *connection)
+        .fetch_all(sessions)
         .await?;
     for drop in drops {
-        sqlx::query(AssertSqlSafe(drop))
-            .execute(&mut *connection)
-            .await?;
+        let drop = AssertSqlSafe(drop).into_sql_str();
+        sessions.execute_alone(drop).await?;
     }
     Ok(())
 }
@@ -140,8 +207,8 @@ WHERE locks.granted AND activity.pid <> pg_backend_pid()
            AND activity.datname = current_database())";
 
 /// The sessions that are in the way, for people.
-async fn holders(pool: &PgPool) -> Result<String, StoreError> {
-    Ok(sqlx::query_scalar(HOLDERS).fetch_one(pool).await?)
+async fn holders(sessions: &Sessions) -> Result<String, StoreError> {
+    Ok(sqlx::query_scalar(HOLDERS).fetch_one(sessions).await?)
 }
 
 const FACTS: &str = "
@@ -152,8 +219,8 @@ const OLDEST_VERSION: i32 = 140_000;
 
 /// A message may have any character, and a database that refuses one would bring the message
 /// back for ever.
-async fn require(pool: &PgPool) -> Result<(), SchemaError> {
-    let facts: (i32, String, String) = sqlx::query_as(FACTS).fetch_one(pool).await?;
+async fn require(sessions: &Sessions) -> Result<(), SchemaError> {
+    let facts: (i32, String, String) = sqlx::query_as(FACTS).fetch_one(sessions).await?;
     let (number, version, encoding) = facts;
     if number < OLDEST_VERSION {
         return Err(SchemaError::Unfit(format!(
@@ -168,9 +235,9 @@ async fn require(pool: &PgPool) -> Result<(), SchemaError> {
     Ok(())
 }
 
-pub(super) async fn check(pool: &PgPool) -> Result<(), SchemaError> {
-    require(pool).await?;
-    match outstanding(pool, &migrator()).await? {
+pub(super) async fn check(sessions: &Sessions) -> Result<(), SchemaError> {
+    require(sessions).await?;
+    match outstanding(sessions, &migrator()).await? {
         None => Err(SchemaError::Missing),
         Some(0) => Ok(()),
         Some(behind) => Err(SchemaError::Old { behind }),
@@ -180,8 +247,8 @@ pub(super) async fn check(pool: &PgPool) -> Result<(), SchemaError> {
 /// An empty write, since a read-only database is no use.
 const PING: &str = "UPDATE leases SET attempt = attempt WHERE false";
 
-pub(super) async fn ping(pool: &PgPool) -> Result<(), StoreError> {
-    sqlx::query(PING).execute(pool).await?;
+pub(super) async fn ping(sessions: &Sessions) -> Result<(), StoreError> {
+    sqlx::query(PING).execute(sessions).await?;
     Ok(())
 }
 
@@ -189,12 +256,18 @@ const HAS_MIGRATIONS: &str = "SELECT to_regclass('_sqlx_migrations') IS NOT NULL
 const APPLIED_MIGRATIONS: &str = "SELECT version FROM _sqlx_migrations WHERE success";
 
 /// How many migrations are outstanding; None if none was ever applied.
-async fn outstanding(pool: &PgPool, migrator: &Migrator) -> Result<Option<usize>, StoreError> {
-    if !sqlx::query_scalar(HAS_MIGRATIONS).fetch_one(pool).await? {
+async fn outstanding(
+    sessions: &Sessions,
+    migrator: &Migrator,
+) -> Result<Option<usize>, StoreError> {
+    if !sqlx::query_scalar(HAS_MIGRATIONS)
+        .fetch_one(sessions)
+        .await?
+    {
         return Ok(None);
     }
     let applied: Vec<i64> = sqlx::query_scalar(APPLIED_MIGRATIONS)
-        .fetch_all(pool)
+        .fetch_all(sessions)
         .await?;
     let outstanding = migrator
         .iter()

@@ -1,7 +1,7 @@
 //! The statement by which a run takes a job that is on record: one that waits, or one
 //! whose worker was lost.
 
-use sqlx::PgConnection;
+use sqlx::{Executor, Postgres};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -135,7 +135,7 @@ FROM taken LEFT JOIN LATERAL (
 ) AS message ON true";
 
 pub(super) async fn take_over(
-    connection: &mut PgConnection,
+    executor: impl Executor<'_, Database = Postgres>,
     takers: &[Taker<'_>],
     terms: &ClaimTerms,
 ) -> Result<Vec<Won>, StoreError> {
@@ -163,7 +163,7 @@ pub(super) async fn take_over(
         .bind(terms.lease.as_secs_f64())
         .bind(too_many_crashes(terms.max_crashes))
         .bind(DeadReason::WorkerLost.as_str())
-        .fetch_all(connection)
+        .fetch_all(executor)
         .await?;
     Ok(rows)
 }

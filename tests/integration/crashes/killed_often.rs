@@ -13,7 +13,6 @@ use crate::support::runs::RunEvent;
 use crate::support::seeded;
 use crate::support::worker::{Death, WorkerProcess};
 
-const WAVES: usize = 8;
 const MESSAGES_PER_WAVE: usize = 250;
 /// How many runs of a wave have begun when a worker is killed.
 const RUNS_BEFORE_A_KILL: usize = 50;
@@ -21,23 +20,33 @@ const WORKERS: usize = 3;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_workers_lose_no_message_and_end_none_twice() {
-    let Some(database) = Database::postgres().await else {
-        return;
-    };
+    if let Some(database) = Database::postgres().await {
+        kill_workers_in_waves(&database, 8).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_workers_behind_a_pooler_lose_no_message_and_end_none_twice() {
+    if let Some(database) = Database::behind_a_pooler().await {
+        kill_workers_in_waves(&database, 3).await;
+    }
+}
+
+async fn kill_workers_in_waves(database: &Database, waves: usize) {
     let settings = Settings {
         slots: 24,
         // No job may be parked, however often its worker is killed.
         max_crashes: 100,
         ..FAST
     };
-    let scene = Scene::new(&database, &database, &settings).await;
+    let scene = Scene::new(database, database, &settings).await;
     let mut random = seeded();
     let mut workers: Vec<WorkerProcess> = (0..WORKERS)
         .map(|number| scene.yard.start_worker(&format!("worker-{number}")))
         .collect();
     let mut published = Vec::new();
     let mut deaths = Vec::new();
-    for wave in 0..WAVES {
+    for wave in 0..waves {
         published.extend(publish_wave(&scene, &mut random).await);
         scene
             .runs_have_started(wave * MESSAGES_PER_WAVE + RUNS_BEFORE_A_KILL)
@@ -51,7 +60,7 @@ async fn killed_workers_lose_no_message_and_end_none_twice() {
     let jobs = scene.all_succeed(published.len()).await;
     scene.nothing_is_left_to_deliver().await;
     check(&scene, &jobs, &published, &deaths);
-    assert_eq!(endings_on_record(&database).await, jobs.len());
+    assert_eq!(endings_on_record(database).await, jobs.len());
 }
 
 /// Publishes short runs concurrently; each message is delivered up to three times.
@@ -89,7 +98,7 @@ fn check(scene: &Scene, jobs: &[Job], published: &[String], deaths: &[Death]) {
 
 /// How many endings were written. Checks that no job has two.
 async fn endings_on_record(database: &Database) -> usize {
-    let mut connection = PgConnection::connect(&database.url).await.unwrap();
+    let mut connection = PgConnection::connect(&database.direct_url).await.unwrap();
     let counts: Vec<i64> = sqlx::query_scalar(
         "SELECT count(*) FROM ledger WHERE kind = 'finished' GROUP BY subscription, key",
     )

@@ -9,13 +9,13 @@ use trainyard::report::Progress;
 use trainyard::store::Store;
 use uuid::Uuid;
 
-use crate::on_both_databases;
+use crate::on_every_store;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acquire, finish, job_of, pass_the_lease, refusal, succeeded,
 };
 
-on_both_databases!(
+on_every_store!(
     what_attempts_told_is_read_back_in_their_order,
     an_attempt_is_kept_once,
     a_lost_attempt_may_tell_and_changes_nothing,

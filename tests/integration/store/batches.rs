@@ -7,14 +7,14 @@ use trainyard::job::{Claim, ClaimRequest, FinalState};
 use trainyard::record::JobState;
 use trainyard::store::{Finish, Finished};
 
-use crate::on_both_databases;
+use crate::on_every_store;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acquire, claim, dead, finish, interrupted, job_of, kinds, pass_the_lease, request,
     story_of, succeeded, terms,
 };
 
-on_both_databases!(
+on_every_store!(
     of_32_claims_at_a_leases_end_one_wins,
     a_claim_sent_again_is_confirmed_with_the_same_attempt,
     a_claim_sent_again_after_a_takeover_is_confirmed,

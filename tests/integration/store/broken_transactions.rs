@@ -2,11 +2,11 @@
 
 use trainyard::job::Claim;
 
-use crate::on_both_databases;
+use crate::on_every_store;
 use crate::support::database::{Database, Tables};
 use crate::support::jobs::{LONG, request, send, terms};
 
-on_both_databases!(after_transactions_that_the_database_ended_every_statement_works,);
+on_every_store!(after_transactions_that_the_database_ended_every_statement_works,);
 
 /// More than a store has connections.
 const TRIES: usize = 20;

@@ -8,7 +8,7 @@ use trainyard::record::{Cancelling, JobState};
 use trainyard::store::{ClaimTerms, Store};
 use uuid::Uuid;
 
-use crate::on_both_databases;
+use crate::on_every_store;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acquire, acquired, assert_is_stale, assert_none_to_reap, assert_waits, claim,
@@ -16,7 +16,7 @@ use crate::support::jobs::{
     request, send, story_of, succeeded, terms, terms_of,
 };
 
-on_both_databases!(
+on_every_store!(
     a_waiting_job_is_cancelled_at_once,
     a_job_that_never_ran_is_cancelled_at_once,
     a_lost_runs_job_is_cancelled_at_once,

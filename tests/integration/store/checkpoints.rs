@@ -8,14 +8,14 @@ use trainyard::record::{Cancelling, JobState, Retrying};
 use trainyard::report::Checkpoint;
 use trainyard::store::{Finish, Finished, Release, Released, Standing, Store};
 
-use crate::on_both_databases;
+use crate::on_every_store;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acked_after, acquire, acquired, assert_none_to_reap, claim, finish, interrupted,
     job_of, look, pass_the_lease, reap_one, request, send, succeeded, terms,
 };
 
-on_both_databases!(
+on_every_store!(
     a_first_attempt_has_no_checkpoint,
     a_later_checkpoint_replaces_an_earlier_one,
     only_the_holder_saves_checkpoints,

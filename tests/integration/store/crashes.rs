@@ -7,14 +7,14 @@ use trainyard::record::JobState;
 use trainyard::store::{Standing, Store};
 use uuid::Uuid;
 
-use crate::on_both_databases;
+use crate::on_every_store;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acquire, claim, finish, interrupted, job_of, kinds, look, pass_the_lease, reach,
     reap_within, story_of, succeeded, terms,
 };
 
-on_both_databases!(
+on_every_store!(
     the_third_lost_lease_parks_the_job_as_dead,
     a_reaper_parks_a_job_and_does_not_get_it,
     the_run_that_lost_the_last_lease_did_not_end_the_job,

@@ -10,14 +10,14 @@ use trainyard::record::Retrying;
 use trainyard::store::{DeadLettersDue, Finish, Finished, GivenUp, Refusal, Store};
 use uuid::Uuid;
 
-use crate::on_both_databases;
+use crate::on_every_store;
 use crate::support::database::{Database, Tables};
 use crate::support::jobs::{
     ENDED, LONG, acquire, acquired, assert_is_stale, assert_waits, dead, due, job_of, kinds,
     letters, pass_the_lease, refusal, request, send, story_of, succeeded, terms, terms_of,
 };
 
-on_both_databases!(
+on_every_store!(
     a_dead_job_leaves_its_message_to_be_published,
     without_a_topic_nothing_is_published,
     an_ending_that_is_not_dead_leaves_no_dead_letter,

@@ -4,14 +4,14 @@ use trainyard::record::{Note, NoteKind};
 use trainyard::store::{ClaimTerms, Refusal};
 use uuid::Uuid;
 
-use crate::on_both_databases;
+use crate::on_every_store;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acquire, claim, finish, interrupted, kinds, pass_the_lease, refusal, request,
     request_of, story_of, succeeded, terms,
 };
 
-on_both_databases!(
+on_every_store!(
     a_story_tells_what_happened_in_order,
     a_duplicate_by_a_business_key_is_found_by_its_own_id,
     a_refused_duplicate_is_found_by_its_own_id,

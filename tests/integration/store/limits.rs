@@ -6,14 +6,14 @@ use trainyard::job::{Acquired, Claim, ClaimRequest, FinalState, Limits};
 use trainyard::record::{JobState, Retrying};
 use trainyard::store::{ClaimTerms, Reach, Store};
 
-use crate::on_both_databases;
+use crate::on_every_store;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acquired, failed, finish, interrupted, job_of, kinds, letters, pass_the_lease,
     reap_within, request, send, story_of, succeeded, task_terms, terms,
 };
 
-on_both_databases!(
+on_every_store!(
     the_last_attempt_that_is_lost_parks_the_job,
     a_reaper_parks_a_job_by_the_limits_of_its_reach,
     the_last_crash_parks_the_job_whatever_attempts_are_left,

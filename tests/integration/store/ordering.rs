@@ -10,7 +10,7 @@ use trainyard::outcome::{DeadReason, Ending};
 use trainyard::record::JobState;
 use trainyard::store::{GivenUp, Refused, Standing, Store};
 
-use crate::on_both_databases;
+use crate::on_every_store;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acquired, assert_none_to_reap, assert_waits, claim, dead, failed, finish,
@@ -18,7 +18,7 @@ use crate::support::jobs::{
     refusal, request_of, send, story_of, succeeded, terms,
 };
 
-on_both_databases!(
+on_every_store!(
     the_second_of_an_ordering_key_waits,
     the_second_is_not_reaped_before_the_first_has_ended,
     the_second_runs_once_the_first_has_ended_however_it_did,

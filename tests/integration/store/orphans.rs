@@ -9,14 +9,14 @@ use futures::future::join_all;
 use trainyard::job::{Claim, JobKey, Taken};
 use trainyard::record::JobState;
 
-use crate::on_both_databases;
+use crate::on_every_store;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acked_after, acquire, assert_is_stale, finish, interrupted, job_of,
     pass_the_lease, reap, reaped_keys, request, request_of, succeeded, terms,
 };
 
-on_both_databases!(
+on_every_store!(
     an_orphan_comes_with_its_payload_and_a_larger_fence,
     a_live_lease_is_not_reaped,
     an_ended_job_is_not_reaped,

@@ -8,13 +8,13 @@ use trainyard::record::AttemptReport;
 use trainyard::store::Store;
 use uuid::{NoContext, Timestamp, Uuid};
 
-use crate::on_both_databases;
+use crate::on_every_store;
 use crate::support::database::Database;
 use crate::support::jobs::{
     LONG, claim, finish, interrupted, letters, refusal, request, succeeded, terms,
 };
 
-on_both_databases!(
+on_every_store!(
     an_old_ended_job_is_purged_with_its_ledger,
     a_job_that_ended_within_the_retention_is_kept,
     an_open_job_is_never_purged,

@@ -9,7 +9,7 @@ use trainyard::record::{JobState, Retrying};
 use trainyard::store::{GivenUp, Refusal, Standing, Store};
 use uuid::Uuid;
 
-use crate::on_both_databases;
+use crate::on_every_store;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acquire, acquired, assert_is_stale, assert_none_to_reap, assert_waits, claim,
@@ -17,7 +17,7 @@ use crate::support::jobs::{
     reaped_keys, refusal, request, send, story_of, succeeded, terms,
 };
 
-on_both_databases!(
+on_every_store!(
     an_ended_job_waits_again_as_if_it_had_not_ended,
     a_retried_jobs_attempt_goes_on_growing_and_counts_from_one,
     the_run_that_ended_a_retried_job_writes_nothing_more,

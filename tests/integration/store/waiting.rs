@@ -12,7 +12,7 @@ use trainyard::job::{Acquired, Can, Claim, ClaimRequest, Renewal};
 use trainyard::record::JobState;
 use trainyard::store::{Standing, Store};
 
-use crate::on_both_databases;
+use crate::on_every_store;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acked_after, acquire, acquired, assert_is_stale, assert_none_to_reap,
@@ -20,7 +20,7 @@ use crate::support::jobs::{
     reap, reap_one, reaped_keys, request, send, story_of, succeeded, terms,
 };
 
-on_both_databases!(
+on_every_store!(
     a_failed_job_is_neither_claimed_nor_reaped_before_its_time,
     a_failed_job_tells_why_and_until_when_it_waits,
     a_failed_job_is_claimed_at_its_time_and_its_attempt_counts,

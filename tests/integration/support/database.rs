@@ -14,7 +14,10 @@ use super::not_tested;
 
 /// The test's own database.
 pub struct Database {
+    /// Where stores and workers find it.
     pub url: String,
+    /// Without the pooler between.
+    pub direct_url: String,
     /// The folder of a SQLite file, removed at the end.
     _folder: Option<TempDir>,
 }
@@ -22,15 +25,36 @@ pub struct Database {
 impl Database {
     pub async fn sqlite() -> Option<Self> {
         let folder = tempfile::tempdir().unwrap();
+        let url = format!("sqlite://{}/test.db", folder.path().display());
         Some(Self {
-            url: format!("sqlite://{}/test.db", folder.path().display()),
             _folder: Some(folder),
+            ..Self::at(url)
         })
     }
 
     /// A new, empty database on the server that `make test` starts.
     pub async fn postgres() -> Option<Self> {
         Self::postgres_with("").await
+    }
+
+    /// As [`Database::postgres`], behind a pooler in transaction mode that `make test`
+    /// starts.
+    pub async fn behind_a_pooler() -> Option<Self> {
+        let Ok(pooler) = std::env::var("TRAINYARD_TEST_POOLER_URL") else {
+            not_tested("PgBouncer (TRAINYARD_TEST_POOLER_URL)");
+            return None;
+        };
+        Some(Self::postgres().await?.behind(&pooler))
+    }
+
+    /// The same database, which stores and workers reach through the pooler at the URL.
+    pub fn behind(self, pooler: &str) -> Self {
+        let mut url = url::Url::from_str(pooler).unwrap();
+        url.set_path(url::Url::from_str(&self.direct_url).unwrap().path());
+        Self {
+            url: url.to_string(),
+            ..self
+        }
     }
 
     /// With options of `CREATE DATABASE`.
@@ -52,18 +76,24 @@ impl Database {
 
     /// A database that somebody else manages.
     pub fn at(url: String) -> Self {
-        Self { url, _folder: None }
+        Self {
+            direct_url: url.clone(),
+            url,
+            _folder: None,
+        }
     }
 
     pub async fn tables(&self) -> Tables {
         if self.url.starts_with("sqlite:") {
-            return Tables::Sqlite(SqlitePool::connect(&self.url).await.unwrap());
+            return Tables::Sqlite(SqlitePool::connect(&self.direct_url).await.unwrap());
         }
-        Tables::Postgres(PgPool::connect(&self.url).await.unwrap())
+        Tables::Postgres(PgPool::connect(&self.direct_url).await.unwrap())
     }
 
     pub async fn open(&self) -> Arc<dyn Store> {
-        store::open(&self.url, 10, Missing::Create).await.unwrap()
+        store::open(&self.url, 10, None, Missing::Create)
+            .await
+            .unwrap()
     }
 
     pub async fn open_migrated(&self) -> Arc<dyn Store> {
@@ -142,6 +172,24 @@ impl Tables {
         ))
         .await;
     }
+}
+
+/// Makes three tests of each function: on both databases, and on Postgres behind a pooler.
+#[macro_export]
+macro_rules! on_every_store {
+    ($($test:ident),* $(,)?) => {
+        $crate::on_both_databases!($($test),*);
+        mod pooled {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $test() {
+                    if let Some(database) = $crate::support::database::Database::behind_a_pooler().await {
+                        super::$test(database).await;
+                    }
+                }
+            )*
+        }
+    };
 }
 
 /// Makes two tests of each function: on Postgres and on SQLite.

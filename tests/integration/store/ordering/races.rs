@@ -12,7 +12,7 @@ use trainyard::job::{Acquired, Claim, ClaimRequest};
 use trainyard::record::{Cancelling, JobFilter, JobState, Retrying};
 use trainyard::store::Store;
 
-use crate::on_both_databases;
+use crate::on_every_store;
 use crate::support::PATIENCE;
 use crate::support::database::Database;
 use crate::support::jobs::{
@@ -20,7 +20,7 @@ use crate::support::jobs::{
     succeeded, terms, terms_of,
 };
 
-on_both_databases!(
+on_every_store!(
     of_50_messages_claimed_at_once_never_two_run,
     a_retried_job_and_a_new_one_of_its_key_do_not_both_run,
     a_key_goes_on_when_its_two_first_jobs_leave_at_once,

@@ -7,7 +7,7 @@ use trainyard::job::{Can, Claim, ClaimRequest, FinalState, JobKey};
 use trainyard::record::JobState;
 use trainyard::store::{GivenUp, Store};
 
-use crate::on_both_databases;
+use crate::on_every_store;
 use crate::support::database::{Database, Tables};
 use crate::support::jobs::{
     LONG, acked_after, acquire, acquired, assert_waits, failed, finish, interrupted, job_at,
@@ -15,7 +15,7 @@ use crate::support::jobs::{
     terms,
 };
 
-on_both_databases!(
+on_every_store!(
     a_message_of_an_unknown_task_waits_on_record,
     a_worker_that_knows_the_task_runs_it,
     a_worker_that_knows_the_task_reaps_it,
