@@ -29,9 +29,9 @@ test: ## Run all tests, with PostgreSQL and Google's emulator started for them
 	$(CARGO) test --locked --workspace --all-targets $(FAILPOINTS) --no-run $(ARGS)
 	tests/services/run.sh $(CARGO) test --locked --workspace --all-targets $(FAILPOINTS) $(ARGS)
 	$(CARGO) test --locked --workspace --doc $(FAILPOINTS)
-	tests/services/python-client.sh
-	tests/python/examples.sh
+	tests/services/contained.sh tests/services/python-client.sh
+	tests/services/contained.sh tests/python/examples.sh
 
 dev: ## Open a shell with the test services running, for single tests
-	@echo 'Ready when the prompt shows: cargo test finds the services. Leaving the shell stops them.'
+	@echo 'Ready when the prompt shows: cargo test finds the services. Leaving the shell stops them, and all that was started in it.'
 	tests/services/run.sh $${SHELL:-bash}

@@ -26,7 +26,8 @@ use crate::job::{Claim, ClaimRequest, Fence, JobKey};
 use crate::record::{AttemptReport, Note, NoteKind};
 use crate::retry::Backoff;
 use crate::store::{
-    ClaimTerms, Finish, Finished, Refusal, Refused, Release, Requests, Store, StoreError, in_time,
+    ClaimTerms, Finish, Finished, KNOWN_FOR, Refusal, Refused, Release, Requests, Store,
+    StoreError, in_time,
 };
 use batch::Batcher;
 use clock_steps::ClockSteps;
@@ -127,9 +128,20 @@ impl Guard {
     pub fn may_take_over(&self) -> bool {
         let lease = self.terms.lease;
         let renewed = (lease / 16 + RECONNECTED).min(lease / 4);
-        let was_set =
-            self.store.uses_this_machines_clock() && self.clock_steps.stepped_within(lease);
-        self.health.is_up_for(renewed) && !was_set
+        self.health.is_up_for(renewed) && !self.clock_was_set_within(lease)
+    }
+
+    /// Whether a task may count as forgotten that no worker has known for `patience`. Not
+    /// before this worker has seen as much of that itself: when the database or the whole
+    /// fleet was away, the worker that knows the task may come back later.
+    #[must_use]
+    pub fn may_forget(&self, patience: Duration) -> bool {
+        let seen = patience.max(KNOWN_FOR);
+        self.health.is_up_for(seen) && !self.clock_was_set_within(seen)
+    }
+
+    fn clock_was_set_within(&self, time: Duration) -> bool {
+        self.store.uses_this_machines_clock() && self.clock_steps.stepped_within(time)
     }
 
     /// Waits for the database to come back, then first gives back claims that were

@@ -77,6 +77,14 @@ impl NoteKind {
     }
 }
 
+/// A task that no live worker knows, with how many of its jobs wait.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnknownTask {
+    pub subscription: String,
+    pub task: String,
+    pub jobs: u64,
+}
+
 /// A job with everything on record about it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Story {

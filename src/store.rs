@@ -38,15 +38,15 @@ use uuid::Uuid;
 pub use crate::database_url::Pooler;
 use crate::job::{Claim, ClaimRequest, DeadLetter, DueJob, Fence, JobKey, Pick, Renewal, Taken};
 use crate::record::{
-    AttemptRecord, AttemptReport, Cancelling, Job, JobFilter, Note, Retrying, Story,
+    AttemptRecord, AttemptReport, Cancelling, Job, JobFilter, Note, Retrying, Story, UnknownTask,
 };
 
 pub use error::{SchemaError, StoreError, in_time};
 pub use postgres::PostgresStore;
 pub use sqlite::SqliteStore;
 pub use terms::{
-    ClaimTerms, DeadLettersDue, Finish, Finished, GivenUp, Reach, Refusal, Refused, Release,
-    Released, Standing, TaskTerms,
+    ClaimTerms, DeadLettersDue, Finish, Finished, GivenUp, KNOWN_FOR, Patience, Reach, Refusal,
+    Refused, Release, Released, Standing, TaskTerms, UnknownJob,
 };
 
 /// The database driver's error.
@@ -145,16 +145,26 @@ pub trait Queue: Send + Sync + 'static {
     /// to a worker without room.
     async fn offer(&self, keys: &[JobKey]) -> Result<(), StoreError>;
 
-    /// Records the tasks that a worker knows: their jobs no longer wait for a worker that
-    /// knows them.
+    /// Records that a live worker knows these tasks, for [`KNOWN_FOR`] from now. Writes
+    /// only what would last for less than half of that.
     async fn know(&self, reach: &Reach) -> Result<(), StoreError>;
 
-    /// Ends the jobs whose task no worker has known for `patience`, and returns them.
-    /// Skips a job whose task a worker has come to know meanwhile.
+    /// Jobs of these subscriptions that wait, or have lost their worker, and whose task no
+    /// worker knows, as far as `patience` goes; perhaps too soon to give them up. At most
+    /// `limit` per subscription and task, oldest first. Locks nothing.
+    async fn unknown(
+        &self,
+        subscriptions: &[&str],
+        patience: Patience,
+        limit: u32,
+    ) -> Result<Vec<UnknownJob>, StoreError>;
+
+    /// Ends those of the jobs that `patience` has been spent on, and returns them. Skips a
+    /// job that runs, or whose task a worker has come to know.
     async fn give_up_unknown(
         &self,
         unknown: &[GivenUp],
-        patience: Duration,
+        patience: Patience,
     ) -> Result<Vec<JobKey>, StoreError>;
 }
 
@@ -198,6 +208,9 @@ pub trait Records: Send + Sync + 'static {
     /// The ids of at most `limit` jobs whose id ends with these lower-case hexadecimal
     /// digits, four or more.
     async fn job_ids_ending_with(&self, end: &str, limit: u32) -> Result<Vec<Uuid>, StoreError>;
+
+    /// The tasks of waiting jobs that no live worker knows.
+    async fn unknown_tasks(&self) -> Result<Vec<UnknownTask>, StoreError>;
 
     /// Everything on record about a message: its jobs, one per subscription, and the jobs
     /// it was a duplicate of.

@@ -17,6 +17,7 @@ mod puller;
 mod purger;
 mod queue;
 mod supervise;
+mod unknown_tasks;
 
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
@@ -47,6 +48,7 @@ use lease_keeper::LeaseKeeper;
 use process::Processor;
 use puller::Puller;
 use queue::Sweeper;
+use unknown_tasks::UnknownTasks;
 
 pub use events::{Event, EventKind, Events};
 
@@ -129,6 +131,7 @@ impl Worker {
         let watching = guard.clone();
         let watching = async move { watching.watch_over_the_database().await };
         background.spawn(loops.supervised("watch over the database", watching));
+        background.spawn(loops.supervised("watch for unknown tasks", parts.unknown_tasks.run()));
         let requests = Arc::clone(guard.store());
         let purging = purger::purge(requests, parts.retention, shutdown.draining.clone());
         background.spawn(loops.supervised("purger", purging));
@@ -181,7 +184,6 @@ impl Worker {
             self.guard.clone(),
             store.clone(),
             admission.clone(),
-            self.settings.unknown_task_patience,
             running.clone(),
             shutdown.draining.clone(),
         );
@@ -216,6 +218,14 @@ impl Worker {
             unknown_task_patience: self.settings.unknown_task_patience,
             running: running.clone(),
         });
+        let unknown_tasks = UnknownTasks {
+            queue: store.clone(),
+            guard: self.guard.clone(),
+            reach: reach.clone(),
+            patience: self.settings.unknown_task_patience,
+            wake_dead_letters: Arc::clone(&dead_letters.wake),
+            draining: shutdown.draining.clone(),
+        };
         let sweeper = Sweeper {
             queue: store,
             reach,
@@ -235,6 +245,7 @@ impl Worker {
             pullers: pullers.collect(),
             context,
             sweeper,
+            unknown_tasks,
             dead_letters,
             retention: self.retention,
         }
@@ -307,6 +318,7 @@ impl Worker {
 struct Parts {
     context: Arc<Context>,
     sweeper: Sweeper,
+    unknown_tasks: UnknownTasks,
     pullers: Vec<Puller>,
     dead_letters: Arc<DeadLetters>,
     retention: Duration,

@@ -45,7 +45,7 @@ WITH job AS (
 ), queued AS (
     INSERT INTO leases
            (subscription, key, job_id, task, ordering_key, attempt, token, worker, started_at,
-            run_after, lease_until, last_error, unknown_since)
+            run_after, lease_until, last_error)
     SELECT 's', key, job_id, task, ordering_key, attempt,
            CASE kind WHEN 'running' THEN gen_random_uuid() END,
            CASE attempt WHEN 1 THEN 'w' || n % 50 END, CASE attempt WHEN 1 THEN now() END,
@@ -53,8 +53,7 @@ WITH job AS (
                      WHEN 'later' THEN now() + interval '1 hour' + make_interval(secs => n / 1000.0)
                      ELSE now() - make_interval(secs => ($1 + $2 - n) / 1000.0) END,
            CASE kind WHEN 'running' THEN now() + interval '3 hours' ELSE now() END,
-           CASE kind WHEN 'later' THEN 'the loss is not finite' END,
-           CASE WHEN kind = 'free' AND task = 'task-16' THEN now() END
+           CASE kind WHEN 'later' THEN 'the loss is not finite' END
     FROM named
     ORDER BY n
 )

@@ -7,9 +7,10 @@ use super::{Shared, print};
 use crate::app::{self, pubsub_checks};
 use crate::config::{Config, ConfigError, timeline};
 use crate::executor::check_command;
-use crate::printable::indented;
+use crate::printable::{indented, line};
+use crate::record::UnknownTask;
 use crate::registry::work_dir_of_commands;
-use crate::store::{Missing, SchemaError};
+use crate::store::{Missing, SchemaError, Store};
 
 /// Check the configuration.
 #[derive(Debug, Subcommand)]
@@ -114,10 +115,43 @@ async fn check_database(config: &Config) -> anyhow::Result<()> {
         Err(error) => return remark(&format!("database: not checked: {error:#}")),
     };
     match store.check_schema().await {
-        Ok(()) => remark("database: checked"),
+        Ok(()) => {
+            remark("database: checked")?;
+            warn_of_unknown_tasks(config, &*store).await
+        }
         Err(unfit @ SchemaError::Unfit(_)) => Err(ConfigError::Invalid(unfit.to_string()).into()),
         Err(error) => remark(&format!("warning: database: {error}")),
     }
+}
+
+/// Tells of waiting jobs that nobody runs, nor would with this configuration.
+async fn warn_of_unknown_tasks(config: &Config, store: &dyn Store) -> anyhow::Result<()> {
+    let unknown = match store.unknown_tasks().await {
+        Ok(unknown) => unknown,
+        Err(error) => return remark(&format!("unknown tasks: not checked: {error}")),
+    };
+    for UnknownTask {
+        subscription,
+        task,
+        jobs,
+    } in unknown
+    {
+        let runs_here =
+            config.subscriptions.contains_key(&subscription) && config.tasks.contains_key(&task);
+        if runs_here {
+            continue;
+        }
+        let jobs = match jobs {
+            1 => "1 job waits".to_owned(),
+            many => format!("{many} jobs wait"),
+        };
+        remark(&format!(
+            "warning: subscription {}: {jobs} for a worker that knows the task `{}`; none does now, nor would one with this configuration",
+            line(&subscription),
+            line(&task)
+        ))?;
+    }
+    Ok(())
 }
 
 /// Compares the subscriptions in Pub/Sub with the configuration.

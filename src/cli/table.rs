@@ -44,7 +44,7 @@ pub(super) fn of_jobs(jobs: &[Job]) -> String {
             job.attempts.to_string(),
             job.duplicates.to_string(),
             duration(job),
-            short(&outcome(job), room),
+            short(&outcome_or_lack(job), room),
         ]);
     }
     let lines: Vec<String> = table.lines().map(|line| line.trim().to_owned()).collect();
@@ -114,12 +114,21 @@ pub(super) fn of_one_job(job: &Job) -> String {
         .collect()
 }
 
+/// Without a worker that knows its task, a waiting job needs somebody who looks.
+fn outcome_or_lack(job: &Job) -> String {
+    match job.waits_for.as_deref() {
+        Some("task") => format!("waits for {}", waits_for(job)),
+        _ => outcome(job),
+    }
+}
+
 /// Why nobody runs a waiting job.
 fn waits_for(job: &Job) -> String {
     let text = match job.waits_for.as_deref() {
         None => "-",
         Some("turn") => "an earlier job of its ordering key",
-        Some("task") => "a worker that knows its task",
+        Some("task") => "a worker that knows its task; none does now",
+        Some("takeover") => "another worker to take it over from its lost one",
         Some("attempt") => "its next attempt",
         Some("room") => "a worker that knows its task and has room",
         Some(other) => other,
@@ -183,6 +192,9 @@ pub(super) fn of_story(story: &Story) -> String {
     }
     if job.finished_at.is_some() {
         lines.push(format!("  outcome: {}", line(&outcome(job))));
+    }
+    if job.waits_for.is_some() {
+        lines.push(format!("  waits for: {}", waits_for(job)));
     }
     lines.join("\n")
 }

@@ -25,8 +25,9 @@ use uuid::Uuid;
 use self::sessions::{LIMITS, Sessions};
 use super::reading::Reading;
 use super::{
-    ClaimTerms, Claims, DeadLetterBox, DeadLettersDue, Finish, Finished, GivenUp, Queue, Reach,
-    Refusal, Refused, Release, Requests, Schema, SchemaError, Standing, StoreError, Waiting,
+    ClaimTerms, Claims, DeadLetterBox, DeadLettersDue, Finish, Finished, GivenUp, Patience, Queue,
+    Reach, Refusal, Refused, Release, Requests, Schema, SchemaError, Standing, StoreError,
+    UnknownJob, Waiting,
 };
 use crate::database_url::{self, Pooler};
 use crate::job::{Claim, ClaimRequest, DeadLetter, DueJob, Fence, JobKey, Pick, Renewal, Taken};
@@ -193,13 +194,22 @@ impl Queue for PostgresStore {
     }
 
     async fn know(&self, reach: &Reach) -> Result<(), StoreError> {
-        queue::know(&self.sessions, reach).await
+        retried(|| queue::know(&self.sessions, reach)).await
+    }
+
+    async fn unknown(
+        &self,
+        subscriptions: &[&str],
+        patience: Patience,
+        limit: u32,
+    ) -> Result<Vec<UnknownJob>, StoreError> {
+        queue::unknown(&self.sessions, subscriptions, patience, limit).await
     }
 
     async fn give_up_unknown(
         &self,
         unknown: &[GivenUp],
-        patience: Duration,
+        patience: Patience,
     ) -> Result<Vec<JobKey>, StoreError> {
         retried(|| queue::give_up_unknown(&self.sessions, unknown, patience)).await
     }

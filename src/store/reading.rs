@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::values::from_json;
 use super::{Records, StoreError};
-use crate::record::{AttemptRecord, Job, JobFilter, JobState, LedgerEntry, Story};
+use crate::record::{AttemptRecord, Job, JobFilter, JobState, LedgerEntry, Story, UnknownTask};
 
 /// A store that reads from some source of connections.
 pub(super) trait Reading: Send + Sync + 'static {
@@ -64,6 +64,13 @@ struct AttemptRow {
     series: String,
 }
 
+#[derive(FromRow)]
+struct UnknownTaskRow {
+    subscription: String,
+    task: String,
+    jobs: i64,
+}
+
 /// Job ids are UUIDs of version 7, so they sort by first arrival. An empty task matches
 /// any.
 const NEWEST: &str = "
@@ -108,6 +115,9 @@ SELECT attempt, worker, ended_at, outcome, log, series FROM job_attempts
 WHERE job_id = $1
 ORDER BY attempt";
 
+const UNKNOWN_TASKS: &str =
+    "SELECT subscription, task, jobs FROM unknown_tasks ORDER BY subscription, task";
+
 /// How many digits of a job id are indexed.
 const INDEXED_DIGITS: usize = 4;
 
@@ -121,6 +131,7 @@ where
     for<'r> JobRow: FromRow<'r, DB::Row>,
     for<'r> LedgerRow: FromRow<'r, DB::Row>,
     for<'r> AttemptRow: FromRow<'r, DB::Row>,
+    for<'r> UnknownTaskRow: FromRow<'r, DB::Row>,
     for<'q> &'q str: Encode<'q, DB>,
     str: Type<DB>,
     for<'q> i64: Encode<'q, DB> + Type<DB>,
@@ -173,6 +184,13 @@ where
             .fetch_all(self.source())
             .await?;
         Ok(ids)
+    }
+
+    async fn unknown_tasks(&self) -> Result<Vec<UnknownTask>, StoreError> {
+        let rows = query_as::<DB, UnknownTaskRow>(UNKNOWN_TASKS)
+            .fetch_all(self.source())
+            .await?;
+        Ok(rows.into_iter().map(UnknownTask::from).collect())
     }
 
     async fn stories(&self, message_id: &str) -> Result<Vec<Story>, StoreError> {
@@ -243,6 +261,16 @@ impl From<LedgerRow> for LedgerEntry {
             attempt: row.attempt.map(i32::unsigned_abs),
             message_id: row.message_id,
             detail: row.detail,
+        }
+    }
+}
+
+impl From<UnknownTaskRow> for UnknownTask {
+    fn from(row: UnknownTaskRow) -> Self {
+        Self {
+            subscription: row.subscription,
+            task: row.task,
+            jobs: row.jobs.unsigned_abs(),
         }
     }
 }

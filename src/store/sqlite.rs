@@ -3,6 +3,7 @@
 
 mod claims;
 mod dead_letters;
+mod death;
 mod endings;
 mod entry;
 mod ledger;
@@ -26,8 +27,9 @@ use uuid::Uuid;
 
 use super::reading::Reading;
 use super::{
-    ClaimTerms, Claims, DeadLetterBox, DeadLettersDue, Finish, Finished, GivenUp, Missing, Queue,
-    Reach, Refusal, Refused, Release, Requests, Schema, SchemaError, Standing, StoreError, Waiting,
+    ClaimTerms, Claims, DeadLetterBox, DeadLettersDue, Finish, Finished, GivenUp, Missing,
+    Patience, Queue, Reach, Refusal, Refused, Release, Requests, Schema, SchemaError, Standing,
+    StoreError, UnknownJob, Waiting,
 };
 use crate::job::{Claim, ClaimRequest, DeadLetter, DueJob, Fence, JobKey, Pick, Renewal, Taken};
 use crate::record::{AttemptReport, Cancelling, Note, Retrying};
@@ -189,10 +191,19 @@ impl Queue for SqliteStore {
         queue::know(&self.pool, reach).await
     }
 
+    async fn unknown(
+        &self,
+        subscriptions: &[&str],
+        patience: Patience,
+        limit: u32,
+    ) -> Result<Vec<UnknownJob>, StoreError> {
+        queue::unknown(&self.pool, subscriptions, patience, limit).await
+    }
+
     async fn give_up_unknown(
         &self,
         unknown: &[GivenUp],
-        patience: Duration,
+        patience: Patience,
     ) -> Result<Vec<JobKey>, StoreError> {
         queue::give_up_unknown(&self.pool, unknown, patience).await
     }

@@ -154,6 +154,26 @@ pub struct DeadLettersDue {
     pub limit: u32,
 }
 
+/// How long a task counts as known after a live worker has said that it knows it.
+pub const KNOWN_FOR: Duration = Duration::from_secs(30);
+
+/// How long a job waits for a worker that knows its task: from when it came into the queue
+/// if it has never run, or else from when it could have run.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    pub lasts: Duration,
+    /// Includes tasks that a worker knew once, from when the last one said so. If not, their
+    /// jobs wait on.
+    pub forgotten: bool,
+}
+
+/// A job that may have to be given up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnknownJob {
+    pub key: JobKey,
+    pub task: String,
+}
+
 /// What to record about a job whose task no worker knew.
 #[derive(Debug, Clone)]
 pub struct GivenUp {

@@ -348,7 +348,6 @@ impl Attempt {
                     key: self.fence().key.clone(),
                     place: admission.hold(&self.job.intake.name),
                     until,
-                    unknown: None,
                 },
             ),
         }

@@ -20,7 +20,7 @@ use crate::guard::Guard;
 use crate::job::JobKey;
 use crate::pubsub::Receipt;
 use crate::retry::jittered;
-use crate::store::{GivenUp, Queue, Standing, in_time};
+use crate::store::{Queue, Standing, in_time};
 
 /// How long after a lease expires a holder looks again.
 const AFTER_LEASE: Duration = Duration::from_millis(500);
@@ -49,8 +49,6 @@ struct Shared {
     held: Mutex<HashMap<JobKey, Held>>,
     changed: Notify,
     paused: Arc<Semaphore>,
-    /// How long a message may wait for a worker that knows its task.
-    unknown_task_patience: Duration,
     tasks: TaskTracker,
     draining: CancellationToken,
 }
@@ -58,8 +56,6 @@ struct Shared {
 /// The deliveries of one job.
 struct Held {
     look_at: Instant,
-    /// Set if this worker does not know the task.
-    unknown: Option<Unknown>,
     deliveries: Vec<(Receipt, Place)>,
 }
 
@@ -69,15 +65,6 @@ pub(super) struct Holding {
     pub(super) place: Place,
     /// When its job may run again, or its lease may expire.
     pub(super) until: Instant,
-    pub(super) unknown: Option<Unknown>,
-}
-
-/// A task that this worker does not know, but another might.
-#[derive(Debug, Clone)]
-pub(super) struct Unknown {
-    /// The job's error if no worker comes to know the task in time.
-    pub(super) error: String,
-    pub(super) dead_letter_topic: Option<Arc<str>>,
 }
 
 impl HeldDeliveries {
@@ -86,7 +73,6 @@ impl HeldDeliveries {
         guard: Guard,
         queue: Arc<dyn Queue>,
         admission: Admission,
-        unknown_task_patience: Duration,
         tasks: TaskTracker,
         draining: CancellationToken,
     ) -> Self {
@@ -98,7 +84,6 @@ impl HeldDeliveries {
                 held: Mutex::default(),
                 changed: Notify::new(),
                 paused: Arc::new(Semaphore::new(MAX_PAUSED)),
-                unknown_task_patience,
                 tasks,
                 draining,
             }),
@@ -119,14 +104,12 @@ impl HeldDeliveries {
         let look_at = holding.until + jittered(AFTER_LEASE);
         let entry = held.entry(holding.key).or_insert_with(|| Held {
             look_at,
-            unknown: None,
             deliveries: Vec::new(),
         });
         entry.look_at = entry
             .look_at
             .min(look_at)
             .min(Instant::now() + jittered(LONGEST_LOOK));
-        entry.unknown = holding.unknown;
         entry.deliveries.push((delivery, holding.place));
         drop(held);
         changed.notify_one();
@@ -202,15 +185,13 @@ impl HeldDeliveries {
 
     async fn look(&self) {
         let soon = Instant::now() + SOON;
-        let due: Vec<(JobKey, Option<Unknown>)> = self
+        let keys: Vec<JobKey> = self
             .lock()
             .iter()
             .filter(|(_, held)| held.look_at <= soon)
             .take(MOST_AT_ONCE)
-            .map(|(key, held)| (key.clone(), held.unknown.clone()))
+            .map(|(key, _)| key.clone())
             .collect();
-        self.give_up_what_is_due(&due).await;
-        let keys: Vec<JobKey> = due.into_iter().map(|(key, _)| key).collect();
         if keys.is_empty() {
             return;
         }
@@ -275,34 +256,6 @@ impl HeldDeliveries {
             if let Some(held) = held.get_mut(key) {
                 held.look_at = now + pause().min(jittered(LONGEST_LOOK));
             }
-        }
-    }
-
-    async fn give_up_what_is_due(&self, due: &[(JobKey, Option<Unknown>)]) {
-        let guard = &self.shared.guard;
-        let unknown: Vec<GivenUp> = due
-            .iter()
-            .filter_map(|(key, unknown)| {
-                let unknown = unknown.as_ref()?;
-                Some(GivenUp {
-                    key: key.clone(),
-                    error: unknown.error.clone(),
-                    worker: Arc::clone(&guard.terms().worker),
-                    dead_letter_topic: unknown.dead_letter_topic.clone(),
-                })
-            })
-            .collect();
-        if unknown.is_empty() {
-            return;
-        }
-        let patience = self.shared.unknown_task_patience;
-        match in_time(self.shared.queue.give_up_unknown(&unknown, patience)).await {
-            Ok(given_up) => {
-                for key in given_up {
-                    warn!(job = %key, "refused: no worker knows its task");
-                }
-            }
-            Err(error) => warn!(%error, "messages of unknown tasks wait longer"),
         }
     }
 

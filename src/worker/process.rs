@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::admission::{Load, Place, Room};
 use super::attempt::{Assignment, Attempt, Context};
 use super::events::EventKind;
-use super::hold::{Holding, Unknown};
+use super::hold::Holding;
 use super::intake::Intake;
 use super::key_turns::{FETCHED_BEFORE, Turn};
 use crate::config::AckTiming;
@@ -231,7 +231,7 @@ impl Processor {
                 match acked {
                     // The queue brings the job back, so no delivery is needed.
                     true => claimed.delivery.ack(),
-                    false => self.hold(claimed, until, None),
+                    false => self.hold(claimed, until),
                 }
             }
             Claim::Waiting { acked: true, .. } => {
@@ -241,13 +241,9 @@ impl Processor {
             Claim::Waiting { until, .. } => {
                 info!("its job waits in the queue");
                 tell(EventKind::Queued);
-                let unknown = claimed.wish.task.is_none().then(|| Unknown {
-                    error: self.unknown_task(&claimed.wish.request.task),
-                    dead_letter_topic: claimed.intake.dead_letter_topic.clone(),
-                });
                 let recorded_only = claimed.only_records();
                 let intake = Arc::clone(&claimed.intake);
-                self.hold(claimed, until, unknown);
+                self.hold(claimed, until);
                 if recorded_only {
                     self.context.admission.queued(&intake.name);
                 }
@@ -255,12 +251,11 @@ impl Processor {
         }
     }
 
-    fn hold(&self, claimed: Claimed, until: Instant, unknown: Option<Unknown>) {
+    fn hold(&self, claimed: Claimed, until: Instant) {
         let holding = Holding {
             key: claimed.wish.key,
             place: claimed.space.into_place(&self.context, &claimed.intake),
             until,
-            unknown,
         };
         self.context.held.hold(claimed.delivery, holding);
     }
@@ -331,7 +326,6 @@ impl Processor {
                     key: refusal.key,
                     place,
                     until: Instant::now(),
-                    unknown: None,
                 };
                 held.hold(delivery, holding);
             }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::admission::{Admission, Room};
@@ -52,7 +52,6 @@ impl Sweeper {
                 () = self.draining.cancelled() => return,
                 () = sleep_until(next_sweep) => {
                     next_sweep = Instant::now() + jittered(PAUSE);
-                    self.know().await;
                 }
                 () = sweep_is_due(&self.context.admission) => {}
             }
@@ -75,12 +74,6 @@ impl Sweeper {
                     return;
                 }
             }
-        }
-    }
-
-    async fn know(&self) {
-        if let Err(error) = in_time(self.queue.know(&self.reach)).await {
-            debug!(%error, "could not tell which tasks are known here");
         }
     }
 

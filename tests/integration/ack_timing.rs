@@ -7,7 +7,7 @@ use trainyard::record::JobState;
 use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::eventually;
-use crate::support::training::{Scene, Sections, TRAINING};
+use crate::support::scene::{PATIENT, SUBSCRIPTION, Scene, Settings};
 
 on_both_databases!(
     before_run_acks_while_the_job_runs,
@@ -17,23 +17,23 @@ on_both_databases!(
     a_draining_worker_pulls_no_more,
 );
 
-const BEFORE_RUN: &str = "ack = \"before_run\"";
-const AFTER_RUN: &str = "ack = \"after_run\"";
+const BEFORE_RUN: &str = "before_run";
+const AFTER_RUN: &str = "after_run";
 
 /// Longer than any test waits.
 const FOR_EVER: f64 = 3600.0;
 
 async fn scene(database: &Database, ack: &'static str, slots: usize) -> Scene {
-    let sections = Sections {
+    let settings = Settings {
         slots,
-        task: ack,
-        ..Sections::default()
+        ack,
+        ..PATIENT
     };
-    Scene::new(database, &sections).await
+    Scene::new(database, &settings).await
 }
 
 async fn publish(scene: &Scene, seconds: f64) -> String {
-    scene.publish(json!({"seconds": seconds})).await
+    scene.publish_rehearsal(json!({"seconds": seconds})).await
 }
 
 async fn before_run_acks_while_the_job_runs(database: Database) {
@@ -54,11 +54,11 @@ async fn after_run_acks_the_messages_of_ended_jobs_only(database: Database) {
     let short = publish(&scene, 0.0).await;
     scene.job(&short, JobState::Succeeded).await;
     eventually("only the running job's message is left", async || {
-        (scene.broker.backlog(TRAINING) == 1).then_some(())
+        (scene.broker.backlog(SUBSCRIPTION) == 1).then_some(())
     })
     .await;
     assert_eq!(worker.stop().await.code(), Some(0));
-    assert_eq!(scene.broker.backlog(TRAINING), 1);
+    assert_eq!(scene.broker.backlog(SUBSCRIPTION), 1);
 }
 
 async fn an_interrupted_run_moves_at_no_cost_if_its_message_is_acked(database: Database) {
@@ -77,7 +77,7 @@ async fn an_interrupted_run_moves_at_no_cost(scene: &Scene, unacked: usize) {
     let id = publish(scene, FOR_EVER).await;
     let interrupted = scene.job(&id, JobState::Running).await;
     eventually("the message is acked as early as it can be", async || {
-        (scene.broker.backlog(TRAINING) == unacked).then_some(())
+        (scene.broker.backlog(SUBSCRIPTION) == unacked).then_some(())
     })
     .await;
     let second = scene.start_worker("second");
@@ -88,14 +88,14 @@ async fn an_interrupted_run_moves_at_no_cost(scene: &Scene, unacked: usize) {
     })
     .await;
     assert_eq!(moved.attempts, 1);
-    assert_eq!(scene.broker.backlog(TRAINING), unacked);
+    assert_eq!(scene.broker.backlog(SUBSCRIPTION), unacked);
     assert_eq!(second.stop().await.code(), Some(0));
 }
 
 async fn a_draining_worker_pulls_no_more(database: Database) {
     let scene = scene(&database, AFTER_RUN, 2).await;
     let patient = [("TRAINYARD__WORKER__SHUTDOWN_GRACE", "1h")];
-    let draining = scene.yard.start_worker_with("draining", &patient);
+    let draining = scene.start_worker_with("draining", &patient);
     let long = publish(&scene, FOR_EVER).await;
     let long = scene.job(&long, JobState::Running).await;
     draining.signal(Signal::SIGTERM);

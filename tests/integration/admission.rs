@@ -102,7 +102,7 @@ async fn nothing_is_asked_for_while_the_subscription_has_no_room() {
     let Some(scene) = Scene::on_postgres(&settings).await else {
         return;
     };
-    let first = scene.yard.start_worker("first");
+    let first = scene.start_worker("first");
     let requests = (0..MESSAGES).map(|_| scene.runs.waiting("all", json!({})));
     scene.publish_all(requests.collect()).await;
     scene.runs_have_started(1).await;
@@ -110,7 +110,7 @@ async fn nothing_is_asked_for_while_the_subscription_has_no_room() {
     assert!(taken <= settings.slots, "{taken} messages were taken");
 
     // The others are for another worker.
-    let second = scene.yard.start_worker("second");
+    let second = scene.start_worker("second");
     let running = scene.runs_have_started(2).await;
     assert_ne!(running[0].pid, running[1].pid);
     let taken = once_still(|| scene.taken(MESSAGES)).await;
@@ -166,7 +166,7 @@ async fn deliveries_that_are_held_are_looked_at_together() {
     let Some((proxy, scene)) = Scene::behind_a_proxy(&ONE_FULL).await else {
         return;
     };
-    let worker = scene.yard.start_worker("worker");
+    let worker = scene.start_worker("worker");
     let published = HELD + 8;
     let requests = (0..published).map(|_| scene.runs.waiting("all", json!({})));
     scene.publish_all(requests.collect()).await;
@@ -198,7 +198,7 @@ async fn a_worker_takes(expected: RangeInclusive<usize>, published: usize, setti
         return;
     };
     scene.yard.config_is_good().await;
-    let worker = scene.yard.start_worker("worker");
+    let worker = scene.start_worker("worker");
     let requests = (0..published).map(|_| scene.runs.waiting("all", json!({})));
     scene.publish_all(requests.collect()).await;
     scene.runs_have_started(8).await;

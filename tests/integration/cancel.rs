@@ -7,7 +7,7 @@ use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::eventually;
 use crate::support::runs::RunEvent;
-use crate::support::training::{Scene, Sections};
+use crate::support::scene::{PATIENT, Scene, Settings};
 
 on_both_databases!(
     a_running_job_is_cancelled_on_whichever_worker_it_runs,
@@ -17,18 +17,18 @@ on_both_databases!(
 );
 
 async fn a_running_job_is_cancelled_on_whichever_worker_it_runs(database: Database) {
-    for task in ["ack = \"before_run\"", "ack = \"after_run\""] {
-        let sections = Sections {
+    for ack in ["before_run", "after_run"] {
+        let settings = Settings {
             slots: 1,
-            task,
-            ..Sections::default()
+            ack,
+            ..PATIENT
         };
-        let scene = Scene::new(&database, &sections).await;
+        let scene = Scene::new(&database, &settings).await;
         let _workers = [scene.start_worker("w1"), scene.start_worker("w2")];
         let mut ids = Vec::new();
         let mut jobs = Vec::new();
         for _ in 0..2 {
-            let id = scene.publish(json!({"seconds": 3600})).await;
+            let id = scene.publish_rehearsal(json!({"seconds": 3600})).await;
             jobs.push(scene.job(&id, JobState::Running).await);
             ids.push(id);
         }
@@ -42,7 +42,7 @@ async fn a_running_job_is_cancelled_on_whichever_worker_it_runs(database: Databa
         for id in &ids {
             scene.job(id, JobState::Cancelled).await;
         }
-        assert_eq!(scene.runs.of(RunEvent::Stopped).len(), 2, "{task}");
+        assert_eq!(scene.runs.of(RunEvent::Stopped).len(), 2, "{ack}");
         scene.nothing_is_left_to_deliver().await;
         let story = ["claimed", "cancel_requested", "finished", "cancelled"];
         scene.is_explained_by(&ids[0], &story).await;
@@ -50,7 +50,7 @@ async fn a_running_job_is_cancelled_on_whichever_worker_it_runs(database: Databa
 }
 
 async fn a_waiting_job_is_cancelled_at_once(database: Database) {
-    let scene = Scene::new(&database, &Sections::default()).await;
+    let scene = Scene::new(&database, &PATIENT).await;
     let _worker = scene.start_worker("w1");
     // Waits for a worker that knows its task.
     let request = json!({"name": "newer"}).to_string();
@@ -72,10 +72,10 @@ async fn a_waiting_job_is_cancelled_at_once(database: Database) {
 }
 
 async fn an_ended_job_runs_again_as_a_new_attempt(database: Database) {
-    let scene = Scene::new(&database, &Sections::default()).await;
+    let scene = Scene::new(&database, &PATIENT).await;
     let _worker = scene.start_worker("w1");
     let fields = json!({"fail": "permanent", "fail_attempts": 1});
-    let id = scene.publish(fields).await;
+    let id = scene.publish_rehearsal(fields).await;
     let dead = scene.job(&id, JobState::Dead).await;
     for attempt in 2..=3 {
         let told = scene
@@ -99,13 +99,13 @@ async fn an_ended_job_runs_again_as_a_new_attempt(database: Database) {
 }
 
 async fn what_cannot_be_cancelled_or_run_again_is_told(database: Database) {
-    let scene = Scene::new(&database, &Sections::default()).await;
+    let scene = Scene::new(&database, &PATIENT).await;
     let _worker = scene.start_worker("w1");
-    let done = scene.publish(json!({})).await;
+    let done = scene.publish_rehearsal(json!({})).await;
     let done = scene.job(&done, JobState::Succeeded).await.id.to_string();
     let bad = scene.broker.publish("training", b"[]".to_vec()).await;
     let bad = scene.job(&bad, JobState::Dead).await.id.to_string();
-    let running = scene.publish(json!({"seconds": 3600})).await;
+    let running = scene.publish_rehearsal(json!({"seconds": 3600})).await;
     let running = scene.job(&running, JobState::Running).await.id.to_string();
     let nobody = "00000000-0000-7000-8000-000000000000";
     for (arguments, says) in [

@@ -19,5 +19,5 @@ use crate::support::worker::WorkerProcess;
 /// A worker that takes lost jobs over and keeps them, however slow the machine is.
 fn start_heir(scene: &Scene, name: &str) -> WorkerProcess {
     let long_lease = [("TRAINYARD__WORKER__LEASE", "20s")];
-    scene.yard.start_worker_with(name, &long_lease)
+    scene.start_worker_with(name, &long_lease)
 }

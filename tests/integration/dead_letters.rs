@@ -10,7 +10,7 @@ use trainyard::record::JobState;
 use crate::on_both_databases;
 use crate::support::broker::Broker;
 use crate::support::database::Database;
-use crate::support::training::{Scene, Sections, TRAINING};
+use crate::support::scene::{PATIENT, SUBSCRIPTION, Scene, Settings};
 use crate::support::{eventually, has_failpoints};
 
 on_both_databases!(
@@ -23,17 +23,17 @@ on_both_databases!(
 
 const DEAD: &str = "training-dead";
 
-fn sections() -> Sections {
-    Sections {
+fn settings() -> Settings {
+    Settings {
         subscription: "dead_letter_topic = \"training-dead\"",
-        ..Sections::default()
+        ..PATIENT
     }
 }
 
 async fn scene(database: &Database) -> Scene {
     let broker = Broker::builtin().await.unwrap();
     broker.subscribe(DEAD).await;
-    Scene::on(broker, database, &sections()).await
+    Scene::on(broker, database, &settings()).await
 }
 
 async fn the_dead_letter(scene: &Scene) -> Message {
@@ -51,20 +51,20 @@ fn reasons(letter: &Message) -> BTreeMap<&str, &str> {
 async fn a_dead_message_is_published_with_its_reason(database: Database) {
     let scene = scene(&database).await;
     let _worker = scene.start_worker("w1");
-    let request = scene.rehearsal(json!({"fail": "transient"})).to_string();
+    let request = scene.runs.rehearsal(json!({"fail": "transient"}));
     let message = Outgoing {
         data: request.clone().into(),
         attributes: vec![("tenant".to_owned(), "a".to_owned())],
         ..Outgoing::default()
     };
     let connection = &scene.broker.connection;
-    let id = connection.publish(TRAINING, message).await.unwrap();
+    let id = connection.publish(SUBSCRIPTION, message).await.unwrap();
     let letter = the_dead_letter(&scene).await;
     let job = scene.job(&id, JobState::Dead).await;
     assert_eq!(letter.data, request);
     assert_eq!(letter.attributes["tenant"], "a");
     let published = job.publish_time.to_rfc3339();
-    let path = connection.subscription_path(TRAINING);
+    let path = connection.subscription_path(SUBSCRIPTION);
     let expected = [
         ("attempts", "3"),
         ("error", "told to fail"),
@@ -72,7 +72,7 @@ async fn a_dead_message_is_published_with_its_reason(database: Database) {
         ("path", path.as_str()),
         ("publish-time", published.as_str()),
         ("reason", "attempts_exhausted"),
-        ("subscription", TRAINING),
+        ("subscription", SUBSCRIPTION),
         ("task", "rehearsal"),
     ];
     assert_eq!(reasons(&letter), BTreeMap::from(expected));
@@ -84,7 +84,10 @@ async fn a_dead_message_is_published_with_its_reason(database: Database) {
 async fn a_refused_message_is_published_as_it_came(database: Database) {
     let scene = scene(&database).await;
     let _worker = scene.start_worker("w1");
-    scene.broker.publish(TRAINING, b"{not json".to_vec()).await;
+    scene
+        .broker
+        .publish(SUBSCRIPTION, b"{not json".to_vec())
+        .await;
     let letter = the_dead_letter(&scene).await;
     assert_eq!(&letter.data[..], b"{not json");
     let reasons = reasons(&letter);
@@ -98,7 +101,7 @@ async fn a_refused_message_is_published_as_it_came(database: Database) {
 async fn a_dead_letter_that_comes_back_is_not_published_again(database: Database) {
     let scene = scene(&database).await;
     let _worker = scene.start_worker("w1");
-    scene.publish(json!({"fail": "permanent"})).await;
+    scene.publish_rehearsal(json!({"fail": "permanent"})).await;
     let letter = the_dead_letter(&scene).await;
     let back = Outgoing {
         data: letter.data.to_vec(),
@@ -106,7 +109,7 @@ async fn a_dead_letter_that_comes_back_is_not_published_again(database: Database
         ..Outgoing::default()
     };
     let connection = &scene.broker.connection;
-    let id = connection.publish(TRAINING, back).await.unwrap();
+    let id = connection.publish(SUBSCRIPTION, back).await.unwrap();
     scene.job(&id, JobState::Dead).await;
     eventually("its end is on record", async || {
         let stories = scene.store.stories(&id).await.unwrap();
@@ -133,7 +136,7 @@ async fn a_dead_letter_survives_the_worker_that_should_have_published_it(databas
     let mut first = scene
         .yard
         .start_worker_with("first", &[("TRAINYARD_FAILPOINT", "after_finish")]);
-    let id = scene.publish(json!({"fail": "permanent"})).await;
+    let id = scene.publish_rehearsal(json!({"fail": "permanent"})).await;
     first.dies().await;
     scene.job(&id, JobState::Dead).await;
     let _second = scene.start_worker("second");
@@ -148,7 +151,7 @@ async fn a_dead_letter_survives_the_worker_that_should_have_published_it(databas
 }
 
 async fn a_missing_topic_is_found_at_the_start(database: Database) {
-    let scene = Scene::new(&database, &sections()).await;
+    let scene = Scene::new(&database, &settings()).await;
     let output = scene.command(&["run"]).await;
     assert_eq!(output.code, 2);
     assert!(output.stderr.contains("training-dead does not exist"));

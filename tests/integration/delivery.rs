@@ -11,7 +11,7 @@ use crate::support::broker::Broker;
 use crate::support::database::Database;
 use crate::support::eventually;
 use crate::support::requests::{tiny_training, write_tiny_dataset};
-use crate::support::training::{Scene, Sections, TRAINING};
+use crate::support::scene::{PATIENT, SUBSCRIPTION, Scene, Settings};
 
 on_every_broker_and_database!(
     two_workers_run_200_messages_once_each_with_20_delivered_twice,
@@ -19,12 +19,12 @@ on_every_broker_and_database!(
 );
 
 async fn scene(broker: Broker, database: &Database, slots: usize) -> Scene {
-    let sections = Sections {
+    let settings = Settings {
         slots,
         task: "[tasks.train-classifier]\nbuiltin = \"train-classifier\"\nack = \"after_run\"",
-        ..Sections::default()
+        ..PATIENT
     };
-    Scene::on(broker, database, &sections).await
+    Scene::on(broker, database, &settings).await
 }
 
 /// Publishes a request for the training of each of these models, and returns the messages'
@@ -35,7 +35,7 @@ async fn publish(scene: &Scene, models: Range<usize>) -> Vec<String> {
     for number in models {
         let output = scene.folder().join(format!("model-{number}"));
         let request = tiny_training(&dataset, &output).to_string();
-        published.push(scene.broker.publish(TRAINING, request).await);
+        published.push(scene.broker.publish(SUBSCRIPTION, request).await);
     }
     published
 }
@@ -55,7 +55,7 @@ async fn two_workers_run_200_messages_once_each_with_20_delivered_twice(
     for id in twice {
         scene.job(id, JobState::Succeeded).await;
     }
-    scene.broker.deliver_again(TRAINING, twice).await;
+    scene.broker.deliver_again(SUBSCRIPTION, twice).await;
     let jobs = scene.all_succeed(200).await;
     let on_record: BTreeSet<&String> = jobs.iter().map(|job| &job.message_id).collect();
     assert_eq!(on_record, published.iter().collect());

@@ -6,7 +6,7 @@ use trainyard::record::JobState;
 use crate::on_both_databases;
 use crate::support::database::{Database, Tables};
 use crate::support::runs::RunEvent;
-use crate::support::training::{Scene, Sections};
+use crate::support::scene::{PATIENT, Scene, Settings};
 
 on_both_databases!(
     a_transient_failure_is_tried_again_until_it_succeeds,
@@ -23,24 +23,17 @@ on_both_databases!(
     a_task_at_its_concurrency_leaves_slots_to_the_others,
 );
 
-const ACK_TIMINGS: [&str; 3] = [
-    "ack = \"before_run\"",
-    "ack = \"after_checkpoint\"",
-    "ack = \"after_run\"",
-];
+const ACK_TIMINGS: [&str; 3] = ["before_run", "after_checkpoint", "after_run"];
 
 async fn a_transient_failure_is_tried_again_until_it_succeeds(database: Database) {
-    for task in ACK_TIMINGS {
-        let sections = Sections {
-            task,
-            ..Sections::default()
-        };
-        let scene = Scene::new(&database, &sections).await;
+    for ack in ACK_TIMINGS {
+        let settings = Settings { ack, ..PATIENT };
+        let scene = Scene::new(&database, &settings).await;
         let worker = scene.start_worker("w1");
         let fields = json!({"fail": "transient", "fail_attempts": 2});
-        let id = scene.publish(fields).await;
+        let id = scene.publish_rehearsal(fields).await;
         let job = scene.job(&id, JobState::Succeeded).await;
-        assert_eq!(job.attempts, 3, "{task}");
+        assert_eq!(job.attempts, 3, "{ack}");
         scene.nothing_is_left_to_deliver().await;
         let story = ["claimed", "failed", "told to fail", "failed", "finished"];
         scene.is_explained_by(&id, &story).await;
@@ -49,9 +42,9 @@ async fn a_transient_failure_is_tried_again_until_it_succeeds(database: Database
 }
 
 async fn a_job_that_keeps_failing_is_dead_after_its_last_attempt(database: Database) {
-    let scene = Scene::new(&database, &Sections::default()).await;
+    let scene = Scene::new(&database, &PATIENT).await;
     let _worker = scene.start_worker("w1");
-    let id = scene.publish(json!({"fail": "transient"})).await;
+    let id = scene.publish_rehearsal(json!({"fail": "transient"})).await;
     let job = scene.job(&id, JobState::Dead).await;
     assert_eq!(job.attempts, 3);
     assert_eq!(job.error.as_deref(), Some("told to fail"));
@@ -61,9 +54,9 @@ async fn a_job_that_keeps_failing_is_dead_after_its_last_attempt(database: Datab
 }
 
 async fn a_permanent_failure_is_dead_at_its_first_attempt(database: Database) {
-    let scene = Scene::new(&database, &Sections::default()).await;
+    let scene = Scene::new(&database, &PATIENT).await;
     let _worker = scene.start_worker("w1");
-    let id = scene.publish(json!({"fail": "permanent"})).await;
+    let id = scene.publish_rehearsal(json!({"fail": "permanent"})).await;
     let job = scene.job(&id, JobState::Dead).await;
     assert_eq!(job.attempts, 1);
     assert_eq!(job.reason.as_deref(), Some("permanent"));
@@ -71,10 +64,10 @@ async fn a_permanent_failure_is_dead_at_its_first_attempt(database: Database) {
 }
 
 async fn a_panic_is_a_failure_like_any_other(database: Database) {
-    let scene = Scene::new(&database, &Sections::default()).await;
+    let scene = Scene::new(&database, &PATIENT).await;
     let worker = scene.start_worker("w1");
     let fields = json!({"fail": "panic", "fail_attempts": 1});
-    let id = scene.publish(fields).await;
+    let id = scene.publish_rehearsal(fields).await;
     assert_eq!(scene.job(&id, JobState::Succeeded).await.attempts, 2);
     assert_eq!(worker.stop().await.code(), Some(0));
 }
@@ -104,10 +97,10 @@ async fn refuses(database: &Database, table: &str, condition: &str) {
 }
 
 async fn a_success_whose_result_the_database_refuses_is_a_success(database: Database) {
-    let scene = Scene::new(&database, &Sections::default()).await;
+    let scene = Scene::new(&database, &PATIENT).await;
     refuses(&database, "processed_messages", "NEW.result IS NOT NULL").await;
     let _worker = scene.start_worker("w1");
-    let id = scene.publish(json!({})).await;
+    let id = scene.publish_rehearsal(json!({})).await;
     let job = scene.job(&id, JobState::Succeeded).await;
     assert_eq!((job.attempts, job.result), (1, None));
     let error = job.error.unwrap();
@@ -117,11 +110,11 @@ async fn a_success_whose_result_the_database_refuses_is_a_success(database: Data
 }
 
 async fn a_failure_whose_error_the_database_refuses_is_a_failure(database: Database) {
-    let scene = Scene::new(&database, &Sections::default()).await;
+    let scene = Scene::new(&database, &PATIENT).await;
     refuses(&database, "leases", "NEW.last_error = 'told to fail'").await;
     let _worker = scene.start_worker("w1");
     let fields = json!({"fail": "transient", "fail_attempts": 1});
-    let id = scene.publish(fields).await;
+    let id = scene.publish_rehearsal(fields).await;
     let job = scene.job(&id, JobState::Succeeded).await;
     assert_eq!(job.attempts, 2);
     let story = [
@@ -134,13 +127,13 @@ async fn a_failure_whose_error_the_database_refuses_is_a_failure(database: Datab
 }
 
 async fn a_run_that_takes_too_long_is_stopped_and_tried_again(database: Database) {
-    let sections = Sections {
+    let settings = Settings {
         task: "timeout = \"300ms\"\nmax_attempts = 2",
-        ..Sections::default()
+        ..PATIENT
     };
-    let scene = Scene::new(&database, &sections).await;
+    let scene = Scene::new(&database, &settings).await;
     let _worker = scene.start_worker("w1");
-    let id = scene.publish(json!({"seconds": 3600})).await;
+    let id = scene.publish_rehearsal(json!({"seconds": 3600})).await;
     let job = scene.job(&id, JobState::Dead).await;
     assert_eq!(job.attempts, 2);
     assert_eq!(scene.runs.of(RunEvent::Stopped).len(), 2);
@@ -149,23 +142,18 @@ async fn a_run_that_takes_too_long_is_stopped_and_tried_again(database: Database
 
 /// The only slot runs another job while the failed one waits for an hour.
 async fn a_waiting_retry_holds_no_slot(database: Database) {
-    let sections = Sections {
+    let settings = Settings {
         slots: 1,
-        task: "max_attempts = 2\nbackoff.multiplier = 1",
-        ..Sections::default()
+        backoff: "{ initial = \"100h\", max = \"100h\" }",
+        task: "max_attempts = 2",
+        ..PATIENT
     };
-    let scene = Scene::new(&database, &sections).await;
-    let slow = std::fs::read_to_string(&scene.yard.config).unwrap();
-    let slow = slow.replace(
-        "initial = \"10ms\", max = \"50ms\" }\nmax_attempts = 2\nbackoff.multiplier = 1",
-        "initial = \"100h\", max = \"100h\" }\nmax_attempts = 2",
-    );
-    std::fs::write(&scene.yard.config, slow).unwrap();
+    let scene = Scene::new(&database, &settings).await;
     let _worker = scene.start_worker("w1");
-    let waiting = scene.publish(json!({"fail": "transient"})).await;
+    let waiting = scene.publish_rehearsal(json!({"fail": "transient"})).await;
     let job = scene.job(&waiting, JobState::Waiting).await;
     assert_eq!(job.error.as_deref(), Some("told to fail"));
-    let other = scene.publish(json!({})).await;
+    let other = scene.publish_rehearsal(json!({})).await;
     scene.job(&other, JobState::Succeeded).await;
     // A person's request ends the wait.
     let told = scene
@@ -180,17 +168,19 @@ async fn a_waiting_retry_holds_no_slot(database: Database) {
 /// Holds for many later messages, prefetched or not.
 async fn a_retry_comes_before_messages_that_came_later(database: Database) {
     const NEW: usize = 40;
-    for subscription in ["", "prefetch = 100"] {
-        let sections = Sections {
+    for prefetch in [0, 100] {
+        let settings = Settings {
             slots: 1,
-            subscription,
-            ..Sections::default()
+            prefetch,
+            ..PATIENT
         };
-        let scene = Scene::new(&database, &sections).await;
+        let scene = Scene::new(&database, &settings).await;
         let fields = json!({"label": "retried", "fail": "transient", "fail_attempts": 1});
-        scene.publish(fields).await;
+        scene.publish_rehearsal(fields).await;
         for _ in 0..NEW {
-            scene.publish(json!({"label": "new", "seconds": 0.1})).await;
+            scene
+                .publish_rehearsal(json!({"label": "new", "seconds": 0.1}))
+                .await;
         }
         let worker = scene.start_worker("w1");
         scene.all_succeed(NEW + 1).await;
@@ -200,22 +190,25 @@ async fn a_retry_comes_before_messages_that_came_later(database: Database) {
             .rposition(|label| label == "retried")
             .unwrap();
         // The queue is swept about every second, which is ten runs.
-        assert!(retry < NEW * 3 / 4, "{retry}th of {NEW}: {subscription}");
+        assert!(
+            retry < NEW * 3 / 4,
+            "{retry}th of {NEW}: prefetch {prefetch}"
+        );
         assert_eq!(worker.stop().await.code(), Some(0));
     }
 }
 
 async fn a_retry_goes_on_from_the_last_checkpoint(database: Database) {
-    let sections = Sections {
-        task: "ack = \"after_checkpoint\"",
-        ..Sections::default()
+    let settings = Settings {
+        ack: "after_checkpoint",
+        ..PATIENT
     };
-    let scene = Scene::new(&database, &sections).await;
+    let scene = Scene::new(&database, &settings).await;
     let _worker = scene.start_worker("w1");
     let fields = json!({
         "seconds": 0.3, "checkpoint_after": 0.0, "fail": "transient", "fail_attempts": 1,
     });
-    let id = scene.publish(fields).await;
+    let id = scene.publish_rehearsal(fields).await;
     let job = scene.job(&id, JobState::Succeeded).await;
     assert_eq!(job.checkpoint.as_deref(), Some("rehearsal of attempt 2"));
     let starts = scene.runs.of(RunEvent::Start);
@@ -228,12 +221,11 @@ async fn a_retry_goes_on_from_the_last_checkpoint(database: Database) {
 }
 
 async fn a_message_of_an_unknown_task_runs_once_a_worker_knows_it(database: Database) {
-    let scene = Scene::new(&database, &Sections::default()).await;
+    let scene = Scene::new(&database, &PATIENT).await;
     let old = scene.start_worker("old");
-    let mut request = scene.rehearsal(json!({}));
-    request["name"] = "newer".into();
-    let request = request.to_string();
-    let id = scene.broker.publish("training", request).await;
+    let id = scene
+        .publish(scene.runs.rehearsal_as("newer", json!({})))
+        .await;
     let waiting = scene.job(&id, JobState::Waiting).await;
     assert_eq!(waiting.attempts, 0);
     let config = std::fs::read_to_string(&scene.yard.config).unwrap();
@@ -251,24 +243,24 @@ async fn a_message_of_an_unknown_task_runs_once_a_worker_knows_it(database: Data
 /// Two of three heavy jobs wait although slots are free; light ones run.
 async fn a_task_at_its_concurrency_leaves_slots_to_the_others(database: Database) {
     for ack in ACK_TIMINGS {
-        let sections = Sections {
+        let settings = Settings {
             slots: 3,
+            ack,
             task: "concurrency = 1",
-            ..Sections::default()
+            ..PATIENT
         };
-        let scene = Scene::new(&database, &sections).await;
+        let scene = Scene::new(&database, &settings).await;
         let config = std::fs::read_to_string(&scene.yard.config).unwrap();
-        let config = format!("{config}\n{ack}\n[tasks.light]\nbuiltin = \"rehearsal\"\n{ack}\n");
+        let config = format!("{config}\n[tasks.light]\nbuiltin = \"rehearsal\"\nack = \"{ack}\"\n");
         std::fs::write(&scene.yard.config, config).unwrap();
         let _worker = scene.start_worker("w1");
         let gate = scene.folder().join("gate");
         let heavy = json!({"until": gate, "label": "heavy"});
         for _ in 0..3 {
-            scene.publish(heavy.clone()).await;
+            scene.publish_rehearsal(heavy.clone()).await;
         }
-        let mut light = scene.rehearsal(json!({"label": "light"}));
-        light["name"] = "light".into();
-        let light = scene.broker.publish("training", light.to_string()).await;
+        let light = scene.runs.rehearsal_as("light", json!({"label": "light"}));
+        let light = scene.publish(light).await;
         scene.job(&light, JobState::Succeeded).await;
         let heavy_starts = || scene.started().iter().filter(|l| *l == "heavy").count();
         assert_eq!(heavy_starts(), 1, "{ack}");

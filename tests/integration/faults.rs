@@ -56,7 +56,7 @@ async fn messages_run_once_in_spite_of_faults(
         seed: Some(random.u64(..)),
         ..FAULTS.parse().unwrap()
     });
-    let workers = ["one", "other"].map(|name| scene.yard.start_worker(name));
+    let workers = ["one", "other"].map(|name| scene.start_worker(name));
     let requests = (0..JOBS).map(|_| scene.runs.request(f64::from(random.u32(0..=20)) / 1000.0));
     scene.publish_all(requests.collect()).await;
     let jobs = scene.all_succeed(JOBS).await;
@@ -117,7 +117,7 @@ async fn a_silent_stream_is_replaced(ack: &'static str, prefetch: usize) {
     let Some(scene) = Scene::on_postgres(&settings).await else {
         return;
     };
-    let worker = scene.yard.start_worker("worker");
+    let worker = scene.start_worker("worker");
     scene.publish_run(0.0).await;
     scene.all_succeed(1).await;
     scene.misbehaves("silence".parse().unwrap());
@@ -147,7 +147,7 @@ async fn a_connection_that_died_without_a_sign_is_replaced() {
     let silencer = Silencer::in_front_of(&broker.host).await;
     broker.host.clone_from(&silencer.address);
     let scene = Scene::set(broker, SUBSCRIPTION, &database, &database, &settings).await;
-    let worker = scene.yard.start_worker("worker");
+    let worker = scene.start_worker("worker");
     scene.publish_run(0.0).await;
     scene.all_succeed(1).await;
     scene.nothing_is_left_to_deliver().await;

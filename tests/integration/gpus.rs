@@ -4,15 +4,14 @@ use serde_json::json;
 
 use crate::support::database::Database;
 use crate::support::eventually;
-use crate::support::training::{Scene, Sections, TRAINING};
+use crate::support::scene::{PATIENT, SUBSCRIPTION, Scene, Settings};
 
 const SMALL: usize = 16;
 
 /// The jobs log the order in which they start.
-const SECTIONS: Sections = Sections {
+const SETTINGS: Settings = Settings {
     slots: 4,
     worker: "gpus = [\"0\", \"1\"]\nreserve_after = \"500ms\"",
-    subscription: "",
     task: r#"
 [tasks.small]
 command = ["sh", "-c", "echo small >> order; sleep $(sed 's/.*\"seconds\":\\([0-9.]*\\).*/\\1/')"]
@@ -20,6 +19,7 @@ gpus = 1
 [tasks.large]
 command = ["sh", "-c", "echo large >> order"]
 gpus = 2"#,
+    ..PATIENT
 };
 
 /// Small jobs end at different times, so two GPUs are never free at once unless the first
@@ -29,7 +29,7 @@ async fn a_job_that_needs_all_gpus_is_not_passed_by_again_and_again() {
     let Some(database) = Database::postgres().await else {
         return;
     };
-    let scene = Scene::new(&database, &SECTIONS).await;
+    let scene = Scene::new(&database, &SETTINGS).await;
     scene.yard.config_is_good().await;
     let _worker = scene.start_worker("worker");
     publish(&scene, "small", 0.5).await;
@@ -54,7 +54,7 @@ async fn a_job_that_needs_all_gpus_is_not_passed_by_again_and_again() {
 
 async fn publish(scene: &Scene, task: &str, seconds: f64) {
     let request = json!({"name": task, "seconds": seconds}).to_string();
-    scene.broker.publish(TRAINING, request).await;
+    scene.broker.publish(SUBSCRIPTION, request).await;
 }
 
 fn order(scene: &Scene) -> Vec<String> {

@@ -107,7 +107,7 @@ async fn a_prefetching_worker_runs_200_messages_once_each_and_in_order() {
     let Some(scene) = Scene::on_postgres(&settings).await else {
         return;
     };
-    let worker = scene.yard.start_worker("worker");
+    let worker = scene.start_worker("worker");
     scene.publish(scene.runs.waiting("first", json!({}))).await;
     scene.runs_have_started(1).await;
     let more = (1..200).map(|_| scene.runs.request(0.0)).collect();
@@ -147,7 +147,7 @@ async fn prefetched_messages_of_an_ordering_key_run_one_after_the_other() {
     let Some(scene) = Scene::subscribed(ordered, &settings).await else {
         return;
     };
-    let worker = scene.yard.start_worker("worker");
+    let worker = scene.start_worker("worker");
     for number in 0..20 {
         for key in ["a", "b", "c"] {
             let like = json!({"seconds": 0.01, "label": format!("{key}{number}")});

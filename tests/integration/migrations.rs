@@ -9,15 +9,16 @@ use std::time::Duration;
 
 use sqlx::{Connection, PgConnection};
 use tokio::time::timeout;
-use trainyard::job::Renewal;
+use trainyard::job::{JobKey, Renewal};
 use trainyard::record::JobState;
+use trainyard::store::GivenUp;
 
 use self::version_before::VersionBefore;
 use crate::on_both_databases;
 use crate::support::database::Database;
 use crate::support::jobs::{
     LONG, acquire, acquired, assert_is_stale, assert_none_to_reap, assert_waits, failed, finish,
-    interrupted, job_at, ordered, reap, reap_one, reaped_keys, send, succeeded, terms,
+    interrupted, job_at, ordered, patience, reap, reap_one, reaped_keys, send, succeeded, terms,
 };
 use crate::support::{PATIENCE, eventually};
 
@@ -27,6 +28,8 @@ on_both_databases!(
     a_job_that_the_version_before_gives_back_waits_for_its_time,
     the_version_before_runs_what_this_one_gives_back,
     an_ordering_key_goes_on_between_both_versions,
+    the_version_before_gives_up_no_job_that_this_one_may_run,
+    what_the_version_before_may_run_is_not_given_up_during_a_roll_out,
 );
 
 async fn the_jobs_of_the_version_before_go_on_after_the_migration(database: Database) {
@@ -134,6 +137,41 @@ async fn an_ordering_key_goes_on_between_both_versions(database: Database) {
     // And the other way around.
     before.finish(&second).await;
     reap_one(&store, "3").await;
+}
+
+async fn the_version_before_gives_up_no_job_that_this_one_may_run(database: Database) {
+    let before = VersionBefore::install(&database).await;
+    assert!(before.record_unknown("alone").await);
+    let store = database.open_migrated().await;
+    assert!(!before.record_unknown("beside").await);
+    assert!(!before.would_give_up("alone").await);
+    let now = patience(Duration::ZERO);
+    let unknown = store.unknown(&["s"], now, 10).await.unwrap();
+    let given_up: Vec<GivenUp> = unknown.into_iter().map(|job| give_up(job.key)).collect();
+    assert_eq!(given_up.len(), 2);
+    let ended = store.give_up_unknown(&given_up, now).await.unwrap();
+    assert_eq!(ended.len(), 2);
+}
+
+async fn what_the_version_before_may_run_is_not_given_up_during_a_roll_out(database: Database) {
+    let before = VersionBefore::install(&database).await;
+    before.record_waiting("waiting", None).await;
+    before.record_running("lost", Duration::ZERO).await;
+    let store = database.open_migrated().await;
+    let now = patience(Duration::ZERO);
+    assert_eq!(store.unknown(&["s"], now, 10).await.unwrap(), []);
+    let given_up = ["waiting", "lost"].map(|key| give_up(JobKey::new("s", key)));
+    let ended = store.give_up_unknown(&given_up, now).await.unwrap();
+    assert_eq!(ended, []);
+}
+
+fn give_up(key: JobKey) -> GivenUp {
+    GivenUp {
+        key,
+        error: "no task `train` is known".to_owned(),
+        worker: "w1".into(),
+        dead_letter_topic: None,
+    }
 }
 
 static TOLD: AtomicBool = AtomicBool::new(false);

@@ -12,7 +12,7 @@ use crate::support::broker::Broker;
 use crate::support::database::Database;
 use crate::support::eventually;
 use crate::support::runs::RunEvent;
-use crate::support::training::{Scene, Sections, TRAINING};
+use crate::support::scene::{PATIENT, SUBSCRIPTION, Scene, Settings};
 
 on_both_databases!(
     jobs_of_one_key_run_in_order_whatever_the_ack_timing,
@@ -23,28 +23,24 @@ on_both_databases!(
     order_outlives_a_killed_worker,
 );
 
-const ACK_TIMINGS: [&str; 3] = [
-    "ack = \"before_run\"",
-    "ack = \"after_checkpoint\"",
-    "ack = \"after_run\"",
-];
+const ACK_TIMINGS: [&str; 3] = ["before_run", "after_checkpoint", "after_run"];
 
-async fn scene(database: &Database, sections: &Sections) -> Scene {
+async fn scene(database: &Database, settings: &Settings) -> Scene {
     let broker = Broker::builtin().await.unwrap();
-    broker.subscribe_in_order(TRAINING).await;
-    Scene::on_subscribed(broker, database, sections).await
+    broker.subscribe_in_order(SUBSCRIPTION).await;
+    Scene::set(broker, SUBSCRIPTION, database, database, settings).await
 }
 
 /// Publishes with an ordering key; the label is the key and a number.
 async fn publish(scene: &Scene, key: &str, number: usize, fields: serde_json::Value) -> String {
-    let mut request = scene.rehearsal(fields);
-    request["label"] = format!("{key}{number}").into();
+    let mut fields = fields;
+    fields["label"] = format!("{key}{number}").into();
     let message = Outgoing {
-        data: request.to_string().into(),
+        data: scene.runs.rehearsal(fields).into(),
         ordering_key: key.to_owned(),
         ..Outgoing::default()
     };
-    let published = scene.broker.connection.publish(TRAINING, message).await;
+    let published = scene.broker.connection.publish(SUBSCRIPTION, message).await;
     published.unwrap()
 }
 
@@ -80,15 +76,15 @@ fn numbered(key: &str, how_many: usize) -> Vec<String> {
 }
 
 async fn jobs_of_one_key_run_in_order_whatever_the_ack_timing(database: Database) {
-    for task in ACK_TIMINGS {
-        for subscription in ["", "prefetch = 20"] {
-            let sections = Sections {
+    for ack in ACK_TIMINGS {
+        for prefetch in [0, 20] {
+            let settings = Settings {
                 slots: 4,
-                task,
-                subscription,
-                ..Sections::default()
+                ack,
+                prefetch,
+                ..PATIENT
             };
-            let scene = scene(&database, &sections).await;
+            let scene = scene(&database, &settings).await;
             let _workers = [scene.start_worker("w1"), scene.start_worker("w2")];
             for number in 0..8 {
                 for key in ["a", "b", "c"] {
@@ -99,7 +95,7 @@ async fn jobs_of_one_key_run_in_order_whatever_the_ack_timing(database: Database
             scene.all_succeed(24).await;
             let ended = ended_by_key(&scene);
             for key in ["a", "b", "c"] {
-                assert_eq!(ended[key], numbered(key, 8), "{task} {subscription}");
+                assert_eq!(ended[key], numbered(key, 8), "{ack} {prefetch}");
             }
             scene.nothing_is_left_to_deliver().await;
         }
@@ -107,13 +103,13 @@ async fn jobs_of_one_key_run_in_order_whatever_the_ack_timing(database: Database
 }
 
 async fn a_blocked_key_does_not_block_the_others(database: Database) {
-    for task in ACK_TIMINGS {
-        let sections = Sections {
+    for ack in ACK_TIMINGS {
+        let settings = Settings {
             slots: 2,
-            task,
-            ..Sections::default()
+            ack,
+            ..PATIENT
         };
-        let scene = scene(&database, &sections).await;
+        let scene = scene(&database, &settings).await;
         let _worker = scene.start_worker("w1");
         let gate = scene.folder().join("gate");
         let blocked = publish(&scene, "a", 0, json!({"until": gate})).await;
@@ -128,16 +124,16 @@ async fn a_blocked_key_does_not_block_the_others(database: Database) {
         assert_eq!(ended_by_key(&scene).keys().collect::<Vec<_>>(), ["b"]);
         std::fs::write(&gate, "").unwrap();
         scene.all_succeed(8).await;
-        assert_eq!(ended_by_key(&scene)["a"], numbered("a", 4), "{task}");
+        assert_eq!(ended_by_key(&scene)["a"], numbered("a", 4), "{ack}");
     }
 }
 
 async fn a_dead_head_lets_its_key_go_on(database: Database) {
-    let sections = Sections {
-        task: "ack = \"before_run\"",
-        ..Sections::default()
+    let settings = Settings {
+        ack: "before_run",
+        ..PATIENT
     };
-    let scene = scene(&database, &sections).await;
+    let scene = scene(&database, &settings).await;
     let _worker = scene.start_worker("w1");
     let head = publish(&scene, "a", 0, json!({"fail": "transient"})).await;
     let next = publish(&scene, "a", 1, json!({})).await;
@@ -147,13 +143,13 @@ async fn a_dead_head_lets_its_key_go_on(database: Database) {
 }
 
 async fn a_failing_head_keeps_its_place(database: Database) {
-    for task in ACK_TIMINGS {
-        let sections = Sections {
+    for ack in ACK_TIMINGS {
+        let settings = Settings {
             slots: 3,
-            task,
-            ..Sections::default()
+            ack,
+            ..PATIENT
         };
-        let scene = scene(&database, &sections).await;
+        let scene = scene(&database, &settings).await;
         let _worker = scene.start_worker("w1");
         let failing = json!({"fail": "transient", "fail_attempts": 2});
         publish(&scene, "a", 0, failing).await;
@@ -162,13 +158,13 @@ async fn a_failing_head_keeps_its_place(database: Database) {
         }
         scene.all_succeed(4).await;
         let expected = ["a0", "a0", "a0", "a1", "a2", "a3"];
-        assert_eq!(scene.started(), expected, "{task}");
+        assert_eq!(scene.started(), expected, "{ack}");
     }
 }
 
 /// It blocks its key for seconds at most; any other job waits as its task says.
 async fn a_failing_head_is_soon_tried_again(database: Database) {
-    let scene = scene(&database, &Sections::default()).await;
+    let scene = scene(&database, &PATIENT).await;
     // The wait is random, from zero on: for a year it is surely more than seconds.
     let a_year = [
         ("TRAINYARD__TASKS__REHEARSAL__BACKOFF__INITIAL", "365days"),
@@ -177,7 +173,7 @@ async fn a_failing_head_is_soon_tried_again(database: Database) {
     let _worker = scene.start_worker_with("w1", &a_year);
     let failing = || json!({"fail": "transient", "fail_attempts": 1});
     let ordered = publish(&scene, "a", 0, failing()).await;
-    let other = scene.publish(failing()).await;
+    let other = scene.publish_rehearsal(failing()).await;
     for (message, waits) in [(ordered, 0..=10), (other, 60..=i64::MAX)] {
         let job = eventually("it waits for its next attempt", async || {
             let mut jobs = scene.jobs().await.into_iter();
@@ -190,13 +186,13 @@ async fn a_failing_head_is_soon_tried_again(database: Database) {
 }
 
 async fn order_outlives_a_killed_worker(database: Database) {
-    for task in ACK_TIMINGS {
-        let sections = Sections {
+    for ack in ACK_TIMINGS {
+        let settings = Settings {
             slots: 3,
-            task,
-            ..Sections::default()
+            ack,
+            ..PATIENT
         };
-        let scene = scene(&database, &sections).await;
+        let scene = scene(&database, &settings).await;
         let mut first = scene.start_doomed_worker("first");
         let gate = scene.folder().join("gate");
         publish(&scene, "a", 0, json!({"until": gate})).await;
@@ -211,6 +207,6 @@ async fn order_outlives_a_killed_worker(database: Database) {
         std::fs::write(&gate, "").unwrap();
         let _second = scene.start_worker("second");
         scene.all_succeed(4).await;
-        assert_eq!(scene.started(), ["a0", "a0", "a1", "a2", "a3"], "{task}");
+        assert_eq!(scene.started(), ["a0", "a0", "a1", "a2", "a3"], "{ack}");
     }
 }

@@ -9,7 +9,7 @@ use trainyard::record::{Job, JobState};
 
 use crate::on_both_databases;
 use crate::support::database::Database;
-use crate::support::training::{Scene, Sections, TRAINING};
+use crate::support::scene::{PATIENT, SUBSCRIPTION, Scene, Settings};
 use crate::support::{eventually, not_tested};
 
 on_both_databases!(
@@ -25,11 +25,11 @@ const NAME: &str = "program";
 
 /// A scene whose workers also know a task with this command.
 async fn scene(database: &Database, command: &[&str], more: &str) -> Scene {
-    let sections = Sections {
+    let settings = Settings {
         slots: 1,
-        ..Sections::default()
+        ..PATIENT
     };
-    let scene = Scene::new(database, &sections).await;
+    let scene = Scene::new(database, &settings).await;
     let config = std::fs::read_to_string(&scene.yard.config).unwrap();
     let work_dir = scene.folder().join("work");
     let config = config.replace(
@@ -45,7 +45,10 @@ async fn scene(database: &Database, command: &[&str], more: &str) -> Scene {
 
 async fn publish(scene: &Scene, mut request: Value) -> String {
     request["name"] = NAME.into();
-    scene.broker.publish(TRAINING, request.to_string()).await
+    scene
+        .broker
+        .publish(SUBSCRIPTION, request.to_string())
+        .await
 }
 
 /// A shell script in the scene's folder, which it finds as `$HERE`.

@@ -174,8 +174,8 @@ async fn with_runs_through(
     database: &Database,
     workers_see: &Database,
 ) -> (Scene, WorkerProcess, Vec<Uuid>) {
-    let scene = Scene::new(database, workers_see, &SETTINGS).await;
-    let worker = scene.yard.start_worker("worker");
+    let scene = Scene::reached_by(database, workers_see, &SETTINGS).await;
+    let worker = scene.start_worker("worker");
     let requests = (0..RUNS).map(|_| scene.runs.waiting("all", json!({})));
     scene.publish_all(requests.collect()).await;
     let started = scene.runs_have_started(RUNS).await;

@@ -10,7 +10,6 @@ pub mod proxy;
 pub mod requests;
 pub mod runs;
 pub mod scene;
-pub mod training;
 pub mod worker;
 
 use std::io::Write;

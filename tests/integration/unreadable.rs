@@ -13,7 +13,7 @@ async fn a_job_whose_stored_message_cannot_be_read_is_dead_after_one_attempt() {
     let Some(database) = Database::postgres().await else {
         return;
     };
-    let scene = Scene::new(&database, &database, &CALM).await;
+    let scene = Scene::new(&database, &CALM).await;
     let recorded = ClaimRequest {
         key: JobKey::new(SUBSCRIPTION, "broken"),
         task: "rehearsal".to_owned(),
@@ -25,7 +25,7 @@ async fn a_job_whose_stored_message_cannot_be_read_is_dead_after_one_attempt() {
     let damaged = database.tables().await.execute(damage.to_owned()).await;
     assert_eq!(damaged, 1);
 
-    let worker = scene.yard.start_worker("worker");
+    let worker = scene.start_worker("worker");
     let job = eventually("the job has ended", async || {
         let job = job_at(&scene.store, recorded.job_id).await;
         (job.state == JobState::Dead).then_some(job)

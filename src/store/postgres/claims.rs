@@ -138,13 +138,12 @@ WITH input AS (
 ), leased AS (
     INSERT INTO leases
            (subscription, key, job_id, task, ordering_key, attempt, token, worker, started_at,
-            run_after, lease_until, reap_delay, unknown_since)
+            run_after, lease_until, reap_delay)
     SELECT subscription, key, job_id, task, nullif(ordering_key, ''), runs::int,
            CASE WHEN runs THEN token END, CASE WHEN runs THEN $15 END,
            CASE WHEN runs THEN now() END, CASE WHEN is_behind THEN 'infinity' ELSE now() END,
            CASE WHEN runs THEN now() + make_interval(secs => $16) ELSE now() END,
-           CASE WHEN runs THEN delay_if_runs ELSE delay_if_waits END,
-           CASE WHEN unknown THEN now() END
+           CASE WHEN runs THEN delay_if_runs ELSE delay_if_waits END
     FROM fresh
     ORDER BY nth
 ), noted AS (

@@ -15,7 +15,9 @@ use crate::job::{DueJob, JobKey, Pick, Taken};
 use crate::outcome::DeadReason;
 use crate::store::taker::Taker;
 use crate::store::values::{final_state, storable};
-use crate::store::{ClaimTerms, GivenUp, Reach, Standing, StoreError};
+use crate::store::{
+    ClaimTerms, GivenUp, KNOWN_FOR, Patience, Reach, Standing, StoreError, UnknownJob,
+};
 
 /// Walks an index for each pair of subscription and task, from the oldest job on, so that
 /// ended jobs and jobs out of reach cost nothing. Waiting jobs may run at once; jobs
@@ -178,27 +180,95 @@ pub(super) async fn offer(sessions: &Sessions, keys: &[JobKey]) -> Result<(), St
     Ok(())
 }
 
+/// Of the rows that it would not change, none is locked.
 const KNOW: &str = "
-WITH known AS (
-    SELECT subscription, key FROM leases
-    WHERE unknown_since IS NOT NULL AND subscription = ANY ($1) AND task = ANY ($2)
-    ORDER BY subscription, key
-    FOR NO KEY UPDATE SKIP LOCKED
-)
-UPDATE leases SET unknown_since = NULL
-FROM known
-WHERE leases.subscription = known.subscription AND leases.key = known.key";
+INSERT INTO known_tasks AS known (subscription, task, known_until)
+SELECT s.subscription, t.task, now() + make_interval(secs => $3)
+FROM unnest($1::text[]) AS s (subscription) CROSS JOIN unnest($2::text[]) AS t (task)
+LEFT JOIN known_tasks USING (subscription, task)
+WHERE known_until IS NULL OR known_until < now() + make_interval(secs => $3 / 2)
+ORDER BY subscription, task
+ON CONFLICT (subscription, task) DO UPDATE
+SET known_until = greatest(known.known_until, excluded.known_until)";
 
 pub(super) async fn know(sessions: &Sessions, reach: &Reach) -> Result<(), StoreError> {
     sqlx::query(KNOW)
         .bind(reach.subscriptions.keys().collect::<Vec<_>>())
         .bind(reach.tasks.keys().collect::<Vec<_>>())
+        .bind(KNOWN_FOR.as_secs_f64())
         .execute(sessions)
         .await?;
     Ok(())
 }
 
-/// Only while no worker has ever begun to run it. A locked row is for the next look.
+/// Goes from task to task through the indexes, past the jobs of each.
+const UNKNOWN: &str = "
+WITH RECURSIVE waiting (subscription, task) AS (
+    SELECT s.subscription, (
+        SELECT min(task) FROM leases WHERE token IS NULL AND subscription = s.subscription)
+    FROM unnest($1::text[]) AS s (subscription)
+    UNION ALL
+    SELECT waiting.subscription, (
+        SELECT min(leases.task) FROM leases
+        WHERE token IS NULL AND leases.subscription = waiting.subscription
+          AND leases.task > waiting.task)
+    FROM waiting WHERE task IS NOT NULL
+), claimed (subscription, task) AS (
+    SELECT s.subscription, (
+        SELECT min(task) FROM leases WHERE token IS NOT NULL AND subscription = s.subscription)
+    FROM unnest($1::text[]) AS s (subscription)
+    UNION ALL
+    SELECT claimed.subscription, (
+        SELECT min(leases.task) FROM leases
+        WHERE token IS NOT NULL AND leases.subscription = claimed.subscription
+          AND leases.task > claimed.task)
+    FROM claimed WHERE task IS NOT NULL
+), unknown AS (
+    SELECT * FROM (SELECT * FROM waiting UNION SELECT * FROM claimed) AS asked
+    WHERE task IS NOT NULL AND NOT EXISTS (
+        SELECT 1 FROM known_tasks known
+        WHERE known.subscription = asked.subscription AND known.task = asked.task
+          AND (known.known_until > now() - make_interval(secs => $2) OR NOT $3))
+)
+SELECT job.* FROM unknown CROSS JOIN LATERAL (
+    (SELECT subscription, key, task FROM leases
+     WHERE token IS NULL AND leases.subscription = unknown.subscription
+       AND leases.task = unknown.task AND (run_after <= now() OR attempt = 0)
+     ORDER BY run_after, position
+     LIMIT $4)
+    UNION ALL
+    (SELECT subscription, key, task FROM leases
+     WHERE token IS NOT NULL AND leases.subscription = unknown.subscription
+       AND leases.task = unknown.task
+       AND lease_until + make_interval(secs => reap_delay + $2) <= now()
+     ORDER BY lease_until, position
+     LIMIT $4)
+) AS job";
+
+pub(super) async fn unknown(
+    sessions: &Sessions,
+    subscriptions: &[&str],
+    patience: Patience,
+    limit: u32,
+) -> Result<Vec<UnknownJob>, StoreError> {
+    let rows = sqlx::query(UNKNOWN)
+        .bind(subscriptions)
+        .bind(patience.lasts.as_secs_f64())
+        .bind(patience.forgotten)
+        .bind(i64::from(limit))
+        .fetch_all(sessions)
+        .await?;
+    let unknown = rows.iter().map(|row| {
+        Ok(UnknownJob {
+            key: JobKey::new(row.try_get("subscription")?, row.try_get("key")?),
+            task: row.try_get("task")?,
+        })
+    });
+    unknown.collect()
+}
+
+/// A locked row is for the next look. `finished_by` stays unset, as in a takeover that ends
+/// the job.
 const GIVE_UP_UNKNOWN: &str = "
 WITH unknown AS (
     SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[])
@@ -206,19 +276,28 @@ WITH unknown AS (
 ), locked AS (
     SELECT unknown.*
     FROM leases JOIN unknown USING (subscription, key)
-    JOIN processed_messages USING (subscription, key)
-    WHERE leases.token IS NULL AND leases.attempt = 0
-      AND leases.unknown_since <= now() - make_interval(secs => $6)
+    JOIN processed_messages m USING (subscription, key)
+    WHERE (leases.token IS NULL
+               AND CASE WHEN leases.attempt = 0 THEN leases.queued_at ELSE leases.run_after END
+                   <= now() - make_interval(secs => $6)
+           OR leases.token IS NOT NULL
+               AND leases.lease_until + make_interval(secs => leases.reap_delay + $6) <= now())
+      AND NOT EXISTS (
+          SELECT 1 FROM known_tasks known
+          WHERE known.subscription = leases.subscription AND known.task = leases.task
+            AND (known.known_until > now() - make_interval(secs => $6) OR NOT $7))
     ORDER BY leases.subscription, leases.key
-    FOR UPDATE OF leases SKIP LOCKED FOR NO KEY UPDATE OF processed_messages SKIP LOCKED
+    FOR UPDATE OF leases SKIP LOCKED FOR NO KEY UPDATE OF m SKIP LOCKED
 ), given_up AS (
     DELETE FROM leases USING locked
     WHERE leases.subscription = locked.subscription AND leases.key = locked.key
-    RETURNING locked.*
+    RETURNING locked.*, leases.attempt, leases.interruptions, leases.started_at, leases.checkpoint
 ), dead AS (
     UPDATE processed_messages
-    SET state = 'dead', error = given_up.error, reason = $7, finished_at = now(),
-        worker = given_up.worker, dead_letter_topic = given_up.dead_letter_topic
+    SET state = 'dead', error = given_up.error, reason = $8, finished_at = now(),
+        attempts = given_up.attempt - given_up.interruptions, last_attempt = given_up.attempt,
+        worker = given_up.worker, started_at = given_up.started_at,
+        checkpoint = given_up.checkpoint, dead_letter_topic = given_up.dead_letter_topic
     FROM given_up
     WHERE processed_messages.subscription = given_up.subscription
       AND processed_messages.key = given_up.key
@@ -231,7 +310,7 @@ SELECT subscription, key FROM given_up";
 pub(super) async fn give_up_unknown(
     sessions: &Sessions,
     unknown: &[GivenUp],
-    patience: Duration,
+    patience: Patience,
 ) -> Result<Vec<JobKey>, StoreError> {
     let (subscriptions, keys) = key_columns(unknown.iter().map(|unknown| &unknown.key));
     let errors = unknown.iter().map(|unknown| storable(&unknown.error));
@@ -245,7 +324,8 @@ pub(super) async fn give_up_unknown(
         .bind(errors.collect::<Vec<_>>())
         .bind(workers.collect::<Vec<_>>())
         .bind(topics.collect::<Vec<_>>())
-        .bind(patience.as_secs_f64())
+        .bind(patience.lasts.as_secs_f64())
+        .bind(patience.forgotten)
         .bind(DeadReason::UnknownTask.as_str())
         .fetch_all(sessions)
         .await?;

@@ -91,8 +91,7 @@ WITH input AS (
     UPDATE leases
     SET attempt = leases.attempt + (NOT judged.mine)::int, token = judged.new_token, worker = $10,
         started_at = now(), lease_until = now() + make_interval(secs => $11),
-        crashes = judged.crashes + judged.crashed::int, reap_delay = judged.new_delay,
-        unknown_since = NULL
+        crashes = judged.crashes + judged.crashed::int, reap_delay = judged.new_delay
     FROM judged
     WHERE leases.subscription = judged.subscription AND leases.key = judged.key
       AND NOT judged.ends

@@ -78,7 +78,7 @@ SELECT NOT EXISTS (SELECT 1 FROM leases WHERE subscription = $1 AND ordering_key
 const INSERT_LEASE: &str = "
 INSERT INTO leases
        (subscription, key, job_id, task, ordering_key, position, attempt, token, worker,
-        started_at, run_after, lease_until, reap_delay, unknown_since)
+        started_at, run_after, lease_until, reap_delay, queued_at)
 VALUES ($1, $2, $3, $4, $5,
         (SELECT coalesce(max(position), 0) + 1 FROM leases
          WHERE subscription = $1 AND ordering_key = $5),
@@ -87,7 +87,7 @@ VALUES ($1, $2, $3, $4, $5,
         CASE WHEN $9 THEN CAST(unixepoch('subsec') * 1000 AS INTEGER)
              ELSE 9223372036854775807 END,
         CAST(unixepoch('subsec') * 1000 AS INTEGER) + CASE WHEN $6 THEN $10 ELSE 0 END, $11,
-        CASE WHEN $12 THEN CAST(unixepoch('subsec') * 1000 AS INTEGER) END)";
+        CAST(unixepoch('subsec') * 1000 AS INTEGER))";
 
 async fn insert_new(
     connection: &mut SqliteConnection,
@@ -130,7 +130,6 @@ async fn insert_new(
         .bind(is_first)
         .bind(milliseconds(terms.lease))
         .bind(milliseconds(request.ack.reap_delay(runs)))
-        .bind(request.can == Can::RecordUnknown)
         .execute(&mut *connection)
         .await?;
     let unknown = format!("this worker does not know the task `{}`", request.task);

@@ -6,13 +6,16 @@ use sqlx::sqlite::{SqlitePool, SqliteRow};
 use sqlx::{Connection, Row, SqliteConnection};
 use tokio::time::Instant;
 
+use super::death::{Death, end};
 use super::entry::{Entry, add_to_ledger};
 use super::takeover::take_over;
 use super::{BEGIN, milliseconds};
 use crate::job::{Acquired, DueJob, JobKey, Pick, Taken};
 use crate::outcome::DeadReason;
 use crate::store::values::{final_state, json_text, storable};
-use crate::store::{ClaimTerms, GivenUp, Reach, Standing, StoreError};
+use crate::store::{
+    ClaimTerms, GivenUp, KNOWN_FOR, Patience, Reach, Standing, StoreError, UnknownJob,
+};
 
 /// Waiting jobs may run at once; jobs whose worker was lost only after Pub/Sub has had
 /// time to redeliver. At most `$3` per subscription and task.
@@ -169,44 +172,118 @@ pub(super) async fn offer(pool: &SqlitePool, keys: &[JobKey]) -> Result<(), Stor
     Ok(())
 }
 
-const UNKNOWN: &str = "SELECT EXISTS (SELECT 1 FROM leases WHERE unknown_since IS NOT NULL)";
+/// Usually there is nothing to write, so a look first avoids the write lock.
+const NOT_KNOWN_FOR_LONG: &str = "
+SELECT EXISTS (
+    SELECT 1 FROM json_each($1) s CROSS JOIN json_each($2) t
+    LEFT JOIN known_tasks ON subscription = s.value AND task = t.value
+    WHERE known_until IS NULL OR known_until < CAST(unixepoch('subsec') * 1000 AS INTEGER) + $3 / 2)";
 
 const KNOW: &str = "
-UPDATE leases SET unknown_since = NULL
-WHERE unknown_since IS NOT NULL
-  AND subscription IN (SELECT value FROM json_each($1))
-  AND task IN (SELECT value FROM json_each($2))";
+INSERT INTO known_tasks (subscription, task, known_until)
+SELECT s.value, t.value, CAST(unixepoch('subsec') * 1000 AS INTEGER) + $3
+FROM json_each($1) s CROSS JOIN json_each($2) t WHERE true
+ON CONFLICT (subscription, task) DO UPDATE
+SET known_until = max(known_until, excluded.known_until)";
 
 pub(super) async fn know(pool: &SqlitePool, reach: &Reach) -> Result<(), StoreError> {
-    // Usually there is nothing to write, so this avoids the write lock.
-    if !sqlx::query_scalar(UNKNOWN).fetch_one(pool).await? {
-        return Ok(());
-    }
-    sqlx::query(KNOW)
-        .bind(json_text(&reach.subscriptions.keys().collect::<Vec<_>>())?)
-        .bind(json_text(&reach.tasks.keys().collect::<Vec<_>>())?)
-        .execute(pool)
+    let subscriptions = json_text(&reach.subscriptions.keys().collect::<Vec<_>>())?;
+    let tasks = json_text(&reach.tasks.keys().collect::<Vec<_>>())?;
+    let has_to_say: bool = sqlx::query_scalar(NOT_KNOWN_FOR_LONG)
+        .bind(&subscriptions)
+        .bind(&tasks)
+        .bind(milliseconds(KNOWN_FOR))
+        .fetch_one(pool)
         .await?;
+    if has_to_say {
+        sqlx::query(KNOW)
+            .bind(subscriptions)
+            .bind(tasks)
+            .bind(milliseconds(KNOWN_FOR))
+            .execute(pool)
+            .await?;
+    }
     Ok(())
 }
 
-/// Only while no worker has ever begun to run it.
-const GIVE_UP_LEASE: &str = "
-DELETE FROM leases
-WHERE subscription = $1 AND key = $2 AND token IS NULL AND attempt = 0
-  AND unknown_since <= CAST(unixepoch('subsec') * 1000 AS INTEGER) - $3";
+/// Goes from task to task through the indexes, past the jobs of each.
+const UNKNOWN: &str = "
+WITH RECURSIVE waiting (subscription, task) AS (
+    SELECT value, (SELECT min(task) FROM leases WHERE token IS NULL AND subscription = value)
+    FROM json_each($1)
+    UNION ALL
+    SELECT waiting.subscription, (
+        SELECT min(leases.task) FROM leases
+        WHERE token IS NULL AND leases.subscription = waiting.subscription
+          AND leases.task > waiting.task)
+    FROM waiting WHERE task IS NOT NULL
+), claimed (subscription, task) AS (
+    SELECT value, (SELECT min(task) FROM leases WHERE token IS NOT NULL AND subscription = value)
+    FROM json_each($1)
+    UNION ALL
+    SELECT claimed.subscription, (
+        SELECT min(leases.task) FROM leases
+        WHERE token IS NOT NULL AND leases.subscription = claimed.subscription
+          AND leases.task > claimed.task)
+    FROM claimed WHERE task IS NOT NULL
+), unknown AS (
+    SELECT * FROM (SELECT * FROM waiting UNION SELECT * FROM claimed) AS asked
+    WHERE task IS NOT NULL AND NOT EXISTS (
+        SELECT 1 FROM known_tasks known
+        WHERE known.subscription = asked.subscription AND known.task = asked.task
+          AND (known.known_until > CAST(unixepoch('subsec') * 1000 AS INTEGER) - $2 OR NOT $3))
+), job AS (
+    SELECT leases.subscription, leases.key, leases.task,
+           row_number() OVER (PARTITION BY leases.subscription, leases.task
+                              ORDER BY leases.run_after, leases.position) AS nth
+    FROM unknown JOIN leases USING (subscription, task)
+    WHERE token IS NULL
+          AND (run_after <= CAST(unixepoch('subsec') * 1000 AS INTEGER) OR attempt = 0)
+       OR token IS NOT NULL
+          AND lease_until + reap_delay <= CAST(unixepoch('subsec') * 1000 AS INTEGER) - $2
+)
+SELECT subscription, key, task FROM job WHERE nth <= $4";
 
-const GIVE_UP_JOB: &str = "
-UPDATE processed_messages
-SET state = 'dead', error = $3, reason = $4,
-    finished_at = CAST(unixepoch('subsec') * 1000 AS INTEGER), worker = $5,
-    dead_letter_topic = $6
-WHERE subscription = $1 AND key = $2";
+pub(super) async fn unknown(
+    pool: &SqlitePool,
+    subscriptions: &[&str],
+    patience: Patience,
+    limit: u32,
+) -> Result<Vec<UnknownJob>, StoreError> {
+    let rows = sqlx::query(UNKNOWN)
+        .bind(json_text(&subscriptions)?)
+        .bind(milliseconds(patience.lasts))
+        .bind(patience.forgotten)
+        .bind(limit)
+        .fetch_all(pool)
+        .await?;
+    let unknown = rows.iter().map(|row| {
+        Ok(UnknownJob {
+            key: JobKey::new(row.try_get("subscription")?, row.try_get("key")?),
+            task: row.try_get("task")?,
+        })
+    });
+    unknown.collect()
+}
+
+const IS_GIVEN_UP: &str = "
+SELECT EXISTS (
+SELECT 1 FROM leases
+WHERE subscription = $1 AND key = $2
+  AND (token IS NULL
+           AND CASE WHEN attempt = 0 THEN queued_at ELSE run_after END
+               <= CAST(unixepoch('subsec') * 1000 AS INTEGER) - $3
+       OR token IS NOT NULL
+           AND lease_until + reap_delay <= CAST(unixepoch('subsec') * 1000 AS INTEGER) - $3)
+  AND NOT EXISTS (
+      SELECT 1 FROM known_tasks known
+      WHERE known.subscription = leases.subscription AND known.task = leases.task
+        AND (known.known_until > CAST(unixepoch('subsec') * 1000 AS INTEGER) - $3 OR NOT $4)))";
 
 pub(super) async fn give_up_unknown(
     pool: &SqlitePool,
     unknown: &[GivenUp],
-    patience: Duration,
+    patience: Patience,
 ) -> Result<Vec<JobKey>, StoreError> {
     let mut connection = pool.acquire().await?;
     let mut transaction = connection.begin_with(BEGIN).await?;
@@ -223,28 +300,27 @@ pub(super) async fn give_up_unknown(
 async fn give_up_one(
     connection: &mut SqliteConnection,
     given_up: &GivenUp,
-    patience: Duration,
+    patience: Patience,
 ) -> Result<bool, StoreError> {
     let key = &given_up.key;
-    let ended = sqlx::query(GIVE_UP_LEASE)
+    let is_given_up: bool = sqlx::query_scalar(IS_GIVEN_UP)
         .bind(&*key.subscription)
         .bind(&*key.key)
-        .bind(milliseconds(patience))
-        .execute(&mut *connection)
+        .bind(milliseconds(patience.lasts))
+        .bind(patience.forgotten)
+        .fetch_one(&mut *connection)
         .await?;
-    if ended.rows_affected() == 0 {
+    if !is_given_up {
         return Ok(false);
     }
     let error = storable(&given_up.error);
-    sqlx::query(GIVE_UP_JOB)
-        .bind(&*key.subscription)
-        .bind(&*key.key)
-        .bind(&*error)
-        .bind(DeadReason::UnknownTask.as_str())
-        .bind(&*given_up.worker)
-        .bind(given_up.dead_letter_topic.as_deref())
-        .execute(&mut *connection)
-        .await?;
+    let death = Death {
+        error: &error,
+        reason: DeadReason::UnknownTask,
+        worker: Some(&given_up.worker),
+        dead_letter_topic: given_up.dead_letter_topic.as_deref(),
+    };
+    end(connection, key, &death).await?;
     let entry = Entry {
         worker: &given_up.worker,
         kind: "refused",

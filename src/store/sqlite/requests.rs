@@ -84,7 +84,8 @@ pub(super) async fn cancel(
 /// task's maximum.
 const QUEUE: &str = "
 INSERT INTO leases (subscription, key, job_id, task, ordering_key, position, attempt,
-                    interruptions, run_after, lease_until, checkpoint, worker, started_at)
+                    interruptions, run_after, lease_until, queued_at, checkpoint, worker,
+                    started_at)
 SELECT m.subscription, m.key, m.job_id, m.task, nullif(m.ordering_key, ''),
        (SELECT coalesce(max(position), 0) + 1 FROM leases
         WHERE leases.subscription = m.subscription AND leases.ordering_key = m.ordering_key),
@@ -94,6 +95,7 @@ SELECT m.subscription, m.key, m.job_id, m.task, nullif(m.ordering_key, ''),
                 WHERE leases.subscription = m.subscription
                   AND leases.ordering_key = m.ordering_key) THEN 9223372036854775807
             ELSE CAST(unixepoch('subsec') * 1000 AS INTEGER) END,
+       CAST(unixepoch('subsec') * 1000 AS INTEGER),
        CAST(unixepoch('subsec') * 1000 AS INTEGER), m.checkpoint, m.worker, m.started_at
 FROM processed_messages m
 JOIN (SELECT coalesce(max(attempt), 0) AS attempt FROM (

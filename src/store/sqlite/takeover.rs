@@ -5,6 +5,7 @@ use sqlx::{Row, SqliteConnection};
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use super::death::{Death, end};
 use super::entry::{Entry, add_to_ledger};
 use super::milliseconds;
 use crate::job::{Acquired, Fence, JobKey};
@@ -63,8 +64,7 @@ UPDATE leases
 SET attempt = attempt + (token IS NOT $3), token = $3, worker = $4,
     started_at = CAST(unixepoch('subsec') * 1000 AS INTEGER),
     lease_until = CAST(unixepoch('subsec') * 1000 AS INTEGER) + $5, crashes = $6,
-    reap_delay = coalesce($7, reap_delay),
-    unknown_since = NULL
+    reap_delay = coalesce($7, reap_delay)
 WHERE subscription = $1 AND key = $2
 RETURNING attempt, attempt - interruptions AS counted_attempts, checkpoint, cancel_requested,
           job_id";
@@ -133,40 +133,19 @@ pub(super) async fn take_over(
     }))
 }
 
-/// `finished_by` is unset, since no run ended the job: the last run that lost its lease
-/// must not mistake the ending for its own.
-const PARK_JOB: &str = "
-UPDATE processed_messages
-SET state = 'dead', error = $3, finished_at = CAST(unixepoch('subsec') * 1000 AS INTEGER),
-    attempts = parked.attempt - parked.interruptions, last_attempt = parked.attempt,
-    worker = parked.worker, started_at = parked.started_at, checkpoint = parked.checkpoint,
-    reason = $4, dead_letter_topic = $5
-FROM (SELECT * FROM leases WHERE subscription = $1 AND key = $2) AS parked
-WHERE processed_messages.subscription = $1 AND processed_messages.key = $2";
-
-const PARK_LEASE: &str =
-    "DELETE FROM leases WHERE subscription = $1 AND key = $2 RETURNING attempt";
-
 async fn park(
     connection: &mut SqliteConnection,
     taker: &Taker<'_>,
     error: &str,
     terms: &ClaimTerms,
 ) -> Result<(), StoreError> {
-    let key = taker.key;
-    sqlx::query(PARK_JOB)
-        .bind(&*key.subscription)
-        .bind(&*key.key)
-        .bind(error)
-        .bind(DeadReason::WorkerLost.as_str())
-        .bind(taker.limits.dead_letter_topic.as_deref())
-        .execute(&mut *connection)
-        .await?;
-    let attempt = sqlx::query_scalar(PARK_LEASE)
-        .bind(&*key.subscription)
-        .bind(&*key.key)
-        .fetch_one(&mut *connection)
-        .await?;
+    let death = Death {
+        error,
+        reason: DeadReason::WorkerLost,
+        worker: None,
+        dead_letter_topic: taker.limits.dead_letter_topic.as_deref(),
+    };
+    let attempt = end(connection, taker.key, &death).await?;
     let entry = Entry {
         worker: &terms.worker,
         kind: "parked",
@@ -174,5 +153,5 @@ async fn park(
         detail: Some(error),
         ..Entry::default()
     };
-    add_to_ledger(connection, key, &entry).await
+    add_to_ledger(connection, taker.key, &entry).await
 }

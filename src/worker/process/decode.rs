@@ -68,7 +68,7 @@ impl Processor {
         })
     }
 
-    pub(super) fn unknown_task(&self, name: &str) -> String {
+    fn unknown_task(&self, name: &str) -> String {
         let known: Vec<&str> = self.tasks.names().collect();
         let known = known.join(", ");
         format!("no task `{name}` is known here; known: {known}")

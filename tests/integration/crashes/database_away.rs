@@ -16,8 +16,8 @@ async fn nothing_is_pulled_while_the_database_is_away() {
     };
     let database = postgres.database();
     let settings = Settings { slots: 4, ..CALM };
-    let scene = Scene::new(&database, &database, &settings).await;
-    let worker = scene.yard.start_worker("worker");
+    let scene = Scene::new(&database, &settings).await;
+    let worker = scene.start_worker("worker");
     scene.publish(scene.runs.waiting("first", json!({}))).await;
     scene.runs_have_started(1).await;
 
@@ -50,10 +50,10 @@ async fn a_run_that_cannot_be_renewed_stops_and_runs_again() {
         lease: "9s",
         ..FAST
     };
-    let scene = Scene::new(&database, &database, &settings).await;
+    let scene = Scene::new(&database, &settings).await;
     // A run on a slow machine has time to say that it stops.
     let stop_grace = [("TRAINYARD__WORKER__STOP_GRACE", "3s")];
-    let worker = scene.yard.start_worker_with("worker", &stop_grace);
+    let worker = scene.start_worker_with("worker", &stop_grace);
     scene.publish(scene.runs.waiting("job", json!({}))).await;
     scene.runs_have_started(1).await;
 

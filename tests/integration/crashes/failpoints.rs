@@ -222,7 +222,7 @@ async fn play(plan: Plan, broker: Broker, database: &Database) {
     let published = scene.publish_all(requests(&scene, plan.ack)).await;
     let failpoint = format!("{}@{}", plan.step.as_str(), plan.nth);
     let environment = [("TRAINYARD_FAILPOINT", failpoint.as_str())];
-    let victim = scene.yard.start_worker_with("victim", &environment);
+    let victim = scene.start_worker_with("victim", &environment);
     match plan.is_passed() {
         true => dies_and_is_replaced(&scene, plan, &published, victim).await,
         false => lives(&scene, &published, victim).await,

@@ -44,7 +44,7 @@ async fn a_worker_thawed_after_another_ones_run_changes_nothing() {
 }
 
 async fn freeze_until_taken_over(scene: &Scene) -> (WorkerProcess, WorkerProcess) {
-    let frozen = scene.yard.start_worker("frozen");
+    let frozen = scene.start_worker("frozen");
     scene.publish(scene.runs.waiting("job", json!({}))).await;
     scene.runs_have_started(1).await;
     // The early ack must have arrived, or the broker redelivers too.

@@ -28,7 +28,7 @@ async fn a_killed_workers_job_runs_again(ack: &'static str, first: &[&str], whol
     let Some(scene) = Scene::on_postgres(&Settings { ack, ..SETTINGS }).await else {
         return;
     };
-    let mut killed = scene.yard.start_worker("killed");
+    let mut killed = scene.start_worker("killed");
     let id = scene.publish(scene.runs.waiting("job", json!({}))).await;
     scene.runs_have_started(1).await;
     scene.is_explained_by(&id, first).await;
@@ -57,11 +57,11 @@ async fn a_job_that_kills_its_workers_is_parked() {
     };
     let id = scene.publish(scene.runs.waiting("job", json!({}))).await;
     for (name, runs) in [("first", 1), ("second", 2)] {
-        let mut victim = scene.yard.start_worker(name);
+        let mut victim = scene.start_worker(name);
         scene.runs_have_started(runs).await;
         victim.kill().await;
     }
-    let third = scene.yard.start_worker("third");
+    let third = scene.start_worker("third");
     let job = scene.only_job_ends(JobState::Dead).await;
     assert_eq!(job.attempts, 2);
     let reason = job.error.unwrap();

@@ -39,10 +39,10 @@ async fn kill_workers_in_waves(database: &Database, waves: usize) {
         max_crashes: 100,
         ..FAST
     };
-    let scene = Scene::new(database, database, &settings).await;
+    let scene = Scene::new(database, &settings).await;
     let mut random = seeded();
     let mut workers: Vec<WorkerProcess> = (0..WORKERS)
-        .map(|number| scene.yard.start_worker(&format!("worker-{number}")))
+        .map(|number| scene.start_worker(&format!("worker-{number}")))
         .collect();
     let mut published = Vec::new();
     let mut deaths = Vec::new();
@@ -55,7 +55,7 @@ async fn kill_workers_in_waves(database: &Database, waves: usize) {
         deaths.push(workers[victim].kill().await);
         // Dead workers stay in the list, so that a failure shows their logs.
         let name = format!("worker-{}", workers.len());
-        workers.push(scene.yard.start_worker(&name));
+        workers.push(scene.start_worker(&name));
     }
     let jobs = scene.all_succeed(published.len()).await;
     scene.nothing_is_left_to_deliver().await;

@@ -31,13 +31,13 @@ async fn an_ending_whose_answer_is_lost_is_confirmed() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_job_whose_taking_was_not_answered_starts_without_a_crash() {
     let settings = Settings {
-        task: "backoff = { initial = \"10ms\", max = \"10ms\" }",
+        backoff: "{ initial = \"10ms\", max = \"10ms\" }",
         ..CALM
     };
     let Some((proxy, scene)) = Scene::behind_a_proxy(&settings).await else {
         return;
     };
-    let _worker = scene.yard.start_worker("worker");
+    let _worker = scene.start_worker("worker");
     proxy.arm(TAKE);
     let fails_once = json!({"fail": "transient", "fail_attempts": 1});
     let id = scene.publish(scene.runs.rehearsal(fails_once)).await;
@@ -95,7 +95,7 @@ async fn the_job_runs_once_though_a_reply_is_lost(loss: Loss) {
         return;
     };
     // Two workers, so that one could run a job that the other gave back.
-    let workers = ["one", "other"].map(|name| scene.yard.start_worker(name));
+    let workers = ["one", "other"].map(|name| scene.start_worker(name));
     proxy.arm(loss);
     let id = scene.publish_run(0.0).await;
     eventually("the reply is lost", async || {

@@ -45,8 +45,8 @@ async fn jobs_that_end_during_an_outage_have_succeeded(workers: &[&str], setting
     };
     let proxy = LossyProxy::in_front_of(&database.url).await;
     let behind = Database::at(proxy.url.clone());
-    let scene = Scene::new(&database, &behind, settings).await;
-    let start = |name: &&str| scene.yard.start_worker(name);
+    let scene = Scene::reached_by(&database, &behind, settings).await;
+    let start = |name: &&str| scene.start_worker(name);
     let workers: Vec<WorkerProcess> = workers.iter().map(start).collect();
     let how_many = workers.len() * settings.slots;
     let requests = (0..how_many).map(|_| scene.runs.waiting("all", json!({})));

@@ -46,7 +46,7 @@ async fn a_rolling_restart_costs_nothing(ack: &'static str) {
     };
     let published = scene.publish_all(requests(&scene)).await;
     let mut workers: Vec<WorkerProcess> = (0..WORKERS)
-        .map(|number| scene.yard.start_worker(&format!("worker-{number}")))
+        .map(|number| scene.start_worker(&format!("worker-{number}")))
         .collect();
     for restart in 0..RESTARTS {
         // Spread over all the work.
@@ -56,7 +56,7 @@ async fn a_rolling_restart_costs_nothing(ack: &'static str) {
         let replaced = workers.remove(0);
         assert!(replaced.stop().await.success());
         let name = format!("worker-{}", WORKERS + restart);
-        workers.push(scene.yard.start_worker(&name));
+        workers.push(scene.start_worker(&name));
     }
     let jobs = scene.all_succeed(JOBS).await;
     scene.nothing_is_left_to_deliver().await;

@@ -53,17 +53,42 @@ impl VersionBefore {
             self.uuid(token),
             self.now()
         );
-        self.record(key, None, &columns).await;
+        self.record(key, None, &columns, "NULL").await;
         fence(key, 1, token)
     }
 
     /// Puts a message on record that has to wait.
     pub async fn record_waiting(&self, key: &str, ordering_key: Option<&str>) {
         let columns = format!("0, NULL, NULL, NULL, {}", self.now());
-        self.record(key, ordering_key, &columns).await;
+        self.record(key, ordering_key, &columns, "NULL").await;
     }
 
-    async fn record(&self, key: &str, ordering_key: Option<&str>, lease: &str) {
+    /// Puts a message on record whose task it does not know. As
+    /// [`VersionBefore::would_give_up`].
+    pub async fn record_unknown(&self, key: &str) -> bool {
+        let columns = format!("0, NULL, NULL, NULL, {}", self.now());
+        self.record(key, None, &columns, &self.now()).await;
+        self.would_give_up(key).await
+    }
+
+    /// Whether it would give the job up later.
+    pub async fn would_give_up(&self, key: &str) -> bool {
+        let later = self.tables.ahead(Duration::from_secs(600));
+        let given_up = format!(
+            "SELECT count(*) FROM leases
+             WHERE key = '{key}' AND token IS NULL AND attempt = 0 AND unknown_since <= {later}"
+        );
+        let rows: Vec<(i64,)> = self.tables.fetch(given_up).await;
+        rows[0].0 == 1
+    }
+
+    async fn record(
+        &self,
+        key: &str,
+        ordering_key: Option<&str>,
+        lease: &str,
+        unknown_since: &str,
+    ) {
         let job = Uuid::now_v7();
         self.jobs.lock().unwrap().insert(key.to_owned(), job);
         let (job, now) = (self.uuid(job), self.now());
@@ -80,14 +105,14 @@ impl VersionBefore {
             }
         );
         let columns = "subscription, key, ordering_key, attempt, token, worker, started_at,
-                       lease_until, reap_delay";
+                       lease_until, reap_delay, unknown_since";
         // In one statement, where the database can.
         match self.tables {
             Tables::Postgres(_) => {
                 let statement = format!(
                     "WITH inserted AS ({message} RETURNING subscription, key)
                      INSERT INTO leases ({columns})
-                     SELECT subscription, key, nullif('{ordering_key}', ''), {lease}, 0
+                     SELECT subscription, key, nullif('{ordering_key}', ''), {lease}, 0, {unknown_since}
                      FROM inserted"
                 );
                 self.changes_one(statement).await;
@@ -96,7 +121,7 @@ impl VersionBefore {
                 self.changes_one(message).await;
                 let statement = format!(
                     "INSERT INTO leases ({columns}, position)
-                     VALUES ('s', '{key}', nullif('{ordering_key}', ''), {lease}, 0,
+                     VALUES ('s', '{key}', nullif('{ordering_key}', ''), {lease}, 0, {unknown_since},
                              (SELECT coalesce(max(position), 0) + 1 FROM leases
                               WHERE subscription = 's' AND ordering_key = '{ordering_key}'))"
                 );

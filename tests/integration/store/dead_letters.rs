@@ -14,7 +14,8 @@ use crate::on_every_store;
 use crate::support::database::{Database, Tables};
 use crate::support::jobs::{
     ENDED, LONG, acquire, acquired, assert_is_stale, assert_waits, dead, due, job_of, kinds,
-    letters, pass_the_lease, refusal, request, send, story_of, succeeded, terms, terms_of,
+    letters, pass_the_lease, patience, refusal, request, send, story_of, succeeded, terms,
+    terms_of,
 };
 
 on_every_store!(
@@ -186,7 +187,7 @@ async fn a_message_that_is_given_up_is_to_be_published(database: Database) {
         worker: "w2".into(),
         dead_letter_topic: Some("graves".into()),
     };
-    let given_up = store.give_up_unknown(&[given_up], ENDED).await;
+    let given_up = store.give_up_unknown(&[given_up], patience(ENDED)).await;
     assert_eq!(given_up.unwrap(), [unknown.key]);
     let letter = the_letter(&store).await;
     assert_eq!(letter.message, unknown.message);

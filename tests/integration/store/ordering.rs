@@ -14,8 +14,8 @@ use crate::on_every_store;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acquired, assert_none_to_reap, assert_waits, claim, dead, failed, finish,
-    interrupted, job_at, kinds, look, ordered, pass_the_lease, reap, reap_one, reaped_keys,
-    refusal, request_of, send, story_of, succeeded, terms,
+    interrupted, job_at, kinds, look, ordered, pass_the_lease, patience, reap, reap_one,
+    reaped_keys, refusal, request_of, send, story_of, succeeded, terms,
 };
 
 on_every_store!(
@@ -129,8 +129,8 @@ async fn the_second_runs_once_the_unknown_first_is_given_up(database: Database) 
         worker: "w1".into(),
         dead_letter_topic: None,
     };
-    let patience = Duration::ZERO;
-    let given_up = store.give_up_unknown(&[given_up], patience).await;
+    let now = patience(Duration::ZERO);
+    let given_up = store.give_up_unknown(&[given_up], now).await;
     assert_eq!(given_up.unwrap(), [first.key]);
     acquired(put(&store, "2").await);
 }

@@ -13,8 +13,8 @@ use crate::on_every_store;
 use crate::support::database::Database;
 use crate::support::jobs::{
     ENDED, LONG, acquire, acquired, assert_is_stale, assert_none_to_reap, assert_waits, claim,
-    dead, failed, finish, job_of, kinds, look, ordered, pass_the_lease, reap, reap_one,
-    reaped_keys, refusal, request, send, story_of, succeeded, terms,
+    dead, failed, finish, job_of, kinds, look, ordered, pass_the_lease, patience, reach, reap,
+    reap_one, reaped_keys, refusal, request, send, story_of, succeeded, terms,
 };
 
 on_every_store!(
@@ -48,6 +48,7 @@ fn endings() -> [Ending; 3] {
 
 async fn an_ended_job_waits_again_as_if_it_had_not_ended(database: Database) {
     let store = database.open_migrated().await;
+    store.know(&reach()).await.unwrap();
     for (key, ending) in ["1", "2", "3"].into_iter().zip(endings()) {
         let run = acquire(&store, key, LONG).await;
         assert!(finish(&store, &run.fence, ending).await);
@@ -250,13 +251,13 @@ async fn a_message_that_was_given_up_can_run(database: Database) {
         dead_letter_topic: None,
     };
     let gone = store
-        .give_up_unknown(std::slice::from_ref(&given_up), ENDED)
+        .give_up_unknown(std::slice::from_ref(&given_up), patience(ENDED))
         .await;
     assert_eq!(gone.unwrap(), [unknown.key.clone()]);
     assert_eq!(retry(&store, unknown.job_id).await, Retrying::Queued);
-    // The person who asked overrides a worker's patience.
+    // It waits anew.
     let gone = store
-        .give_up_unknown(std::slice::from_ref(&given_up), ENDED)
+        .give_up_unknown(std::slice::from_ref(&given_up), patience(LONG))
         .await;
     assert_eq!(gone.unwrap(), []);
     pass_the_lease().await;

@@ -278,9 +278,11 @@ impl Broker {
     }
 
     /// How many messages the built-in emulator has given up by
-    /// [`Broker::dead_letter_policy`].
+    /// [`Broker::dead_letter_policy`]; 0 without the policy.
     pub fn given_up(&self) -> usize {
-        self.backlog(GIVEN_UP)
+        let path = self.connection.subscription_path(GIVEN_UP);
+        let inside = self.builtin.as_ref().unwrap();
+        inside.backlog_len(&path).unwrap_or(0)
     }
 
     /// Publishes bytes and returns the message id.

@@ -15,8 +15,8 @@ use trainyard::message::Message;
 use trainyard::outcome::{DeadReason, Ending};
 use trainyard::record::{Job, Story};
 use trainyard::store::{
-    ClaimTerms, DeadLettersDue, Finish, Finished, Reach, Refusal, Release, Released, Standing,
-    Store, TaskTerms,
+    ClaimTerms, DeadLettersDue, Finish, Finished, Patience, Reach, Refusal, Release, Released,
+    Standing, Store, TaskTerms,
 };
 use uuid::Uuid;
 
@@ -110,6 +110,14 @@ pub fn reach() -> Reach {
 /// An ending in which the job is dead.
 pub fn dead(error: &str) -> Ending {
     Ending::dead(DeadReason::Permanent, error)
+}
+
+/// Gives jobs of every unknown task up after this time.
+pub fn patience(lasts: Duration) -> Patience {
+    Patience {
+        lasts,
+        forgotten: true,
+    }
 }
 
 pub fn terms(lease: Duration) -> ClaimTerms {

@@ -1,47 +1,60 @@
-//! A broker, a database and a folder for workers, with one subscription.
+//! A broker with one subscription, a database, and a folder for workers.
 
+use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 
 use google_cloud_pubsub::model::Subscription;
+use serde_json::Value;
 use trainyard::record::{Job, JobFilter, JobState};
 use trainyard::store::Store;
 use trainyard_emulator::Faults;
+use uuid::Uuid;
 
 use super::broker::Broker;
 use super::database::Database;
 use super::eventually;
 use super::proxy::LossyProxy;
 use super::runs::{RunEvent, RunLine, RunsLog};
-use super::worker::{WorkerProcess, Yard};
+use super::worker::{Output, WorkerProcess, Yard};
 
-pub const SUBSCRIPTION: &str = "rehearsals";
+/// The name of a scene's subscription and of its topic.
+pub const SUBSCRIPTION: &str = "training";
 
-/// Worker settings that shorten the recovery from a crash.
+/// The configuration of a scene's workers.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
     pub slots: usize,
     pub lease: &'static str,
+    pub stop_grace: &'static str,
     pub shutdown_grace: &'static str,
     pub max_crashes: u32,
     pub prefetch: usize,
     pub quiet_limit: &'static str,
     pub ack: &'static str,
     pub ack_deadline: &'static str,
+    pub backoff: &'static str,
+    /// More lines of [worker].
+    pub worker: &'static str,
     /// More lines of the subscription's section.
     pub subscription: &'static str,
     /// More lines of [tasks.rehearsal], and sections after it.
     pub task: &'static str,
 }
 
+/// Shortens the recovery from a crash.
 pub const FAST: Settings = Settings {
     slots: 1,
     lease: "3s",
+    stop_grace: "500ms",
     shutdown_grace: "5s",
     max_crashes: 3,
     prefetch: 0,
     quiet_limit: "10m",
     ack: "after_run",
     ack_deadline: "10s",
+    backoff: "{ initial = \"10ms\", max = \"50ms\" }",
+    worker: "",
     subscription: "",
     task: "",
 };
@@ -52,25 +65,42 @@ pub const CALM: Settings = Settings {
     ..FAST
 };
 
+/// For runs that may take long to stop.
+pub const PATIENT: Settings = Settings {
+    slots: 2,
+    stop_grace: "10s",
+    shutdown_grace: "10s",
+    ..CALM
+};
+
+/// Settings of a worker whose jobs can soon be taken over.
+const SHORT_LEASE: [(&str, &str); 2] = [
+    ("TRAINYARD__WORKER__LEASE", "6s"),
+    ("TRAINYARD__WORKER__STOP_GRACE", "1s"),
+];
+
 impl Settings {
     fn toml(&self, name: &str) -> String {
         let Self {
             slots,
             lease,
+            stop_grace,
             shutdown_grace,
             max_crashes,
             prefetch,
             quiet_limit,
             ack,
             ack_deadline,
+            backoff,
+            worker,
             subscription,
             task,
         } = self;
         format!(
-            "[worker]\nslots = {slots}\nlease = \"{lease}\"\nstop_grace = \"500ms\"\nshutdown_grace = \"{shutdown_grace}\"\n\
+            "[worker]\nslots = {slots}\nlease = \"{lease}\"\nstop_grace = \"{stop_grace}\"\nshutdown_grace = \"{shutdown_grace}\"\n{worker}\n\
              [guard]\nmax_crashes = {max_crashes}\n\
              [subscriptions.{name}]\nack_deadline = \"{ack_deadline}\"\nprefetch = {prefetch}\nquiet_limit = \"{quiet_limit}\"\n{subscription}\n\
-             [tasks.rehearsal]\nbuiltin = \"rehearsal\"\nack = \"{ack}\"\n{task}\n"
+             [tasks.rehearsal]\nbuiltin = \"rehearsal\"\nack = \"{ack}\"\nbackoff = {backoff}\n{task}\n"
         )
     }
 }
@@ -81,6 +111,8 @@ pub struct Scene {
     pub store: Arc<dyn Store>,
     pub yard: Yard,
     pub runs: RunsLog,
+    /// Jobs of earlier scenes in the same database.
+    others: BTreeSet<Uuid>,
 }
 
 impl Scene {
@@ -105,19 +137,33 @@ impl Scene {
         let database = Database::postgres().await?;
         let proxy = LossyProxy::in_front_of(&database.url).await;
         let behind = Database::at(proxy.url.clone());
-        let scene = Self::new(&database, &behind, settings).await;
+        let scene = Self::reached_by(&database, &behind, settings).await;
         Some((proxy, scene))
     }
 
+    /// On the built-in emulator, with the broker's dead-letter policy.
+    pub async fn new(database: &Database, settings: &Settings) -> Self {
+        Self::reached_by(database, database, settings).await
+    }
+
     /// The test uses `database` itself; workers reach it as `workers_see`.
-    pub async fn new(database: &Database, workers_see: &Database, settings: &Settings) -> Self {
+    pub async fn reached_by(
+        database: &Database,
+        workers_see: &Database,
+        settings: &Settings,
+    ) -> Self {
         let broker = Broker::builtin().await.unwrap();
         broker.subscribe_with_policy(SUBSCRIPTION).await;
         Self::set(broker, SUBSCRIPTION, database, workers_see, settings).await
     }
 
-    /// On a broker that has the subscription and its dead-letter policy. Scenes with
-    /// differently named subscriptions can share a database.
+    /// On any broker, without its dead-letter policy.
+    pub async fn on(broker: Broker, database: &Database, settings: &Settings) -> Self {
+        broker.subscribe(SUBSCRIPTION).await;
+        Self::set(broker, SUBSCRIPTION, database, database, settings).await
+    }
+
+    /// On a broker that has the subscription.
     pub async fn set(
         broker: Broker,
         subscription: &str,
@@ -128,18 +174,34 @@ impl Scene {
         let store = database.open_migrated().await;
         let yard = Yard::new(&broker, workers_see, &settings.toml(subscription));
         let runs = RunsLog::in_folder(yard.folder.path());
-        Self {
+        let mut scene = Self {
             broker,
             subscription: subscription.to_owned(),
             store,
             yard,
             runs,
-        }
+            others: BTreeSet::new(),
+        };
+        scene.others = scene.jobs().await.iter().map(|job| job.id).collect();
+        scene
+    }
+
+    pub fn start_worker(&self, name: &str) -> WorkerProcess {
+        self.yard.start_worker(name)
+    }
+
+    pub fn start_worker_with(&self, name: &str, variables: &[(&str, &str)]) -> WorkerProcess {
+        self.yard.start_worker_with(name, variables)
+    }
+
+    /// A worker that will be killed or frozen, and whose jobs can then soon be taken over.
+    pub fn start_doomed_worker(&self, name: &str) -> WorkerProcess {
+        self.start_worker_with(name, &SHORT_LEASE)
     }
 
     /// A worker that pulls already.
     pub async fn ready_worker(&self, name: &str) -> WorkerProcess {
-        let worker = self.yard.start_worker(name);
+        let worker = self.start_worker(name);
         worker.says("ready").await;
         worker
     }
@@ -155,6 +217,11 @@ impl Scene {
 
     pub async fn publish_all(&self, requests: Vec<String>) -> Vec<String> {
         self.broker.publish_all(&self.subscription, requests).await
+    }
+
+    /// Publishes a rehearsal with these fields that writes to the scene's log.
+    pub async fn publish_rehearsal(&self, fields: Value) -> String {
+        self.publish(self.runs.rehearsal(fields)).await
     }
 
     pub async fn publish_run(&self, seconds: f64) -> String {
@@ -183,8 +250,17 @@ impl Scene {
             ..JobFilter::default()
         };
         let mut jobs = self.store.jobs(&filter).await.unwrap();
-        jobs.retain(|job| job.subscription == self.subscription);
+        jobs.retain(|job| job.subscription == self.subscription && !self.others.contains(&job.id));
         jobs
+    }
+
+    /// The job of a message, once it is in that state.
+    pub async fn job(&self, message_id: &str, state: JobState) -> Job {
+        eventually(&format!("message {message_id} is {state}"), async || {
+            let mut jobs = self.jobs().await.into_iter();
+            jobs.find(|job| job.message_id == message_id && job.state == state)
+        })
+        .await
     }
 
     pub async fn only_job_ends(&self, state: JobState) -> Job {
@@ -216,6 +292,12 @@ impl Scene {
         .await
     }
 
+    /// The labels of the runs that began, in order.
+    pub fn started(&self) -> Vec<String> {
+        let starts = self.runs.of(RunEvent::Start).into_iter();
+        starts.filter_map(|line| line.label).collect()
+    }
+
     /// How many of the published messages are outstanding at workers or acknowledged.
     pub fn taken(&self, published: usize) -> usize {
         let backlog = self.broker.backlog(&self.subscription);
@@ -243,6 +325,14 @@ impl Scene {
             appear_in_order(&told, events).then_some(told)
         })
         .await
+    }
+
+    pub async fn command(&self, arguments: &[&str]) -> Output {
+        self.yard.output(arguments).await
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.yard.folder.path()
     }
 }
 
