@@ -6,6 +6,7 @@ use serde_json::json;
 use trainyard::record::JobState;
 
 use crate::support::database::Database;
+use crate::support::eventually;
 use crate::support::scene::{FAST, Scene};
 use crate::support::worker::Yard;
 
@@ -21,9 +22,14 @@ async fn a_lost_job_of_a_task_that_no_worker_knows_any_more_is_said_to_wait_and_
     let mut killed = scene.start_worker("killed");
     let id = scene.publish(scene.runs.waiting("job", json!({}))).await;
     scene.runs_have_started(1).await;
+    let tables = database.tables().await;
+    eventually("it has said what it knows", async || {
+        let known = tables.fetch::<(String,)>("SELECT task FROM known_tasks".to_owned());
+        known.await.pop()
+    })
+    .await;
     killed.kill().await;
     // As if that had been some time ago.
-    let tables = database.tables().await;
     let then = tables.ago(Duration::from_secs(60));
     let known = format!("UPDATE known_tasks SET known_until = {then}");
     assert_eq!(tables.execute(known).await, 1);
