@@ -5,6 +5,9 @@ ARGS ?=
 # So that tests can make a worker abort at a given step.
 FAILPOINTS := --features failpoints
 
+# Most tests wait for something most of the time.
+export RUST_TEST_THREADS ?= 4
+
 .DEFAULT_GOAL := help
 .PHONY: help build check fmt test dev
 

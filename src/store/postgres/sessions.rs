@@ -143,9 +143,14 @@ impl Sessions {
         self.pooler
     }
 
+    /// On a task of its own, which a caller that gives up does not cancel: the driver would
+    /// return the connection to the pool, and the server would go on with the transaction.
+    /// The next statement on it would then be rolled back, although it was confirmed.
     pub(super) async fn begin(&self) -> Result<Transaction, sqlx::Error> {
+        let (pool, begin) = (self.pool.clone(), self.begin.clone());
+        let begun = tokio::spawn(async move { pool.begin_with(begin).await });
         Ok(Transaction {
-            begun: self.pool.begin_with(self.begin.clone()).await?,
+            begun: begun.await.map_err(|_| sqlx::Error::WorkerCrashed)??,
             pooler: self.pooler,
         })
     }

@@ -35,6 +35,9 @@ async fn killed_workers_behind_a_pooler_lose_no_message_and_end_none_twice() {
 async fn kill_workers_in_waves(database: &Database, waves: usize) {
     let settings = Settings {
         slots: 24,
+        // Even a busy machine lets a worker renew, and stop its runs, within these times.
+        lease: "9s",
+        stop_grace: "3s",
         // No job may be parked, however often its worker is killed.
         max_crashes: 100,
         ..FAST

@@ -1,12 +1,18 @@
-//! Transactions that the database ends by itself.
+//! Transactions that the database ends by itself, or that nobody waits for.
 
+use std::time::Duration;
+
+use tokio::time::timeout;
 use trainyard::job::Claim;
 
 use crate::on_every_store;
 use crate::support::database::{Database, Tables};
-use crate::support::jobs::{LONG, request, send, terms};
+use crate::support::jobs::{ENDED, LONG, acquire, finish, request, send, succeeded, terms};
 
-on_every_store!(after_transactions_that_the_database_ended_every_statement_works,);
+on_every_store!(
+    after_transactions_that_the_database_ended_every_statement_works,
+    after_calls_that_were_given_up_every_ending_is_stored,
+);
 
 /// More than a store has connections.
 const TRIES: usize = 20;
@@ -47,4 +53,30 @@ async fn after_transactions_that_the_database_ended_every_statement_works(databa
         let claim = send(&store, &request(&key.to_string()), &terms(LONG)).await;
         assert!(matches!(claim, Claim::Acquired(_)), "{claim:?}");
     }
+}
+
+/// Dropped while it begins, a transaction must not stay open on a connection of the pool:
+/// what runs on that later would never be committed.
+async fn after_calls_that_were_given_up_every_ending_is_stored(database: Database) {
+    let store = database.open_migrated().await;
+    let tables = database.tables().await;
+    let mut runs = Vec::new();
+    for key in 0..TRIES {
+        runs.push(acquire(&store, &key.to_string(), LONG).await);
+    }
+    for step in 0..600 {
+        let patience = Duration::from_micros(step * 5);
+        let (requests, terms) = ([request(&format!("given up {step}"))], terms(ENDED));
+        let claiming = store.claim(&requests, &terms);
+        let _ = timeout(patience, claiming).await;
+    }
+    // At once, so that every connection takes part.
+    let finishes = runs
+        .iter()
+        .map(|run| finish(&store, &run.fence, succeeded()));
+    let ended = futures::future::join_all(finishes).await;
+    assert!(ended.into_iter().all(|ended| ended));
+    let stored = "SELECT count(*) FROM processed_messages WHERE state = 'succeeded'";
+    let stored: Vec<(i64,)> = tables.fetch(stored.to_owned()).await;
+    assert_eq!(stored, [(i64::try_from(TRIES).unwrap(),)]);
 }
