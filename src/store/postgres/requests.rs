@@ -154,6 +154,7 @@ pub(super) async fn retry(
         .fetch_optional(&mut transaction)
         .await?;
     let Some((subscription, ordering_key)) = place else {
+        transaction.rollback().await?;
         return Ok(None);
     };
     if !ordering_key.is_empty() {
@@ -185,6 +186,7 @@ pub(super) async fn retry(
         .bind(id)
         .fetch_one(&mut transaction)
         .await?;
+    transaction.rollback().await?;
     Ok(Some(match open {
         true => Retrying::Running,
         false => Retrying::NothingToRun,

@@ -80,6 +80,7 @@ async fn migrate_alone(migrator: &Migrator, sessions: &Sessions) -> Result<Migra
     let mut lock = sessions.begin().await?;
     let alone: bool = sqlx::query_scalar(TRY_LOCK).fetch_one(&mut lock).await?;
     if !alone {
+        lock.rollback().await?;
         return Ok(Migrated::Elsewhere);
     }
     let applied = apply(migrator, sessions, &mut lock).await;

@@ -11,6 +11,7 @@ use futures::future::BoxFuture;
 use futures::stream::{self, BoxStream};
 use futures::{StreamExt, TryFutureExt, TryStreamExt};
 use sqlx::error::BoxDynError;
+use sqlx::pool::PoolConnection;
 use sqlx::postgres::{
     PgArguments, PgConnectOptions, PgPoolOptions, PgQueryResult, PgRow, PgStatement, PgTypeInfo,
 };
@@ -143,16 +144,15 @@ impl Sessions {
         self.pooler
     }
 
-    /// On a task of its own, which a caller that gives up does not cancel: the driver would
-    /// return the connection to the pool, and the server would go on with the transaction.
-    /// The next statement on it would then be rolled back, although it was confirmed.
     pub(super) async fn begin(&self) -> Result<Transaction, sqlx::Error> {
-        let (pool, begin) = (self.pool.clone(), self.begin.clone());
-        let begun = tokio::spawn(async move { pool.begin_with(begin).await });
-        Ok(Transaction {
-            begun: begun.await.map_err(|_| sqlx::Error::WorkerCrashed)??,
+        // Before the server hears of it, since the caller may give up at any time.
+        let mut transaction = Transaction {
+            connection: self.pool.acquire().await?,
+            is_over: false,
             pooler: self.pooler,
-        })
+        };
+        transaction.connection.execute(self.begin.clone()).await?;
+        Ok(transaction)
     }
 
     /// Runs a statement that cannot be in a transaction. Has no settings behind a pooler.
@@ -201,20 +201,40 @@ fn pool_of(connections: u32) -> PgPoolOptions {
         })
 }
 
-/// Several statements that take effect together. Rolled back when dropped.
+/// Several statements that take effect together.
+///
+/// Its connection goes back to the pool only when the server has said that it is over. If
+/// not, whoever gets the connection next could be inside it, and what it confirms would be
+/// rolled back. The driver's own transaction leaves that open when its caller gives up as it
+/// begins. So one that is dropped closes its connection, and the server rolls it back.
 #[derive(Debug)]
 pub(super) struct Transaction {
-    begun: sqlx::Transaction<'static, Postgres>,
+    connection: PoolConnection<Postgres>,
+    is_over: bool,
     pooler: Pooler,
 }
 
 impl Transaction {
     pub(super) async fn commit(self) -> Result<(), sqlx::Error> {
-        self.begun.commit().await
+        self.end("COMMIT").await
     }
 
     pub(super) async fn rollback(self) -> Result<(), sqlx::Error> {
-        self.begun.rollback().await
+        self.end("ROLLBACK").await
+    }
+
+    async fn end(mut self, statement: &'static str) -> Result<(), sqlx::Error> {
+        self.connection.execute(statement).await?;
+        self.is_over = true;
+        Ok(())
+    }
+}
+
+impl Drop for Transaction {
+    fn drop(&mut self) {
+        if !self.is_over {
+            self.connection.close_on_drop();
+        }
     }
 }
 
@@ -250,8 +270,8 @@ impl<'c> Executor<'c> for &'c mut Transaction {
         E: 'q + Execute<'q, Postgres>,
     {
         match self.pooler {
-            Pooler::None => self.begun.fetch_many(query),
-            Pooler::Transaction => self.begun.fetch_many(Unnamed(query)),
+            Pooler::None => self.connection.fetch_many(query),
+            Pooler::Transaction => self.connection.fetch_many(Unnamed(query)),
         }
     }
 
@@ -261,8 +281,8 @@ impl<'c> Executor<'c> for &'c mut Transaction {
         E: 'q + Execute<'q, Postgres>,
     {
         match self.pooler {
-            Pooler::None => self.begun.fetch_optional(query),
-            Pooler::Transaction => self.begun.fetch_optional(Unnamed(query)),
+            Pooler::None => self.connection.fetch_optional(query),
+            Pooler::Transaction => self.connection.fetch_optional(Unnamed(query)),
         }
     }
 
@@ -274,14 +294,14 @@ impl<'c> Executor<'c> for &'c mut Transaction {
     where
         'c: 'e,
     {
-        self.begun.prepare_with(sql, parameters)
+        self.connection.prepare_with(sql, parameters)
     }
 
     fn describe<'e>(self, sql: SqlStr) -> BoxFuture<'e, sqlx::Result<Describe<Postgres>>>
     where
         'c: 'e,
     {
-        self.begun.describe(sql)
+        self.connection.describe(sql)
     }
 }
 
