@@ -88,7 +88,9 @@ pub fn problem(url: &str) -> Option<String> {
     };
     let (authority, tail) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
     let (path, query) = tail.split_once('?').unwrap_or((tail, ""));
-    if path.contains('@') || tail.contains('#') || !has_valid_percents(authority) {
+    // A password that is not encoded may look like a path or a query, up to its `@`.
+    let is_cut = !authority.contains('@') && tail.contains('@');
+    if path.contains('@') || is_cut || tail.contains('#') || !has_valid_percents(authority) {
         return Some(format!("it cannot be read; {ENCODE}"));
     }
     let hosts = authority
@@ -240,6 +242,9 @@ mod tests {
             ("postgres://u:sec/ret@host/db", "%2F"),
             ("postgres://u:sec?ret@host/db", "%3F"),
             ("postgres://u:5?secret@host/db", "%3F"),
+            ("postgres://u:5?user=secret@host/db", "%3F"),
+            ("postgres://u:5?host=secret@host/db", "%3F"),
+            ("postgres://u:5/x?dbname=secret@host/db", "%3F"),
             ("postgres://u:sec%ret@host/db", "%25"),
             ("postgres://u:secret/db", "host or port"),
             ("postgres://u:secret@h:port/db", "host or port"),
@@ -307,6 +312,8 @@ mod tests {
             ),
             ("postgres://u:p@ss/w#rd@host/db", "postgres://***"),
             ("postgres://h/db?passwd=pw", "postgres://***"),
+            ("postgres://u:12?user=pw@host/db", "postgres://***"),
+            ("postgres://u:12?host=pw@host/db", "postgres://***"),
             ("sqlite://.trainyard/a.db", "sqlite://.trainyard/a.db"),
             ("nonsense with pw", "***"),
         ] {

@@ -12,11 +12,13 @@ mod batch;
 mod clock_steps;
 mod health;
 
+use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::FutureExt;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
@@ -26,8 +28,7 @@ use crate::job::{Claim, ClaimRequest, Fence, JobKey};
 use crate::record::{AttemptReport, Note, NoteKind};
 use crate::retry::Backoff;
 use crate::store::{
-    ClaimTerms, Finish, Finished, KNOWN_FOR, Refusal, Refused, Release, Requests, Store,
-    StoreError, in_time,
+    ClaimTerms, Finish, Finished, Refusal, Refused, Release, Requests, Store, StoreError, in_time,
 };
 use batch::Batcher;
 use clock_steps::ClockSteps;
@@ -64,34 +65,41 @@ pub struct Guard {
     clock_steps: Arc<ClockSteps>,
     /// Claims that were given up. If one was acquired after all, nobody runs its job.
     unanswered: Arc<Mutex<Vec<(JobKey, Uuid)>>>,
+    /// They send the statements, and end with the last clone.
+    loops: Arc<tokio::sync::Mutex<JoinSet<()>>>,
 }
 
 impl Guard {
     /// Must be called within a runtime, on which it spawns its statements.
     #[must_use]
     pub fn new(store: Arc<dyn Store>, terms: ClaimTerms) -> Self {
-        let claims = || {
+        let mut loops = JoinSet::new();
+        let mut claims = || {
             let (store, terms) = (Arc::clone(&store), terms.clone());
             let bytes = |request: &ClaimRequest| request.message.data.len();
-            Batcher::new(bytes, move |requests: Vec<ClaimRequest>| {
+            let (claims, answering) = Batcher::new(bytes, move |requests: Vec<ClaimRequest>| {
                 let (store, terms) = (Arc::clone(&store), terms.clone());
                 async move { store.claim(&requests, &terms).await }.boxed()
-            })
+            });
+            loops.spawn(answering);
+            claims
         };
         let (claims, ordered_claims) = (claims(), claims());
         let finishes = {
             let store = Arc::clone(&store);
-            Batcher::new(
+            let (finishes, answering) = Batcher::new(
                 |_| 0,
                 move |finishes: Vec<Finish>| {
                     let store = Arc::clone(&store);
                     async move { store.finish(&finishes).await }.boxed()
                 },
-            )
+            );
+            loops.spawn(answering);
+            finishes
         };
         let (notes, noted) = mpsc::channel(MAX_NOTES);
         let ledger: Arc<dyn Requests> = store.clone();
-        tokio::spawn(write_notes(ledger, Arc::clone(&terms.worker), noted));
+        loops.spawn(write_notes(ledger, Arc::clone(&terms.worker), noted));
         Self {
             store,
             terms,
@@ -102,7 +110,17 @@ impl Guard {
             health: Health::default(),
             clock_steps: Arc::new(ClockSteps::new()),
             unanswered: Arc::default(),
+            loops: Arc::new(tokio::sync::Mutex::new(loops)),
         }
+    }
+
+    /// Never ends.
+    ///
+    /// # Panics
+    /// One of the guard's loops has panicked: it sends no statement any more.
+    pub async fn watch_over_its_loops(&self) {
+        pass_a_panic_on(&mut *self.loops.lock().await).await;
+        std::future::pending().await
     }
 
     #[must_use]
@@ -131,13 +149,11 @@ impl Guard {
         self.health.is_up_for(renewed) && !self.clock_was_set_within(lease)
     }
 
-    /// Whether a task may count as forgotten that no worker has known for `patience`. Not
-    /// before this worker has seen as much of that itself: when the database or the whole
-    /// fleet was away, the worker that knows the task may come back later.
+    /// Whether this worker has had the database for this long, and the clock that the
+    /// database goes by was not set meanwhile.
     #[must_use]
-    pub fn may_forget(&self, patience: Duration) -> bool {
-        let seen = patience.max(KNOWN_FOR);
-        self.health.is_up_for(seen) && !self.clock_was_set_within(seen)
+    pub fn has_seen(&self, time: Duration) -> bool {
+        self.health.is_up_for(time) && !self.clock_was_set_within(time)
     }
 
     fn clock_was_set_within(&self, time: Duration) -> bool {
@@ -155,6 +171,18 @@ impl Guard {
             if unanswered.is_empty() {
                 self.health.is_back();
             }
+        }
+    }
+
+    /// Gives back the claims whose answer was lost, retrying while the database is away.
+    pub async fn give_back_unanswered(&self) {
+        let mut backoff = Backoff::new(TRY_AGAIN.0, TRY_AGAIN.1);
+        loop {
+            self.disown_unanswered().await;
+            if self.unanswered().is_empty() {
+                return;
+            }
+            tokio::time::sleep(backoff.next_delay()).await;
         }
     }
 
@@ -327,6 +355,16 @@ impl Guard {
     }
 }
 
+async fn pass_a_panic_on(loops: &mut JoinSet<()>) {
+    while let Some(ended) = loops.join_next().await {
+        if let Err(ended) = ended
+            && let Ok(panic) = ended.try_into_panic()
+        {
+            resume_unwind(panic);
+        }
+    }
+}
+
 async fn until_answered<F: Future<Output = Result<bool, Arc<StoreError>>>>(
     not_yet: &str,
     fence: &Fence,
@@ -361,5 +399,25 @@ async fn write_notes(ledger: Arc<dyn Requests>, worker: Arc<str>, mut noted: mps
             debug!(%error, lost = notes.len(), "notes for the ledger are lost");
         }
         notes.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::AssertUnwindSafe;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_in_a_loop_is_passed_on_although_others_have_ended() {
+        let mut loops = JoinSet::new();
+        loops.spawn(async {});
+        pass_a_panic_on(&mut loops).await;
+        loops.spawn(async {});
+        loops.spawn(async { panic!("for the test") });
+        loops.spawn(std::future::pending());
+        let passed_on = AssertUnwindSafe(pass_a_panic_on(&mut loops)).catch_unwind();
+        let panic = passed_on.await.unwrap_err();
+        assert_eq!(panic.downcast_ref(), Some(&"for the test"));
     }
 }

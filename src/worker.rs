@@ -131,6 +131,9 @@ impl Worker {
         let watching = guard.clone();
         let watching = async move { watching.watch_over_the_database().await };
         background.spawn(loops.supervised("watch over the database", watching));
+        let watching = guard.clone();
+        let watching = async move { watching.watch_over_its_loops().await };
+        background.spawn(loops.supervised("guard", watching));
         background.spawn(loops.supervised("watch for unknown tasks", parts.unknown_tasks.run()));
         let requests = Arc::clone(guard.store());
         let purging = purger::purge(requests, parts.retention, shutdown.draining.clone());
@@ -157,6 +160,7 @@ impl Worker {
             let _ = tokio::join!(sweeping, holding);
             running.close();
             running.wait().await;
+            guard.give_back_unanswered().await;
         };
         tokio::select! {
             () = ending => {}

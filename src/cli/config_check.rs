@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 
 use clap::{Args, Subcommand};
@@ -130,15 +130,22 @@ async fn warn_of_unknown_tasks(config: &Config, store: &dyn Store) -> anyhow::Re
         Ok(unknown) => unknown,
         Err(error) => return remark(&format!("unknown tasks: not checked: {error}")),
     };
+    let connection = app::connection(config).ok();
+    let own: BTreeSet<&str> = config
+        .subscriptions
+        .keys()
+        .map(|name| match &connection {
+            Some(connection) => connection.short_name(name),
+            None => name,
+        })
+        .collect();
     for UnknownTask {
         subscription,
         task,
         jobs,
     } in unknown
     {
-        let runs_here =
-            config.subscriptions.contains_key(&subscription) && config.tasks.contains_key(&task);
-        if runs_here {
+        if own.contains(&*subscription) && config.tasks.contains_key(&task) {
             continue;
         }
         let jobs = match jobs {

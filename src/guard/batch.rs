@@ -32,13 +32,13 @@ impl<Q, A> Clone for Batcher<Q, A> {
 
 impl<Q: Clone + Send + 'static, A: Send + 'static> Batcher<Q, A> {
     /// `run` answers a batch in its order; `bytes` returns the size of a question. The
-    /// loop ends with the last clone.
+    /// loop that is returned, too, must run; it ends with the last clone.
     pub(super) fn new(
         bytes: fn(&Q) -> usize,
         run: impl Fn(Vec<Q>) -> BoxFuture<'static, Result<Vec<A>, StoreError>> + Send + Sync + 'static,
-    ) -> Self {
+    ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (asks, mut asked) = mpsc::channel::<Ask<Q, A>>(MAX_BATCH);
-        tokio::spawn(async move {
+        let answering = async move {
             while let Some(first) = asked.recv().await {
                 let mut size = bytes(&first.0);
                 let mut batch = vec![first];
@@ -51,8 +51,8 @@ impl<Q: Clone + Send + 'static, A: Send + 'static> Batcher<Q, A> {
                 }
                 answer(&run, batch).await;
             }
-        });
-        Self { asks }
+        };
+        (Self { asks }, answering)
     }
 
     /// Asks, alone or in a batch with others.
@@ -121,7 +121,7 @@ mod tests {
         let gate = Arc::new(Semaphore::new(0));
         let sizes: Arc<Mutex<Vec<usize>>> = Arc::default();
         let inside = (Arc::clone(&gate), Arc::clone(&sizes));
-        let batcher = Batcher::new(
+        let (batcher, answering) = Batcher::new(
             |_| 0,
             move |numbers: Vec<u32>| {
                 let (gate, sizes) = inside.clone();
@@ -135,6 +135,7 @@ mod tests {
                 })
             },
         );
+        tokio::spawn(answering);
         Doubling {
             batcher,
             gate,

@@ -22,7 +22,7 @@ use sqlx::postgres::PgConnectOptions;
 use tokio::time::sleep;
 use uuid::Uuid;
 
-use self::sessions::{LIMITS, Sessions};
+use self::sessions::{ACQUIRE_TIMEOUT, LIMITS, Sessions, pool_of};
 use super::reading::Reading;
 use super::{
     ClaimTerms, Claims, DeadLetterBox, DeadLettersDue, Finish, Finished, GivenUp, Patience, Queue,
@@ -67,7 +67,8 @@ impl PostgresStore {
         let sessions = Sessions::open(&options, max_connections, pooler).await?;
         let settings = [&LIMITS[..], &[("synchronous_commit", "off")]].concat();
         let pooler = sessions.pooler();
-        let renewals = Sessions::with_settings(&options, RENEWAL_CONNECTIONS, pooler, &settings);
+        let pool = pool_of(RENEWAL_CONNECTIONS, ACQUIRE_TIMEOUT);
+        let renewals = Sessions::with_settings(&options, pool, pooler, &settings);
         Ok(Self {
             sessions,
             renewals,

@@ -155,9 +155,12 @@ async fn the_version_before_gives_up_no_job_that_this_one_may_run(database: Data
 
 async fn what_the_version_before_may_run_is_not_given_up_during_a_roll_out(database: Database) {
     let before = VersionBefore::install(&database).await;
+    let ended = before.record_running("ended", LONG).await;
+    before.finish(&ended).await;
+    let store = database.open_migrated().await;
+    // One worker of that version has no room, and another records this.
     before.record_waiting("waiting", None).await;
     before.record_running("lost", Duration::ZERO).await;
-    let store = database.open_migrated().await;
     let now = patience(Duration::ZERO);
     assert_eq!(store.unknown(&["s"], now, 10).await.unwrap(), []);
     let given_up = ["waiting", "lost"].map(|key| give_up(JobKey::new("s", key)));
@@ -171,6 +174,25 @@ fn give_up(key: JobKey) -> GivenUp {
         error: "no task `train` is known".to_owned(),
         worker: "w1".into(),
         dead_letter_topic: None,
+    }
+}
+
+/// A snapshot of the transaction that holds the lock would keep an index build waiting.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_whose_transactions_are_serializable_by_default_is_migrated_and_used() {
+    for database in [
+        Database::postgres().await,
+        Database::behind_a_pooler().await,
+    ] {
+        let Some(database) = database else {
+            continue;
+        };
+        let mut connection = PgConnection::connect(&database.direct_url).await.unwrap();
+        let set = "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation = serializable', current_database()); END $$";
+        sqlx::raw_sql(set).execute(&mut connection).await.unwrap();
+        let store = timeout(PATIENCE, database.open_migrated()).await.unwrap();
+        let job = acquire(&store, "1", LONG).await;
+        assert!(finish(&store, &job.fence, succeeded()).await);
     }
 }
 

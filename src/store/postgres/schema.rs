@@ -7,7 +7,7 @@ use sqlx::migrate::{MigrateError, Migration, Migrator};
 use sqlx::{AssertSqlSafe, Executor, Postgres, SqlSafeStr};
 use tokio::time::{Instant, sleep};
 
-use super::sessions::{Sessions, Transaction};
+use super::sessions::{Sessions, Transaction, pool_of};
 use crate::retry::Backoff;
 use crate::store::{SchemaError, StoreError, Waiting};
 
@@ -23,6 +23,8 @@ const MIGRATES: &str = "trainyard migrate";
 
 /// One for the lock, one for the migrations.
 const CONNECTIONS: u32 = 2;
+/// No message waits for these connections, and a migration that fails needs a person.
+const CONNECTING: Duration = Duration::from_secs(60);
 
 /// A migration that waits for a lock blocks everyone behind it, renewals too. So it waits
 /// briefly, then pauses to let the others go on, and tries again. A migration without a
@@ -45,7 +47,8 @@ pub(super) async fn migrate(
     let migrator = migrator();
     let outstanding = outstanding(sessions, &migrator).await?;
     let options = super::connect_options(url)?.application_name(MIGRATES);
-    let unlimited = Sessions::with_settings(&options, CONNECTIONS, sessions.pooler(), &NO_LIMITS);
+    let pool = pool_of(CONNECTIONS, CONNECTING);
+    let unlimited = Sessions::with_settings(&options, pool, sessions.pooler(), &NO_LIMITS);
     let mut give_up = Instant::now() + PATIENCE;
     let mut backoff = Backoff::new(PAUSE.0, PAUSE.1);
     loop {

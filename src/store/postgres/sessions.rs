@@ -27,7 +27,7 @@ use crate::store::StoreError;
 
 /// How long a caller waits for a connection before the database counts as
 /// unavailable.
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A released connection must answer a ping within this time, or it is closed. A failover
 /// may leave no other sign, and a dead connection would occupy its place in the pool
@@ -53,9 +53,16 @@ const KEEPALIVES: [(&str, &str); 3] = [
     ("tcp_keepalives_count", "3"),
 ];
 
-/// A pooler's answer to a startup parameter that it does not pass on.
+/// How poolers refuse a startup parameter that they do not pass on: PgBouncer as a protocol
+/// violation, Amazon's RDS Proxy as a feature that it does not support.
 /// <https://www.postgresql.org/docs/current/errcodes-appendix.html>
-const PROTOCOL_VIOLATION: &str = "08P01";
+const REFUSALS_OF_POOLERS: [&str; 2] = ["08P01", "0A000"];
+
+/// A database or a user may have another default, but the later statements of a transaction
+/// must see what was committed meanwhile, and none may keep an index build waiting for its
+/// snapshot.
+const ISOLATION: (&str, &str) = ("default_transaction_isolation", "read committed");
+const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
 
 /// A pool of connections. A statement that runs on it is a transaction of its own.
 #[derive(Debug, Clone)]
@@ -97,7 +104,8 @@ impl Sessions {
         max_connections: u32,
         pooler: Pooler,
     ) -> Result<Self, StoreError> {
-        let sessions = Self::with_settings(options, max_connections, pooler, &LIMITS);
+        let pool = pool_of(max_connections, ACQUIRE_TIMEOUT);
+        let sessions = Self::with_settings(options, pool, pooler, &LIMITS);
         match sessions.pool.acquire().await {
             Ok(_) => Ok(sessions),
             Err(sqlx::Error::PoolTimedOut) => Err(sessions.why_unreachable().await),
@@ -108,7 +116,7 @@ impl Sessions {
     /// Connects when the first statement runs.
     pub(super) fn with_settings(
         options: &PgConnectOptions,
-        max_connections: u32,
+        pool: PgPoolOptions,
         pooler: Pooler,
         settings: &[(&str, &str)],
     ) -> Self {
@@ -117,14 +125,15 @@ impl Sessions {
                 let options = options
                     .clone()
                     .options(KEEPALIVES)
+                    .options([ISOLATION])
                     .options(settings.iter().copied());
-                (options, "BEGIN".into_sql_str())
+                (options, BEGIN.into_sql_str())
             }
             Pooler::Transaction => {
                 let set = settings
                     .iter()
                     .map(|(name, value)| format!("; SET LOCAL {name} = '{value}'"));
-                let begin = format!("BEGIN{}", set.collect::<String>());
+                let begin = format!("{BEGIN}{}", set.collect::<String>());
                 let options = options.clone().extra_float_digits(None);
                 (
                     options,
@@ -132,7 +141,7 @@ impl Sessions {
                 )
             }
         };
-        let pool = pool_of(max_connections).connect_lazy_with(options);
+        let pool = pool.connect_lazy_with(options);
         Self {
             pool,
             pooler,
@@ -184,14 +193,14 @@ fn is_refusal_of_a_pooler(error: &StoreError) -> bool {
     let StoreError::Unavailable(sqlx::Error::Database(refusal)) = error else {
         return false;
     };
-    refusal.code().as_deref() == Some(PROTOCOL_VIOLATION)
-        && refusal.message().contains("startup parameter")
+    let code = refusal.code();
+    code.is_some_and(|code| REFUSALS_OF_POOLERS.contains(&&*code))
 }
 
-fn pool_of(connections: u32) -> PgPoolOptions {
+pub(super) fn pool_of(connections: u32, acquire_timeout: Duration) -> PgPoolOptions {
     PgPoolOptions::new()
         .max_connections(connections)
-        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .acquire_timeout(acquire_timeout)
         .after_release(|connection, _| {
             Box::pin(async move {
                 let answer = timeout(SILENCE, connection.ping()).await;

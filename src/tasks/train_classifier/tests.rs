@@ -1,4 +1,7 @@
 use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Wake, Waker};
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -94,16 +97,25 @@ async fn progress_only_grows_and_ends_at_1() {
     assert_eq!(last.metrics["train_accuracy"], result["train_accuracy"]);
 }
 
+/// Stops a run in the middle of the report that it wakes for, which comes before the first
+/// iteration: the training cannot go on meanwhile.
+struct Stops(CancellationToken);
+
+impl Wake for Stops {
+    fn wake(self: Arc<Self>) {
+        self.0.cancel();
+    }
+}
+
 #[tokio::test]
 async fn a_stop_during_training_is_a_transient_failure() {
     let output = tempfile::tempdir().unwrap();
-    let fields = json!({ "max_iterations": 100_000, "l2": 0 });
-    let (run, mut seen, stop) = run_of(digits(output.path(), fields));
-    let task = tokio::spawn(async move { TrainClassifier.run(run).await });
-    // The first report comes before the first iteration.
-    seen.changed().await.unwrap();
-    stop.cancel();
-    let error = task.await.unwrap().unwrap_err();
+    let (run, mut seen, stop) = run_of(digits(output.path(), json!({})));
+    let waker = Waker::from(Arc::new(Stops(stop)));
+    let mut first_report = pin!(seen.changed());
+    let polled = first_report.as_mut().poll(&mut Context::from_waker(&waker));
+    assert!(polled.is_pending());
+    let error = TrainClassifier.run(run).await.unwrap_err();
     assert!(matches!(&error, TaskError::Transient(_)));
     assert_eq!(error.to_string(), "stopped on request");
     assert!(std::fs::read_dir(output.path()).unwrap().next().is_none());

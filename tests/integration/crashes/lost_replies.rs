@@ -1,5 +1,6 @@
 //! The database executes a statement, and its answer is lost.
 
+use nix::sys::signal::Signal;
 use serde_json::json;
 use trainyard::guard::Guard;
 use trainyard::job::Claim;
@@ -68,6 +69,31 @@ async fn a_claim_that_was_given_up_though_it_had_committed_is_given_back() {
     let story = ["claimed", "released", "claimed", "finished"];
     let told = scene.is_explained_by(&id, &story).await;
     assert!(!told.contains("taken_over"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_stops_first_gives_a_claim_back_whose_answer_was_lost() {
+    let settings = Settings {
+        shutdown_grace: "60s",
+        ..CALM
+    };
+    let Some((proxy, scene)) = Scene::behind_a_proxy(&settings).await else {
+        return;
+    };
+    let worker = scene.ready_worker("stops").await;
+    proxy.arm_and_take_away(CLAIM);
+    let id = scene.publish_run(0.0).await;
+    worker.says("the delivery is handed back").await;
+    worker.signal(Signal::SIGTERM);
+    worker.says("pulling has stopped").await;
+    proxy.bring_back();
+    assert!(worker.stops().await.success());
+
+    let _next = scene.start_worker("next");
+    let job = scene.only_job_ends(JobState::Succeeded).await;
+    assert_eq!((proxy.happened(), job.attempts), (1, 1));
+    let story = ["claimed", "released", "claimed", "finished"];
+    scene.is_explained_by(&id, &story).await;
 }
 
 /// By the second try, the workers of lost jobs may not have renewed yet.

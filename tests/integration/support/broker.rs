@@ -21,8 +21,8 @@ const GIVEN_UP: &str = "given-up";
 const DELIVERIES: i32 = 5;
 
 /// Ports below the ephemeral range, so that no outgoing connection takes the port of a
-/// broker that restarts.
-const PORTS: std::ops::Range<u16> = 20_000..32_000;
+/// broker that restarts, and apart from those of `tests/services`.
+const PORTS: std::ops::Range<u16> = 10_000..20_000;
 
 /// A broker with the test's own project.
 pub struct Broker {
@@ -32,6 +32,47 @@ pub struct Broker {
     /// The built-in emulator itself, for operations that clients lack.
     pub builtin: Option<trainyard_emulator::Broker>,
     server: Mutex<Option<Server>>,
+    _port: Option<Reserved>,
+}
+
+/// A port that no other test takes, not even while nothing listens on it.
+#[cfg(target_os = "linux")]
+struct Reserved {
+    port: u16,
+    /// Its name is taken on the whole machine, whatever folders a test run has.
+    _name: std::os::unix::net::UnixListener,
+}
+
+#[cfg(target_os = "linux")]
+impl Reserved {
+    fn any() -> Self {
+        use std::os::linux::net::SocketAddrExt;
+        use std::os::unix::net::{SocketAddr, UnixListener};
+        loop {
+            let port = fastrand::u16(PORTS);
+            let name = SocketAddr::from_abstract_name(format!("trainyard-test-port-{port}"));
+            match UnixListener::bind_addr(&name.unwrap()) {
+                Err(taken) if taken.kind() == ErrorKind::AddrInUse => {}
+                name => {
+                    let _name = name.unwrap();
+                    return Self { port, _name };
+                }
+            }
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+struct Reserved {
+    port: u16,
+}
+
+#[cfg(not(target_os = "linux"))]
+impl Reserved {
+    fn any() -> Self {
+        let port = fastrand::u16(PORTS);
+        Self { port }
+    }
 }
 
 /// A running server of the built-in emulator. Dropping it stops the server.
@@ -58,17 +99,19 @@ impl Server {
 impl Broker {
     /// The built-in emulator, inside the test's process.
     pub async fn builtin() -> Option<Self> {
-        let emulator = loop {
-            let address = SocketAddr::from((Ipv4Addr::LOCALHOST, fastrand::u16(PORTS)));
+        let (port, emulator) = loop {
+            let port = Reserved::any();
+            let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port.port));
             match Emulator::bind(address, Options::default()).await {
                 Err(taken) if taken.kind() == ErrorKind::AddrInUse => {}
-                emulator => break emulator.unwrap(),
+                emulator => break (port, emulator.unwrap()),
             }
         };
         let host = emulator.address().to_string();
         Some(Self {
             builtin: Some(emulator.broker()),
             server: Mutex::new(Some(Server::of(emulator))),
+            _port: Some(port),
             ..Self::at(host)
         })
     }
@@ -102,6 +145,7 @@ impl Broker {
             connection,
             builtin: None,
             server: Mutex::default(),
+            _port: None,
         }
     }
 

@@ -7,10 +7,10 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Connection, FromRow, PgConnection, PgPool, SqlitePool};
 use tempfile::TempDir;
 use trainyard::job::JobKey;
-use trainyard::store::{self, Missing, Store};
+use trainyard::store::{self, Missing, Pooler, Store};
 use uuid::Uuid;
 
-use super::not_tested;
+use super::{eventually, not_tested};
 
 /// The test's own database.
 pub struct Database {
@@ -91,9 +91,7 @@ impl Database {
     }
 
     pub async fn open(&self) -> Arc<dyn Store> {
-        store::open(&self.url, 10, None, Missing::Create)
-            .await
-            .unwrap()
+        open(&self.url, None).await
     }
 
     pub async fn open_migrated(&self) -> Arc<dyn Store> {
@@ -101,6 +99,17 @@ impl Database {
         store.migrate(|_| {}).await.unwrap();
         store
     }
+}
+
+pub async fn open(url: &str, pooler: Option<Pooler>) -> Arc<dyn Store> {
+    // On a busy machine a server may take longer than a worker waits for it.
+    eventually("the database answers", async || {
+        match store::open(url, 10, pooler, Missing::Create).await {
+            Err(error) if error.is_away() => None,
+            store => Some(store.unwrap()),
+        }
+    })
+    .await
 }
 
 /// Direct access to the tables, without a store.
