@@ -186,19 +186,19 @@ impl Guard {
         }
     }
 
+    /// They stay on the list until the database has answered: this may be cancelled at any
+    /// point, and to give a claim back twice does no harm.
     async fn disown_unanswered(&self) {
-        let claims = self.take_unanswered();
+        let claims = self.unanswered().clone();
         if claims.is_empty() {
             return;
         }
-        if let Err(error) = in_time(self.store.disown(&claims)).await {
-            warn!(%error, claims = claims.len(), "unanswered claims are not given back yet");
-            self.unanswered().extend(claims);
+        match in_time(self.store.disown(&claims)).await {
+            Ok(()) => self.unanswered().retain(|claim| !claims.contains(claim)),
+            Err(error) => {
+                warn!(%error, claims = claims.len(), "unanswered claims are not given back yet");
+            }
         }
-    }
-
-    fn take_unanswered(&self) -> Vec<(JobKey, Uuid)> {
-        std::mem::take(&mut *self.unanswered())
     }
 
     fn unanswered(&self) -> MutexGuard<'_, Vec<(JobKey, Uuid)>> {

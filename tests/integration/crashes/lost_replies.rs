@@ -2,6 +2,7 @@
 
 use nix::sys::signal::Signal;
 use serde_json::json;
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use trainyard::guard::Guard;
 use trainyard::job::Claim;
 use trainyard::record::JobState;
@@ -9,7 +10,7 @@ use trainyard::record::JobState;
 use super::{Scene, Settings};
 use crate::support::database::Database;
 use crate::support::eventually;
-use crate::support::jobs::{ENDED, LONG, acquire, pass_the_lease, request, terms};
+use crate::support::jobs::{ENDED, LONG, acquire, pass_the_lease, request, send, terms};
 use crate::support::proxy::{Loss, LossyProxy};
 use crate::support::runs::RunEvent;
 use crate::support::scene::CALM;
@@ -113,6 +114,47 @@ async fn a_claim_tried_again_takes_no_lost_job_over() {
     assert_eq!(proxy.happened(), 1);
     assert!(matches!(claim, Claim::RunningUntil { .. }), "{claim:?}");
     let claim = guard.claim(request("1")).await.unwrap();
+    assert!(matches!(claim, Claim::Acquired(_)), "{claim:?}");
+}
+
+/// Who is cancelled while giving claims back leaves them to the next.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_claim_whose_giving_back_was_cancelled_is_still_given_back() {
+    let Some(database) = Database::postgres().await else {
+        return;
+    };
+    let store = database.open_migrated().await;
+    let proxy = LossyProxy::in_front_of(&database.url).await;
+    let behind = Database::at(proxy.url.clone()).open().await;
+    let guard = Guard::new(behind, terms(LONG));
+    proxy.arm_and_take_away(CLAIM);
+    guard.claim(request("1")).await.unwrap_err();
+    let mut somebody = PgConnection::connect(&database.url).await.unwrap();
+    let mut transaction = somebody.begin().await.unwrap();
+    let lock = "SELECT FROM processed_messages JOIN leases USING (subscription, key) FOR UPDATE";
+    sqlx::query(lock).execute(&mut *transaction).await.unwrap();
+    proxy.bring_back();
+    let watching = guard.clone();
+    let watch = tokio::spawn(async move { watching.watch_over_the_database().await });
+    let mut observer = PgConnection::connect(&database.url).await.unwrap();
+    let waiting = "FROM pg_stat_activity
+                  WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    eventually("giving back waits for the lock", async || {
+        let waits = AssertSqlSafe(format!("SELECT EXISTS (SELECT {waiting})"));
+        let waits: bool = sqlx::query_scalar(waits)
+            .fetch_one(&mut observer)
+            .await
+            .unwrap();
+        waits.then_some(())
+    })
+    .await;
+    watch.abort();
+    // The server would execute it even though nobody asks any more.
+    let end = AssertSqlSafe(format!("SELECT pg_terminate_backend(pid) {waiting}"));
+    sqlx::query(end).execute(&mut observer).await.unwrap();
+    transaction.rollback().await.unwrap();
+    guard.give_back_unanswered().await;
+    let claim = send(&store, &request("1"), &terms(LONG)).await;
     assert!(matches!(claim, Claim::Acquired(_)), "{claim:?}");
 }
 
